@@ -1,0 +1,86 @@
+"""Options of `torch.compile(..., backend="moec", options={...})`, and the environment: the one place that reads it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from moec.errors import OptionError
+
+Engine = Literal["auto", "cpp", "eager"]
+Rest = Literal["inductor", "aot_eager", "eager"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. Defaults never change a model's results.
+
+    kernels  auto: generated C++ where a compiler is at hand, else the eager twin; cpp, eager: that engine
+    rest     who compiles what is not MoE: inductor, aot_eager or eager
+    verify   check the graph's invariants between passes
+    fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
+    """
+
+    kernels: Engine = "auto"
+    rest: Rest = "inductor"
+    verify: bool = True
+    fuel: int = -1
+
+    @staticmethod
+    def make(values: Mapping[str, Any] | None = None) -> Options:
+        """Options from a user's dictionary; raises OptionError with the nearest valid name or value."""
+        hints = get_type_hints(Options)
+        for name, value in (values or {}).items():
+            if name not in hints:
+                raise OptionError(
+                    f"unknown option {name!r}{_nearest(str(name), hints)}; valid options: {', '.join(hints)}"
+                )
+            _check(name, value, hints[name])
+        return Options(**(values or {}))
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    choices = get_args(hint)
+    if choices and value not in choices:
+        raise OptionError(
+            f"option {name}={value!r}{_nearest(str(value), choices)}; expected one of {', '.join(choices)}"
+        )
+    if not choices and type(value) is not hint:
+        raise OptionError(f"option {name}={value!r} is {type(value).__name__}; expected {hint.__name__}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What moec reads from the process's environment.
+
+    MOEC_CACHE_DIR  where built kernels are kept (default: the user's cache directory)
+    MOEC_CPU_ISA    plain | avx2 | avx512 | avx512_bf16 | neon: use this instruction set, not the best the host has
+    CXX             the C++ compiler (default: g++, then clang++, then c++)
+    """
+
+    cache_dir: Path
+    cpu_isa: str | None
+    cxx: str | None
+
+    @staticmethod
+    def read(env: Mapping[str, str] | None = None) -> Environment:
+        """The environment as it is now."""
+        env = os.environ if env is None else env
+        default = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
+        return Environment(
+            Path(env.get("MOEC_CACHE_DIR") or default), env.get("MOEC_CPU_ISA") or None, env.get("CXX") or None
+        )
+
+
+def option_names() -> tuple[str, ...]:
+    """The names of all options, in order."""
+    return tuple(f.name for f in fields(Options))

@@ -1,0 +1,67 @@
+"""Options and environment: what is accepted, and what an error tells."""
+
+from pathlib import Path
+
+import pytest
+
+from moec.errors import MoecError, OptionError
+from moec.options import Environment, Options, option_names
+
+
+def test_defaults():
+    assert Options.make() == Options.make({}) == Options.make(None) == Options()
+    assert option_names()[:4] == ("kernels", "rest", "verify", "fuel")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kernels": "cpp"},
+        {"kernels": "eager", "rest": "aot_eager"},
+        {"verify": False, "fuel": 3},
+    ],
+)
+def test_values_given(values):
+    made = Options.make(values)
+    assert {name: getattr(made, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kernel": "cpp"}, r"unknown option 'kernel' \(did you mean 'kernels'\?\); valid options: kernels, rest, "),
+        ({"zzz": 1}, "unknown option 'zzz'; valid options: kernels"),
+        ({7: 1}, "unknown option 7; valid options"),
+        ({"kernels": "ccp"}, r"option kernels='ccp' \(did you mean 'cpp'\?\); expected one of auto, cpp, eager"),
+        ({"rest": None}, "option rest=None; expected one of inductor, aot_eager, eager"),
+        ({"rest": ["inductor"]}, r"option rest=\['inductor'\].*; expected one of inductor"),
+        ({"verify": 1}, "option verify=1 is int; expected bool"),
+        ({"verify": "yes"}, "option verify='yes' is str; expected bool"),
+        ({"fuel": True}, "option fuel=True is bool; expected int"),
+        ({"fuel": 1.5}, "option fuel=1.5 is float; expected int"),
+    ],
+)
+def test_errors_name_the_option_and_the_way_out(values, message):
+    with pytest.raises(OptionError, match=message) as error:
+        Options.make(values)
+    assert isinstance(error.value, MoecError)
+
+
+def test_options_are_values():
+    assert hash(Options.make({"fuel": 2})) == hash(Options(fuel=2))
+    with pytest.raises(AttributeError):
+        Options().fuel = 3
+
+
+def test_environment():
+    empty = Environment.read({})
+    assert empty == Environment(Path.home() / ".cache" / "moec", None, None)
+    assert Environment.read({"XDG_CACHE_HOME": "/c"}).cache_dir == Path("/c/moec")
+    given = {"MOEC_CACHE_DIR": "/m", "XDG_CACHE_HOME": "/c", "MOEC_CPU_ISA": "plain", "CXX": "clang++"}
+    assert Environment.read(given) == Environment(Path("/m"), "plain", "clang++")
+    assert Environment.read({"MOEC_CACHE_DIR": "", "MOEC_CPU_ISA": "", "CXX": ""}) == empty
+
+
+def test_environment_is_read_when_asked(monkeypatch):
+    monkeypatch.setenv("MOEC_CPU_ISA", "avx2")
+    assert Environment.read().cpu_isa == "avx2"
