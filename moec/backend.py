@@ -1,0 +1,164 @@
+"""torch.compile hands over a graph, each step is one line, a callable returns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+import moec.runtime  # noqa: F401  # defines the ops that lowered graphs call
+from moec.capture import install, state
+from moec.capture.lower import compile_parts
+from moec.capture.region import regions
+from moec.describe import sites_of
+from moec.graph import Graph, sweep
+from moec.options import Options
+from moec.passes import PASSES
+from moec.passes.lower import lower
+from moec.passes.raise_graph import Raised, fake
+from moec.passes.vocabulary import raise_fx
+from moec.pipeline import Facts, Miss, Observer, run_pipeline
+from moec.report import GraphReport, PassRecord, Reason, Report
+from moec.text import dump
+from moec.verify import recording, verifying
+
+Compiled = Callable[..., Any]
+
+install.install()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """moec with its options; `report` collects what happened, `trace` also keeps the graph after every pass."""
+
+    options: Options = field(default_factory=Options)
+    mode: str | None = None
+    report: Report | None = None
+    trace: bool = False
+
+    __moec_backend__ = True
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """Compile one captured graph."""
+        not_rolled = state.check_complete() if hasattr(state, "check_complete") else ()
+        start = time.perf_counter()
+        for each in _graphs(gm):
+            self.rewrite(each)
+        spent = time.perf_counter() - start
+        if self.report is not None:
+            self.report.seconds += spent
+            self.report.not_rolled += [Reason(n.reason, location=f"{n.file}:{n.line}") for n in not_rolled]
+        if regions(gm):  # a rolled loop that nothing understood still runs, as the loop it was
+            return compile_parts(gm, self.compile_rest)
+        return self.compile_rest(gm, example_inputs)
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Find the MoE layers of one graph and put kernels in their place."""
+        start = time.perf_counter()
+        raised = raise_fx(gm)
+        graph = sweep(raised.graph)
+        records: list[PassRecord] = []
+        misses: list[Miss] = []
+        observers: list[Observer] = [lambda step: misses.extend(step.outcome.misses)]
+        if self.trace:
+            records.append(PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)))
+            observers.append(recording(records))
+        if self.options.verify:
+            observers.append(verifying())
+        facts = facts_of(gm, self.options)
+        graph = run_pipeline(PASSES, graph, facts, observers)
+        if self.report is not None:
+            self.report.graph_reports.append(self._graph_report(gm, raised, graph, misses, records, facts))
+        lower(gm, raised, graph, self.options.kernels)
+
+    def _graph_report(
+        self,
+        gm: fx.GraphModule,
+        raised: Raised,
+        graph: Graph,
+        misses: list[Miss],
+        records: list[PassRecord],
+        facts: Facts,
+    ) -> GraphReport:
+        sites = sites_of(raised, graph, misses, bool(facts.grad), self.options.kernels)
+        return GraphReport(sites, tuple(records), len(gm.graph.nodes))
+
+    def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """Hand what is not MoE to the compiler that the options name."""
+        if self.options.rest == "eager":
+            return gm.forward
+        if self.options.rest == "aot_eager":
+            return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
+        return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """The backend that `torch.compile(model, backend="moec", options={…})` finds by its entry point.
+
+    Raises OptionError for an unknown option or value.
+    """
+    return Backend(Options.make(options), mode)(gm, example_inputs)
+
+
+compile_graph.__moec_backend__ = True  # type: ignore[attr-defined]  # how capture knows moec's own compiles
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, moec_options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Report:
+    """Compile `model` for these inputs, run it once, and say what was found and done.
+
+    `moec_options` are the options of `torch.compile(..., backend="moec", options=…)`.
+    """
+    report = Report()
+    backend = Backend(Options.make(moec_options), report=report, trace=True)
+    torch._dynamo.reset()
+    before = len(torch._dynamo.utils.graph_break_reasons)
+    torch.compile(model, backend=backend)(*args, **kwargs)
+    for broken in torch._dynamo.utils.graph_break_reasons[before:]:
+        frame = broken.user_stack[-1] if broken.user_stack else None
+        report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
+    return report
+
+
+def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graph and the graphs that its higher-order ops run (checkpointed blocks, scans)."""
+    return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def facts_of(gm: fx.GraphModule, options: Options) -> Facts:
+    """What passes may know besides the graph."""
+    grad: set[str] = set()
+    devices: dict[str, str] = {}
+    not_plain: dict[str, str] = {}
+    tracked = torch.is_grad_enabled()
+    for node in gm.graph.nodes:
+        value = fake(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if tracked and value.requires_grad:
+            grad.add(node.name)
+        if node.op in ("placeholder", "get_attr"):
+            devices[node.name] = value.device.type
+            if not _plain(value):
+                not_plain[node.name] = type(value).__name__ if value.layout is torch.strided else str(value.layout)
+    return Facts(options, frozenset(grad), devices, not_plain, torch.is_autocast_enabled("cpu"))
+
+
+def _plain(value: torch.Tensor) -> bool:
+    kinds = (torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor)
+    return type(value) in kinds and value.layout is torch.strided

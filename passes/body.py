@@ -1,0 +1,240 @@
+"""Read an expert's function off its row expression: which matrices, which activation, where the routing weight goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from moec import expr as ex
+from moec.graph import Dim, Graph
+from moec.match import NoMatch
+from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Number, Row, Slice, Slot, Token, strip, text
+from moec.spec import ExpertsSpec
+
+PARAM_DTYPES = frozenset({"f32", "bf16", "f16"})
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of the row that the activation reads: x·W[e] + b[e], all of it or a slice of its outputs."""
+
+    weight: Expert
+    axis: int
+    bias: Expert | None
+    part: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class BodyMatch:
+    """An expert understood.
+
+    token, weight  the values x[T, H] and w[T, k] (or g[T, E] when `gated_by_expert`); weight '' means 1
+    params         value names in the order of `spec.param_groups`, each one name or E names
+    """
+
+    spec: ExpertsSpec
+    token: str
+    weight: str
+    by_expert: bool
+    params: tuple[tuple[str, ...], ...]
+    num_experts: Dim
+    width: Dim
+
+
+def match_body(graph: Graph, row: Row) -> BodyMatch | NoMatch:
+    """The expert behind a weighted row."""
+    weight, inner = _split_weight(row)
+    if isinstance(inner, NoMatch):
+        return inner
+    down, bias_out = _split_bias(inner)
+    if not isinstance(down, Dot):
+        return NoMatch(f"an expert's output is {text(inner)[:120]}, expected a product with its output matrix", depth=2)
+    found: list[Projection] = []
+    tokens: set[Row] = set()
+    phi = _activation(graph, down.row, found, tokens)
+    if isinstance(phi, NoMatch):
+        return phi.deeper(4)
+    if len(tokens) != 1 or not found:
+        return NoMatch(f"an expert reads {len(tokens)} inputs, expected one token row", depth=4)
+    given, token = _split_weight(next(iter(tokens)))
+    if isinstance(token, NoMatch) or not isinstance(strip(token), Token):
+        return NoMatch(f"an expert reads {text(next(iter(tokens)))[:120]}, expected a token's row", depth=4)
+    if given is not None and weight is not None:
+        return NoMatch("routing weights are applied to both input and output", depth=4)
+    return _assemble(graph, phi, found, down, bias_out, strip(token), weight, given)
+
+
+def _split_weight(row: Row) -> tuple[Slot | Gate | None, Row | NoMatch]:
+    """The routing weight that multiplies a row, and the row without it."""
+    row = strip(row)
+    if isinstance(row, Apply) and row.fn == "mul":
+        for factor, rest in (row.args, row.args[::-1]):
+            if isinstance(strip(factor), Slot | Gate):
+                again, inner = _split_weight(rest)
+                if again is not None:
+                    return None, NoMatch("a row is multiplied by two routing weights", depth=3)
+                held = strip(factor)
+                assert isinstance(held, Slot | Gate)
+                return held, inner
+    return None, row
+
+
+def _split_bias(row: Row) -> tuple[Row, Expert | None]:
+    """r + b[e] → (r, b)."""
+    row = strip(row)
+    if isinstance(row, Apply) and row.fn == "add":
+        for bias, rest in (row.args, row.args[::-1]):
+            held = strip(bias)
+            if isinstance(held, Expert) and len(held.order) == 1:
+                return strip(rest), held
+    return row, None
+
+
+def _projection(row: Row) -> tuple[Projection, Row] | None:
+    """The projection that `row` is, and the row it reads."""
+    part = None
+    inner = strip(row)
+    if isinstance(inner, Slice):
+        part, inner = (inner.start, inner.stop, inner.step), strip(inner.row)
+    dot, bias = _split_bias(inner)
+    if not isinstance(dot, Dot):
+        return None
+    return Projection(dot.weight, dot.axis, bias, part), dot.row
+
+
+def _activation(graph: Graph, row: Row, found: list[Projection], tokens: set[Row]) -> ex.Expr | NoMatch:
+    """The activation as an expression over projections p0, p1, …, which are collected in `found`."""
+    projected = _projection(row)
+    if projected is not None:
+        projection, token = projected
+        tokens.add(strip(token))
+        if projection not in found:
+            found.append(projection)
+        return ex.Var(f"p{found.index(projection)}")
+    match row:
+        case Number(value):
+            return ex.Const(value)
+        case Cast(inner, dtype):
+            if dtype not in PARAM_DTYPES:
+                return NoMatch(f"an activation is cast to {dtype}")
+            return _activation(graph, inner, found, tokens)
+        case Apply("pow", (base, Number(2.0))):
+            inner = _activation(graph, base, found, tokens)
+            return inner if isinstance(inner, NoMatch) else ex.Call("mul", (inner, inner))
+        case Apply(fn, args) if fn in ex.POINTWISE:
+            parts = [_activation(graph, arg, found, tokens) for arg in args]
+            misses = [p for p in parts if isinstance(p, NoMatch)]
+            return misses[0] if misses else ex.call(fn, *(p for p in parts if not isinstance(p, NoMatch)))
+        case _:
+            return NoMatch(f"between its matrices an expert computes {text(row)[:120]}, expected pointwise functions")
+
+
+def _matrix_dims(graph: Graph, weight: Expert) -> tuple[Dim, ...]:
+    """The sizes of an expert's matrix, in its own order."""
+    shape = graph.types[weight.values[0]].shape[1 if weight.stacked else 0 :]
+    return tuple(shape[i] for i in weight.order)
+
+
+def _layout(weight: Expert, axis: int) -> str:
+    """nk when the stored matrix has its output axis first."""
+    return "nk" if weight.order[axis] == 1 else "kn"
+
+
+def _gate(graph: Graph, found: list[Projection]) -> tuple[str, list[Projection]] | NoMatch:
+    """How the projections share tensors, and the projections in the order a, b."""
+    if len(found) == 1:
+        if found[0].part is not None:
+            return NoMatch(f"only the slice {found[0].part} of a projection is used", depth=5)
+        return "none", found
+    if len(found) != 2:
+        return NoMatch(f"an activation reads {len(found)} projections, expected 1 or 2", depth=5)
+    first, second = found
+    if first.part is None and second.part is None:
+        return "separate", found
+    if (first.weight, first.axis, first.bias) != (second.weight, second.axis, second.bias):
+        return NoMatch("slices of two different projections", depth=5)
+    total = _matrix_dims(graph, first.weight)[1 - first.axis]
+    if not total.is_Integer:
+        return NoMatch(f"expert width {total} is not a number", depth=5)
+    n = int(total)
+    halves = {
+        (0, n // 2, 1): ("concat", 0),
+        (n // 2, n, 1): ("concat", 1),
+        (0, n, 2): ("interleaved", 0),
+        (1, n, 2): ("interleaved", 1),
+    }
+    kinds = [halves.get(p.part) if p.part is not None else None for p in found]
+    if n % 2 or kinds[0] is None or kinds[1] is None or kinds[0][0] != kinds[1][0] or kinds[0][1] == kinds[1][1]:
+        return NoMatch(f"projections are the slices {first.part} and {second.part} of {n} outputs", depth=5)
+    return kinds[0][0], sorted(found, key=lambda p: halves[p.part][1] if p.part is not None else 0)
+
+
+def _assemble(
+    graph: Graph,
+    phi: ex.Expr,
+    found: list[Projection],
+    down: Dot,
+    bias_out: Expert | None,
+    token: Row,
+    weight: Slot | Gate | None,
+    given: Slot | Gate | None,
+) -> BodyMatch | NoMatch:
+    gate = _gate(graph, found)
+    if isinstance(gate, NoMatch):
+        return gate
+    kind, order = gate
+    names = {f"p{found.index(p)}": letter for p, letter in zip(order, "ab", strict=False)}
+    one = order[:1] if kind != "separate" else order
+    weights = [*(p.weight for p in one), down.weight]
+    biases = [p.bias for p in one]
+    if len({b is None for b in biases}) > 1:
+        return NoMatch("one projection has a bias, the other has none", depth=6)
+    layouts = {_layout(p.weight, p.axis) for p in one}
+    tensors = [*weights, *(b for b in (*biases, bias_out) if b is not None)]
+    plain = _plain(graph, tensors)
+    if isinstance(plain, NoMatch):
+        return plain
+    if len(layouts) > 1:
+        return NoMatch("the projections are stored in different layouts", depth=6)
+    factor = weight if weight is not None else given
+    spec = ExpertsSpec(
+        dtype=graph.types[weights[0].values[0]].dtype,
+        gate=kind,
+        layout_in=layouts.pop(),
+        layout_out=_layout(down.weight, down.axis),
+        activation=str(_rename(phi, names)),
+        bias_in=biases[0] is not None,
+        bias_out=bias_out is not None,
+        weight_on="input" if given is not None else "output",
+        stacked=weights[0].stacked,
+    )
+    assert isinstance(token, Token)
+    return BodyMatch(
+        spec,
+        token.value,
+        factor.value if factor is not None else "",
+        isinstance(factor, Gate),
+        tuple(t.values for t in tensors),
+        plain,
+        _matrix_dims(graph, down.weight)[down.axis],
+    )
+
+
+def _plain(graph: Graph, tensors: list[Expert]) -> Dim | NoMatch:
+    """The number of experts, when all parameters agree on it, on their dtype and on how they are bound."""
+    counts = {graph.types[t.values[0]].shape[0] if t.stacked else sympy.Integer(len(t.values)) for t in tensors}
+    dtypes = {graph.types[name].dtype for t in tensors for name in t.values}
+    if len(counts) != 1 or len({t.stacked for t in tensors}) != 1:
+        return NoMatch(f"parameters disagree on the number of experts: {sorted(map(str, counts))}", depth=6)
+    if len(dtypes) != 1 or not dtypes <= PARAM_DTYPES:
+        return NoMatch(f"experts' parameters are {', '.join(sorted(dtypes))}, expected one of f32, bf16, f16", depth=6)
+    return counts.pop()
+
+
+def _rename(phi: ex.Expr, names: dict[str, str]) -> ex.Expr:
+    if isinstance(phi, ex.Var):
+        return ex.Var(names[phi.name])
+    if isinstance(phi, ex.Const):
+        return phi
+    return ex.Call(phi.fn, tuple(_rename(arg, names) for arg in phi.args))

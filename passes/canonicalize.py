@@ -1,0 +1,88 @@
+"""One spelling for one thing: equal expressions become one value, transposes move into contractions.
+
+%a = reshape(%x); %b = reshape(%x)              →   %a = reshape(%x)
+%t = permute(%w) dims=(1, 0); contract(%x, %t)  →   contract(%x, %w) with the letters of %w swapped
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from moec.graph import Arg, Graph, Instr, Ref, substitute, sweep
+from moec.passes.word_contract import normal_equation
+from moec.pipeline import Facts, Outcome
+
+UNIQUE = frozenset(
+    {"opaque", "effect", "random", "assert", "end", "changed", "changed_view", "anchor", "anchor_range", "carry"}
+)
+"""Words whose equal-looking instructions are not the same value."""
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Value numbering, and contractions read their operands as they are stored."""
+
+    name: str = "canonicalize"
+
+    def run(self, graph: Graph, facts: Facts) -> Outcome:
+        """The canonical graph; rewrites counts removed and changed instructions."""
+        folded = tuple(_fold_permutes(graph))
+        once = _number(folded)
+        outputs = tuple(once.names.get(name, name) for name in graph.outputs)
+        result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
+        changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
+        return Outcome(result, changed + len(graph.instrs) - len(once.instrs))
+
+
+def _fold_permutes(graph: Graph) -> Iterator[Instr]:
+    """contract(permute(w)) → contract(w)."""
+    for instr in graph.instrs:
+        yield _folded(graph.defs, instr) if instr.word == "contract" else instr
+
+
+def _folded(defs: Mapping[str, Instr], instr: Instr) -> Instr:
+    inputs, out = str(instr.attr("eq")).split("->")
+    letters = inputs.split(",")
+    args: list[Arg] = []
+    for i, arg in enumerate(instr.args):
+        made = defs.get(arg.name) if isinstance(arg, Ref) else None
+        if made is None or made.word != "permute":
+            args.append(arg)
+            continue
+        dims = made.attr("dims")
+        assert isinstance(dims, tuple)
+        stored = [""] * len(dims)
+        for letter, dim in zip(letters[i], dims, strict=True):
+            assert isinstance(dim, int)
+            stored[dim] = letter
+        letters[i] = "".join(stored)
+        args.append(made.args[0])
+    if tuple(args) == instr.args:
+        return instr
+    eq = normal_equation(f"{','.join(letters)}->{out}")
+    return replace(instr, args=tuple(args), attrs=(("eq", eq),))
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Instructions without repetitions, and which name each removed one goes by now."""
+
+    instrs: tuple[Instr, ...]
+    names: Mapping[str, str]
+
+
+def _number(instrs: tuple[Instr, ...]) -> Numbered:
+    seen: dict[tuple[object, ...], tuple[str, ...]] = {}
+    names: dict[str, str] = {}
+    kept: list[Instr] = []
+    for instr in instrs:
+        (instr,) = substitute((instr,), names)
+        # repr keeps 1, 1.0 and True apart, which compare equal.
+        key = (instr.word, repr(instr.args), repr(instr.attrs), instr.types)
+        if instr.word not in UNIQUE and key in seen:
+            names.update(zip(instr.results, seen[key], strict=True))
+            continue
+        seen[key] = instr.results
+        kept.append(instr)
+    return Numbered(tuple(kept), names)

@@ -1,0 +1,141 @@
+"""Find where experts' rows come together: y[t] = Σ_s row[t, s], in each way that sum is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moec.graph import Graph, Instr, Ref
+from moec.match import NoMatch
+from moec.passes.lift import Lift, Lifter
+from moec.passes.rows import Apply, Ids, Rows, Slot
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A sum over slots found at `root`.
+
+    row    what each (token, slot) contributes          base  a value that the sum is added to; '' when it starts at 0
+    form   the spelling: loop | hit_loop | grouped | gathered | dense
+    """
+
+    root: str
+    rows: Rows
+    form: str
+    base: str = ""
+
+
+COMBINING = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
+
+
+def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """Whether `instr` sums experts' rows into tokens."""
+    if instr.word == "reduce_sum":
+        return _over_slots(lifter, instr)
+    if instr.word == "contract":
+        return _weighted(lifter, instr)
+    return _into_tokens(lifter, instr)
+
+
+def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """rows[T, k, H].sum(1); rows[E, T, H].sum(0)."""
+    source = lifter.type(instr.args[0])
+    dims = instr.attr("dims")
+    if source.rank != 3 or instr.attr("keepdim") or dims not in ((0,), (1,)):
+        return NoMatch("not a sum over slots or experts")
+    rows = lifter.lift(instr.args[0])
+    if isinstance(rows, NoMatch):
+        return rows
+    if isinstance(rows, Rows) and (rows.layout, dims) in (("tk", (1,)), ("et", (0,))):
+        return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
+    return NoMatch("not a sum over slots or experts")
+
+
+def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """einsum("tk,tkh->th", w, rows) and its batched-matmul spelling."""
+    eq = str(instr.attr("eq"))
+    (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
+    w, x = instr.args
+    if len(left) > len(right):
+        w, x, left, right = x, w, right, left
+    if not isinstance(w, Ref) or (len(left), len(right), len(out)) != (2, 3, 2):
+        return NoMatch("not a weighted sum over slots")
+    rows = lifter.lift(x)
+    if not isinstance(rows, Rows):
+        return rows if isinstance(rows, NoMatch) else NoMatch("not a weighted sum over slots")
+    if rows.layout != "tk" or right[:2] != left or out != left[0] + right[2]:
+        return NoMatch("not a weighted sum over slots")
+    rows = replace(rows, row=Apply("mul", (rows.row, Slot(w.name))))
+    return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
+
+
+def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """y.index_add(0, token, rows); y[token] += rows."""
+    if instr.attr("dim") != 0:
+        return NoMatch("adds along another axis than tokens")
+    if instr.word == "index_put":
+        base, source, *ids = instr.args
+        if len(ids) != 1:
+            return NoMatch("writes at more than one index")
+        index = lifter.lift(ids[0])
+        added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, ids[0])
+    elif instr.word == "scatter_add":
+        base, wide, source = instr.args
+        index, added = _scatter_index(lifter, wide), lifter.lift(source)
+    else:
+        base, narrow, source = instr.args
+        index, added = lifter.lift(narrow), lifter.lift(source)
+    for found in (index, added):
+        if isinstance(found, NoMatch):
+            return found
+    if not isinstance(index, Ids) or index.what != "token" or not isinstance(added, Rows):
+        return NoMatch("adds something else than rows to tokens", instr.results[0])
+    if (index.space.kind, index.space.key, index.layout) != (added.space.kind, added.space.key, added.layout):
+        return NoMatch("rows and tokens are in different orders", instr.results[0])
+    added = replace(added, choice=added.choice or index.choice)
+    return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base))
+
+
+def _added(lifter: Lifter, base: object, source: object, ids: object) -> Lift:
+    """The rows r in `y[i] = y[i] + r`."""
+    made = lifter.instr(source) if isinstance(source, Ref) else None
+    while made is not None and made.word in ("same", "cast"):
+        made = lifter.instr(made.args[0])
+    if made is None or made.word != "add":
+        return NoMatch("overwrites tokens instead of adding to them")
+    for old, new in (made.args, made.args[::-1]):
+        gathered = lifter.instr(old)
+        if gathered is not None and gathered.word == "index" and gathered.args == (base, ids):
+            return lifter.lift(new)
+    return NoMatch("adds to other rows than it writes")
+
+
+def _scatter_index(lifter: Lifter, wide: object) -> Lift:
+    """The [rows] ids behind an index expanded to [rows, H]."""
+    made = lifter.instr(wide) if isinstance(wide, Ref) else None
+    while made is not None and made.word in ("expand", "reshape", "repeat"):
+        found = lifter.lift(made.args[0])
+        if isinstance(found, Ids):
+            return found
+        made = lifter.instr(made.args[0])
+    return NoMatch("scatter index is not one token a row")
+
+
+def _start(lifter: Lifter, base: object) -> str:
+    """'' when the sum starts from zeros, else the value it starts from."""
+    assert isinstance(base, Ref)
+    made = lifter.instr(base)
+    while made is not None and made.word == "carry":
+        (base,) = (a for a in made.args[:1] if isinstance(a, Ref))
+        made = lifter.instr(base)
+    while made is not None and made.word in ("reshape", "same", "cast"):
+        made = lifter.instr(made.args[0])
+    zeros = made is not None and made.word == "full" and made.attr("value") == 0.0
+    return "" if zeros else base.name
+
+
+def form_of(graph: Graph, rows: Rows) -> str:
+    """The spelling, in DESIGN's words."""
+    if rows.space.kind != "loop":
+        return {"sorted": "grouped", "slots": "gathered", "dense": "dense"}[rows.via or rows.space.kind]
+    anchor = graph.defs[rows.space.key]
+    return "hit_loop" if anchor.word == "anchor" else "loop"

@@ -1,0 +1,182 @@
+"""Find every group of experts, however its dispatch is spelled, and say it in one word.
+
+%y = reduce_sum(…sort, gather, grouped, silu, grouped, un-sort…)   →   %y = experts(%x, %w, %e, (%up, %down)) spec=…
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moec import expr as ex
+from moec.graph import Graph, Instr, Ref, Type, sweep
+from moec.match import NoMatch
+from moec.passes.body import BodyMatch, match_body
+from moec.passes.combine import COMBINING, Combined, combined
+from moec.passes.lift import Lifter
+from moec.passes.row_rules import RULES
+from moec.pipeline import Facts, Miss, Outcome
+from moec.spec import DTYPES, KernelSpec
+
+
+@dataclass(frozen=True)
+class Found:
+    """One group of experts, ready to be said: the instructions that replace its root."""
+
+    root: str
+    instrs: tuple[Instr, ...]
+
+
+@dataclass(frozen=True)
+class FindExperts:
+    """Rewrite each sum over experts' rows to one `experts` instruction."""
+
+    name: str = "find-experts"
+
+    def run(self, graph: Graph, facts: Facts) -> Outcome:
+        """Every root that is understood, rewritten; the others, with their reasons."""
+        lifter = Lifter(graph, RULES)
+        found: dict[str, Found] = {}
+        misses: list[Miss] = []
+        for instr in graph.instrs:
+            if instr.word not in COMBINING:
+                continue
+            spent = 0 <= facts.options.fuel <= len(found)
+            outcome = NoMatch("rewrite fuel is spent", depth=2) if spent else find_at(lifter, instr, facts)
+            if isinstance(outcome, Found):
+                found[instr.results[0]] = outcome
+            elif outcome.depth >= 2:
+                misses.append(Miss(instr.results[0], instr.loc, outcome))
+        instrs = [
+            new for old in graph.instrs for new in (found[old.results[0]].instrs if old.results[0] in found else (old,))
+        ]
+        return Outcome(sweep(graph.with_instrs(instrs)), len(found), tuple(misses))
+
+
+def find_at(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
+    """The experts whose rows come together in `instr`."""
+    total = combined(lifter, instr)
+    if isinstance(total, NoMatch):
+        return total
+    body = match_body(lifter.graph, total.rows.row)
+    if isinstance(body, NoMatch):
+        return body.deeper(2)
+    beyond = lifter.beyond.get(total.rows.space.key)
+    if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
+        return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", instr.results[0], 6)
+    if total.form == "loop":
+        end = lifter.graph.defs[total.rows.space.key].args[1]
+        if end != body.num_experts:
+            return NoMatch(f"the loop visits {end} of {body.num_experts} experts", instr.results[0], 6)
+    routed = _routing(lifter, total, body)
+    if isinstance(routed, NoMatch):
+        return routed.deeper(6)
+    prelude, weights, choice = routed
+    blocked = _obstacle(facts, body)
+    if blocked is not None:
+        return blocked
+    return _say(lifter.graph, instr, total, body, prelude, weights, choice)
+
+
+def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:
+    """Why kernels cannot run this layer although it is understood."""
+    names = [name for group in body.params for name in group]
+    for name in names:
+        if name in facts.not_plain:
+            return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)
+        device = facts.devices.get(name, "cpu")
+        if device != "cpu":
+            return NoMatch(f"parameter %{name} is on device {device!r}, kernels exist for 'cpu'", name, 9)
+    if facts.autocast:
+        return NoMatch("the graph runs under autocast", depth=9, hint="cast the model instead of using autocast")
+    return None
+
+
+def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
+    """The values w[T, k] and e[T, k], and instructions that make w where the user did not."""
+    if total.rows.space.kind == "dense":
+        return _dense_routing(lifter, body)
+    choice = total.rows.choice
+    if not choice:
+        return NoMatch("nothing says which experts a token goes to", total.root)
+    if not body.weight:
+        return (), "", choice
+    kind, chosen = lifter.graph.types[body.weight], lifter.graph.types[choice]
+    if kind.shape != chosen.shape:
+        return NoMatch(f"routing weights are {kind} for choices {chosen}", total.root)
+    return (), body.weight, choice
+
+
+def _dense_routing(lifter: Lifter, body: BodyMatch) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
+    """Gates g[T, E] that are 0 but at the chosen experts: w = gather(g, e), when an unchosen row contributes 0."""
+    if not body.by_expert:
+        return NoMatch("every expert runs on every token with no gate")
+    graph = lifter.graph
+    functions: list[Instr] = []
+    made = graph.defs.get(body.weight)
+    while made is not None and made.word != "scatter":
+        functions.append(made)
+        made = graph.defs.get(made.uses[0]) if made.uses else None
+    if made is None or made.attr("dim") != 1:
+        return NoMatch(f"gates %{body.weight} are not a scatter of chosen scores: every expert counts", body.weight)
+    base = graph.defs.get(made.uses[0])
+    if base is None or base.word != "full":
+        return NoMatch("gates are scattered into something else than a constant", body.weight)
+    rest = _image(functions, base.attr("value"))
+    if rest != 0.0:
+        return NoMatch(f"an unchosen expert has gate {rest}, expected 0", body.weight)
+    if body.spec.bias_out or (body.spec.weight_on == "input" and not _maps_zero_to_zero(body)):
+        return NoMatch("an expert maps a zero row to something else than zero", body.weight)
+    choice = made.uses[1]
+    kind = Type(graph.types[body.weight].dtype, graph.types[choice].shape)
+    name = f"{body.weight}.chosen"
+    gathered = Instr((name,), "gather", (Ref(body.weight), Ref(choice)), (kind,), (("dim", 1),), made.loc)
+    return (gathered,), name, choice
+
+
+def _image(functions: list[Instr], value: object) -> float | None:
+    """What a chain of pointwise functions makes of one number; None when it is not such a chain."""
+    if not isinstance(value, float):
+        return None
+    x = torch.tensor(value, dtype=torch.float64)
+    for instr in reversed(functions):
+        if instr.word in ("cast", "same"):
+            continue
+        if instr.word not in ex.POINTWISE or ex.POINTWISE[instr.word].arity != 1:
+            return None
+        x = ex.POINTWISE[instr.word].eager(x)
+    return float(x)
+
+
+def _maps_zero_to_zero(body: BodyMatch) -> bool:
+    zero = torch.zeros((), dtype=torch.float64)
+    return not body.spec.bias_in and float(ex.evaluate(body.spec.phi, {"a": zero, "b": zero})) == 0.0
+
+
+def _say(
+    graph: Graph, root: Instr, total: Combined, body: BodyMatch, prelude: tuple[Instr, ...], weights: str, choice: str
+) -> Found | NoMatch:
+    """The `experts` instruction, after `prelude`, and the addition to what the sum started from."""
+    to = root.types[0]
+    x = graph.types[body.token]
+    if x.rank != 2 or to.shape != x.shape:
+        return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
+    dtype = to.dtype if to.dtype in DTYPES else "f32"
+    spec = KernelSpec(body.spec, None, dtype)
+    if not weights:
+        return NoMatch("experts' rows are summed without routing weights", root.results[0], 7)
+    groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
+    args = (Ref(body.token), Ref(weights), Ref(choice), tuple(ref for group in groups for ref in group))
+    attrs = (
+        ("spec", str(spec)),
+        ("form", total.form),
+        ("experts", int(body.num_experts) if body.num_experts.is_Integer else str(body.num_experts)),
+        ("width", int(body.width) if body.width.is_Integer else str(body.width)),
+    )
+    name = root.results[0]
+    if not total.base:
+        return Found(name, (*prelude, Instr((name,), "experts", args, (to,), attrs, root.loc)))
+    routed = Instr((f"{name}.routed",), "experts", args, (to,), attrs, root.loc)
+    added = Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc)
+    return Found(name, (*prelude, routed, added))

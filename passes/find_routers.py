@@ -1,0 +1,115 @@
+"""Find the router behind each group of experts, and make both one instruction where nothing forbids it.
+
+    %y = experts(%x, %w, %e, (…))   →   %y, %y.logits, %y.weights, %y.experts = moe(%x, (%gate, …), (…)) spec=… k=…
+
+Experts are found first: a top-k is a router only by what its choice is used for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moec.graph import Graph, Instr, Ref, Type, substitute, sweep
+from moec.match import NoMatch
+from moec.passes.routing import RouterMatch, match_router, uncast
+from moec.pipeline import Facts, Miss, Outcome
+from moec.spec import KernelSpec, RouterSpec
+
+
+@dataclass(frozen=True)
+class FindRouters:
+    """Say each understood router in its experts' instruction; a router that cannot be fused is described there."""
+
+    name: str = "find-routers"
+
+    def run(self, graph: Graph, facts: Facts) -> Outcome:
+        """The graph with routers fused, and why the others were not."""
+        misses: list[Miss] = []
+        rewrites = 0
+        for root in [i.results[0] for i in graph.instrs if i.word == "experts"]:
+            site = graph.defs[root]
+            weights, choice = site.uses[1], site.uses[2]
+            match = match_router(graph, weights, choice)
+            fused = _fuse(graph, facts, site, match) if isinstance(match, RouterMatch) else match
+            if isinstance(fused, NoMatch):
+                misses.append(Miss(root, site.loc, fused))
+                graph = _describe(graph, site, match, fused)
+                continue
+            graph, rewrites = fused, rewrites + 1
+        return Outcome(sweep(graph), rewrites, tuple(misses))
+
+
+def _describe(graph: Graph, site: Instr, match: RouterMatch | NoMatch, why: NoMatch) -> Graph:
+    """The same graph, its site saying what its router is and why it stays apart."""
+    router = describe(match.spec, match.k) if isinstance(match, RouterMatch) else "the model's own graph"
+    attrs = (*site.attrs, ("router", router), ("router_apart", why.reason))
+    return graph.with_instrs(replace(i, attrs=attrs) if i is site else i for i in graph.instrs)
+
+
+def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> Graph | NoMatch:
+    """The graph with `site` and its router as one `moe` instruction."""
+    x, weights, choice = site.uses[:3]
+    if uncast(graph, x) != match.x and x != match.x:
+        return NoMatch(f"the router reads %{match.x}, the experts read %{x}", site.results[0])
+    if facts.grad.intersection((x, weights)):
+        return NoMatch("training: the router stays in the graph, where autograd differentiates it", site.results[0])
+    if graph.types[x].dtype != graph.types[match.x].dtype:
+        return NoMatch("the router reads the token in another dtype than the experts", site.results[0])
+    where = graph.position[site.results[0]]
+    for value in (weights, choice, match.logits):
+        early = [
+            u for u in graph.users.get(value, ()) if graph.position[u.results[0]] < where and _outside(graph, u, site)
+        ]
+        if early:
+            return NoMatch(f"%{value} is used before the experts run, at {early[0].loc or early[0].word}", value)
+    return _replace(graph, site, match)
+
+
+def _outside(graph: Graph, user: Instr, site: Instr) -> bool:
+    """Whether an early user of a router's value has an effect besides the site's own routing."""
+    pending, seen = [user], set[str]()
+    while pending:
+        instr = pending.pop()
+        if instr is site or instr.word == "assert":
+            continue
+        if instr.results[0] in seen:
+            continue
+        seen.add(instr.results[0])
+        if instr.word in ("effect", "random") or any(r in graph.outputs for r in instr.results):
+            return True
+        pending.extend(u for r in instr.results for u in graph.users.get(r, ()))
+    return False
+
+
+def _replace(graph: Graph, site: Instr, match: RouterMatch) -> Graph:
+    root, old = site.results[0], KernelSpec.parse(str(site.attr("spec")))
+    spec = replace(old, router=match.spec)
+    weights, choice = site.uses[1], site.uses[2]
+    results = (root, f"{root}.logits", f"{root}.weights", f"{root}.experts")
+    types: tuple[Type, ...] = (site.types[0], *(graph.types[v] for v in (match.logits, weights, choice)))
+    args = (Ref(site.uses[0]), tuple(map(Ref, match.params)), site.args[3])
+    attrs = tuple((name, str(spec) if name == "spec" else value) for name, value in site.attrs)
+    replaced = (match.logits, weights, choice)
+    moe = Instr(results, "moe", args, types, (*attrs, ("k", match.k), ("replaces", replaced)), site.loc)
+    at = graph.position[root]
+    later = dict(zip(replaced, results[1:], strict=True))
+    tail = tuple(substitute(graph.instrs[at + 1 :], later))
+    outputs = tuple(later.get(name, name) for name in graph.outputs)
+    return replace(graph, instrs=(*graph.instrs[:at], moe, *tail), outputs=outputs)
+
+
+def describe(spec: RouterSpec, k: int) -> str:
+    """The router in a few words."""
+    parts = [f"{spec.score} ({spec.score_dtype})" if spec.score != "logits" else "logits"]
+    if spec.selection_bias:
+        parts.append("+ selection bias")
+    if spec.groups > 1:
+        parts.append(f"best {spec.topk_group} of {spec.groups} groups")
+    parts.append(f"top-{k}")
+    if spec.softmax_over_k:
+        parts.append("softmax over the chosen")
+    if spec.renormalize:
+        parts.append("renormalised")
+    if spec.scale != 1.0:
+        parts.append(f"× {spec.scale:g}")
+    return ", ".join(parts).replace(", + ", " + ")

@@ -1,0 +1,193 @@
+"""Put what the passes found back into torch's FX graph: one custom op a site, the code it replaces removed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from moec.graph import Graph, Instr, Ref, sweep
+from moec.passes.raise_graph import Raised
+
+SITES = frozenset({"experts", "moe"})
+
+
+@dataclass
+class Lowering:
+    """The state of one lowering.
+
+    viewed  values written into a storage that is seen under several shapes
+    made    values that have a new FX node
+    """
+
+    gm: fx.GraphModule
+    raised: Raised
+    engine: str
+    viewed: frozenset[str]
+    made: dict[str, fx.Node] = field(default_factory=dict)
+    _histories: dict[fx.Node, list[tuple[str, int]]] = field(default_factory=dict)
+
+    def node(self, name: str, at: int) -> fx.Node:
+        """An FX node that holds the value `name` at position `at`."""
+        if name in self.made:
+            return self.made[name]
+        for node, since in self.raised.carriers[name]:
+            if since <= at and self._holds(node, at) == name:
+                return node
+        raise KeyError(f"no node holds %{name} at position {at}")
+
+    def _holds(self, node: fx.Node, at: int) -> str:
+        """The value that `node` stands for at position `at`."""
+        held, best = "", -1
+        for name, since in self.histories[node]:
+            if best <= since <= at:
+                held, best = name, since
+        return held
+
+    @property
+    def histories(self) -> dict[fx.Node, list[tuple[str, int]]]:
+        """What each node held, and from when."""
+        if not self._histories:
+            for name, carriers in self.raised.carriers.items():
+                for node, since in carriers:
+                    self._histories.setdefault(node, []).append((name, since))
+        return self._histories
+
+    def users(self, name: str, after: int) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Each (user, node) where `user`, placed after `after`, reads `name` through `node`."""
+        for node, since in self.raised.carriers.get(name, ()):
+            for user in list(node.users):
+                at = self.raised.order.get(user, -1)
+                if at > max(after, since) and self._holds(node, at - 1) == name:
+                    yield user, node
+
+
+def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str) -> int:
+    """Rewrite `gm` in place to what `graph` says; returns the number of sites lowered."""
+    state = Lowering(gm, raised, engine, any_views(raised.graph))
+    groups: dict[str, list[Instr]] = {}
+    new: list[Instr] = []
+    for instr in graph.instrs:
+        if not _is_new(raised, instr):
+            continue
+        new.append(instr)
+        root = instr.results[0]
+        if root in raised.carriers:
+            groups[root], new = new, []
+    for root, instrs in groups.items():
+        _materialise(state, root, instrs)
+    if groups:
+        _erase(state, groups)
+        gm.graph.lint()
+        gm.recompile()
+    return sum(i.word in SITES for instrs in groups.values() for i in instrs)
+
+
+def any_views(graph: Graph) -> frozenset[str]:
+    """Values that were written into a storage which is also seen under another shape."""
+    return frozenset(i.uses[1] for i in graph.instrs if i.word == "changed_view")
+
+
+def _is_new(raised: Raised, instr: Instr) -> bool:
+    old = raised.graph.defs.get(instr.results[0])
+    return old is None or (old.word != instr.word and instr.word in (*SITES, "add"))
+
+
+def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
+    """Nodes for new instructions, right after the FX node whose value they replace."""
+    anchor = origin = _root_node(state, root)
+    at = state.raised.order[origin]
+    for instr in instrs:
+        with state.gm.graph.inserting_after(anchor):
+            anchor = _emit(state, instr, at, origin)
+    moe = next((i for i in instrs if i.word == "moe"), None)
+    if moe is not None:
+        _results(state, moe, at)
+    _rewire(state, root, origin)
+
+
+def _root_node(state: Lowering, root: str) -> fx.Node:
+    """The node whose execution made the root value."""
+    return next(node for node, since in state.raised.carriers[root] if state.raised.order[node] == since)
+
+
+def _emit(state: Lowering, instr: Instr, at: int, origin: fx.Node) -> fx.Node:
+    names = [ref.name if isinstance(ref, Ref) else "" for ref in instr.args]
+    if instr.word in SITES:
+        node = _emit_site(state, instr, at)
+    elif instr.word == "gather":
+        args = (state.node(names[0], at), 1, state.node(names[1], at))
+        node = state.gm.graph.call_function(torch.gather, args)
+    elif instr.word == "add":
+        node = state.gm.graph.call_function(torch.add, (state.node(names[0], at - 1), state.node(names[1], at)))
+    else:
+        raise KeyError(f"lowering knows no FX form of `{instr.word}`")
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+        if key in origin.meta:
+            node.meta[key] = origin.meta[key]
+    state.made[instr.results[0]] = node
+    return node
+
+
+def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
+    x, *routing, params = instr.args
+    spec = str(instr.attr("spec"))
+
+    def nodes(group: object) -> list[fx.Node]:
+        assert isinstance(group, tuple)
+        return [state.node(ref.name, at) for ref in group if isinstance(ref, Ref)]
+
+    assert isinstance(x, Ref)
+    token = state.node(x.name, at)
+    if instr.word == "moe":
+        args = (token, nodes(routing[0]), nodes(params), instr.attr("k"), spec, state.engine)
+        return state.gm.graph.call_function(torch.ops.moec.moe.default, args)
+    weights, choice = nodes(tuple(routing))
+    args = (token, weights, choice, nodes(params), spec, state.engine)
+    return state.gm.graph.call_function(torch.ops.moec.experts.default, args)
+
+
+def _results(state: Lowering, instr: Instr, at: int) -> None:
+    """The op's four results; later readers of the router's own values read the op's."""
+    op = state.made[instr.results[0]]
+    replaced = instr.attr("replaces")
+    assert isinstance(replaced, tuple)
+    with state.gm.graph.inserting_after(op):
+        state.made[instr.results[0]] = state.gm.graph.call_function(operator.getitem, (op, 0))
+    for i, old in enumerate(replaced, start=1):
+        users = list(state.users(str(old), at))
+        if not users:
+            continue
+        with state.gm.graph.inserting_after(op):
+            item = state.gm.graph.call_function(operator.getitem, (op, i))
+        for user, holder in users:
+            user.replace_input_with(holder, item)
+
+
+def _rewire(state: Lowering, root: str, origin: fx.Node) -> None:
+    """Readers of the root value read the new node; a storage seen under several shapes is updated in place."""
+    new = state.made[root]
+    if root in state.viewed:
+        base = next(node for node, since in state.raised.carriers[root] if state.raised.order[node] < since)
+        with state.gm.graph.inserting_after(new):
+            state.gm.graph.call_method("copy_", (base, new))
+        origin.replace_all_uses_with(base, delete_user_cb=lambda user: user is not new)
+        return
+    for user, holder in list(state.users(root, -1)):
+        user.replace_input_with(holder, new)
+
+
+def _erase(state: Lowering, groups: Mapping[str, list[Instr]]) -> None:
+    """Remove the nodes that nothing needs any more."""
+    raised = state.raised.graph
+    patched = raised.with_instrs(new for old in raised.instrs for new in groups.get(old.results[0], [old]))
+    made = {name for instrs in groups.values() for instr in instrs for name in instr.results}
+    live = {name.partition(".")[0] for i in sweep(patched).instrs for name in i.results if name not in made}
+    for node in reversed(list(state.gm.graph.nodes)):
+        if node.op in ("placeholder", "output", "get_attr") or node.users or node.name in live:
+            continue
+        if node in state.raised.order:
+            state.gm.graph.erase_node(node)

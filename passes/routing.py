@@ -1,0 +1,241 @@
+"""Read a router off the values it ends in: the combine weights w[T, k] and the chosen experts e[T, k]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moec.graph import Arg, Graph, Instr, Ref
+from moec.match import NoMatch
+from moec.spec import DTYPES, RouterSpec
+
+
+@dataclass(frozen=True)
+class RouterMatch:
+    """A router understood: `params` are W[E, H], then its bias and the selection bias where it has them."""
+
+    spec: RouterSpec
+    k: int
+    x: str
+    params: tuple[str, ...]
+    logits: str
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The steps from a chosen score to w, outermost first, and the chosen score itself."""
+
+    spec: RouterSpec
+    chosen: str
+    after: tuple[str, ...] = ()
+
+
+def _def(graph: Graph, arg: Arg) -> Instr | None:
+    return graph.defs.get(arg.name) if isinstance(arg, Ref) else None
+
+
+def uncast(graph: Graph, name: str) -> str:
+    """The value behind casts and copies."""
+    made = graph.defs.get(name)
+    while made is not None and made.word in ("cast", "same"):
+        name = made.uses[0]
+        made = graph.defs.get(name)
+    return name
+
+
+def match_router(graph: Graph, weights: str, choice: str) -> RouterMatch | NoMatch:
+    """The router that made `weights` and `choice`."""
+    made = graph.defs.get(choice)
+    if made is None or made.word != "topk" or choice != made.results[1]:
+        return NoMatch("experts are not chosen by top-k", choice, hint="the router stays as it is; experts are fused")
+    k = made.attr("k")
+    if not made.attr("largest") or made.attr("dim") != 1 or not isinstance(k, int):
+        return NoMatch("experts are not the k largest along the expert axis", choice)
+    steps = _weight_steps(
+        graph, weights, RouterSpec(sorted=bool(made.attr("sorted")), weight_dtype=_dtype(graph, weights))
+    )
+    if isinstance(steps, NoMatch):
+        return steps
+    chosen = _chosen_from(graph, steps, made)
+    if isinstance(chosen, NoMatch):
+        return chosen
+    spec, score = chosen
+    return _selection(graph, spec, made.uses[0], score, k)
+
+
+def _dtype(graph: Graph, name: str) -> str:
+    return graph.types[name].dtype
+
+
+def _weight_steps(graph: Graph, name: str, spec: RouterSpec) -> _Weights | NoMatch:
+    """Undo scale, renormalisation and softmax over the chosen."""
+    name = uncast(graph, name)
+    made = graph.defs.get(name)
+    if made is not None and made.word in ("mul", "div") and isinstance(made.args[1], int | float):
+        if spec.renormalize or spec.softmax_over_k:
+            return NoMatch("weights are scaled before they are normalised", name)
+        factor = float(made.args[1]) if made.word == "mul" else 1.0 / float(made.args[1])
+        return _weight_steps(graph, made.uses[0], replace(spec, scale=spec.scale * factor))
+    if made is not None and made.word == "div":
+        normal = _renormalization(graph, made)
+        if isinstance(normal, NoMatch) or spec.renormalize:
+            return normal if isinstance(normal, NoMatch) else NoMatch("weights are renormalised twice", name)
+        source, eps, least = normal
+        return _weight_steps(graph, source, replace(spec, renormalize=True, eps=eps, clamp_min=least))
+    if made is not None and made.word == "softmax" and made.attr("dim") == 1 and not spec.softmax_over_k:
+        source = uncast(graph, made.uses[0])
+        behind = graph.defs.get(source)
+        if behind is not None and behind.word in ("topk", "gather"):
+            return _weight_steps(graph, source, replace(spec, softmax_over_k=True))
+    if made is not None and made.word == "sigmoid":
+        source = uncast(graph, made.uses[0])
+        if graph.types[source].shape == graph.types[name].shape and graph.defs.get(source) is not None:
+            return _Weights(spec, source, ("sigmoid",)) if graph.defs[source].word == "topk" else _Weights(spec, name)
+    return _Weights(spec, name)
+
+
+def _renormalization(graph: Graph, made: Instr) -> tuple[str, float, float] | NoMatch:
+    """v / (v.sum(-1, keepdim) + eps), the sum perhaps clamped from below: v, eps, that bound."""
+    if len(made.uses) != 2:
+        return NoMatch("weights are divided by something else than their sum", made.results[0])
+    top, total = made.uses
+    eps = least = 0.0
+    below = graph.defs.get(uncast(graph, total))
+    while below is not None and below.word in ("add", "clamp_min", "maximum"):
+        number = next((a for a in below.args if isinstance(a, int | float)), None)
+        if number is None or len(below.uses) != 1:
+            return NoMatch("weights are divided by something else than their sum", made.results[0])
+        eps, least = (eps + number, least) if below.word == "add" else (eps, float(number))
+        below = graph.defs.get(uncast(graph, below.uses[0]))
+    if below is None or below.word != "reduce_sum" or below.attr("dims") != (1,) or not below.attr("keepdim"):
+        return NoMatch("weights are divided by something else than their sum", made.results[0])
+    if uncast(graph, below.uses[0]) != uncast(graph, top):
+        return NoMatch("weights are divided by the sum of something else", made.results[0])
+    return top, eps, least
+
+
+def _chosen_from(graph: Graph, steps: _Weights, topk: Instr) -> tuple[RouterSpec, str] | NoMatch:
+    """Where the chosen score comes from: top-k's own values, or a gather of scores at the chosen experts."""
+    made = graph.defs.get(steps.chosen)
+    if made is not None and made.word == "topk" and made.results == topk.results and steps.chosen == topk.results[0]:
+        if steps.after:
+            return replace(steps.spec, score=steps.after[0], choose_by="logits"), topk.uses[0]
+        return replace(steps.spec, weight_from="choice"), ""
+    if made is None or made.word != "gather" or made.attr("dim") != 1 or uncast(graph, made.uses[1]) != topk.results[1]:
+        return NoMatch("weights are not the scores of the chosen experts", steps.chosen)
+    score = uncast(graph, made.uses[0])
+    inner = graph.defs.get(score)
+    if inner is not None and inner.word == "sigmoid":
+        spread = graph.defs.get(uncast(graph, inner.uses[0]))
+        if spread is not None and spread.word == "scatter" and spread.uses[1:] == (topk.results[1], topk.results[0]):
+            return replace(steps.spec, score="sigmoid", choose_by="logits"), topk.uses[0]
+    return steps.spec, made.uses[0]
+
+
+def _selection(graph: Graph, spec: RouterSpec, choice: str, score: str, k: int) -> RouterMatch | NoMatch:
+    """Undo group limits and the selection bias; then the score function and the logits."""
+    grouped = _groups(graph, choice, spec)
+    if isinstance(grouped, NoMatch):
+        return grouped
+    spec, choice = grouped
+    made = graph.defs.get(choice)
+    bias = ""
+    if made is not None and made.word == "add" and len(made.uses) == 2 and score:
+        ranks = [len([d for d in graph.types[u].shape if d != 1]) for u in made.uses]
+        if sorted(ranks) == [1, 2]:
+            bias = made.uses[ranks.index(1)]
+            choice = made.uses[ranks.index(2)]
+            spec = replace(spec, selection_bias=True)
+    if score and uncast(graph, score) != uncast(graph, choice):
+        return NoMatch("experts are chosen by another score than their weights come from", choice)
+    return _score(graph, spec, choice, bias, k)
+
+
+def _groups(graph: Graph, choice: str, spec: RouterSpec) -> tuple[RouterSpec, str] | NoMatch:
+    """masked_fill(c, ~mask, v), mask = the topk_group best of `groups` groups of c."""
+    made = graph.defs.get(choice)
+    if made is None or made.word not in ("masked_fill", "where"):
+        return spec, choice
+    if made.word == "masked_fill":
+        source, mask, value = made.args
+        flipped = _def(graph, mask)
+        if flipped is None or flipped.word != "invert":
+            return NoMatch("scores are masked by something else than chosen groups", choice)
+        mask = flipped.args[0]
+    else:
+        mask, source, value = made.args
+    if not isinstance(source, Ref) or not isinstance(mask, Ref) or not isinstance(value, int | float):
+        return NoMatch("scores are masked by something else than a number", choice)
+    name = mask.name
+    made = graph.defs.get(uncast(graph, name))
+    while made is not None and made.word in ("reshape", "expand", "cast", "repeat_interleave", "gt", "ne"):
+        made = graph.defs.get(uncast(graph, made.uses[0]))
+    if made is None or made.word != "scatter" or made.attr("dim") != 1 or made.args[2] not in (1, 1.0, True):
+        return NoMatch("scores are masked by something else than chosen groups", choice)
+    top = graph.defs.get(made.uses[1])
+    if top is None or top.word != "topk" or made.uses[1] != top.results[1]:
+        return NoMatch("groups are not chosen by top-k", choice)
+    return _group_scores(graph, replace(spec, masked_value=float(value)), source.name, top)
+
+
+def _group_scores(graph: Graph, spec: RouterSpec, source: str, top: Instr) -> tuple[RouterSpec, str] | NoMatch:
+    """A group's score: the sum of its two best, or its best."""
+    scores = graph.defs.get(top.uses[0])
+    kind = ""
+    if scores is not None and scores.word == "reduce_sum" and scores.attr("dims") == (2,):
+        best = graph.defs.get(scores.uses[0])
+        if best is not None and best.word == "topk" and best.attr("k") == 2 and best.attr("dim") == 2:
+            kind, scores = "top2_sum", best
+    elif scores is not None and (scores.word in ("reduce_amax", "max")):
+        kind = "max"
+    split = graph.defs.get(scores.uses[0]) if scores is not None and kind else None
+    if split is None or split.word != "reshape" or uncast(graph, split.uses[0]) != uncast(graph, source):
+        return NoMatch("a group's score is neither its best nor the sum of its two best", source)
+    groups, chosen = split.types[0].shape[1], top.attr("k")
+    if not groups.is_Integer or not isinstance(chosen, int):
+        return NoMatch(f"the number of groups {groups} is not a number", source)
+    return replace(spec, groups=int(groups), topk_group=chosen, group_score=kind), source
+
+
+SCORES = {"softmax": "softmax", "sigmoid": "sigmoid", "softplus": "softplus"}
+
+
+def _score(graph: Graph, spec: RouterSpec, score: str, bias: str, k: int) -> RouterMatch | NoMatch:
+    """The score function and what it is applied to."""
+    dtype = _dtype(graph, score)
+    made = graph.defs.get(uncast(graph, score))
+    fn, source = "logits", uncast(graph, score)
+    if made is not None and made.word == "sqrt":
+        inner = graph.defs.get(uncast(graph, made.uses[0]))
+        if inner is None or inner.word != "softplus":
+            return NoMatch("score function is sqrt of something else than softplus", score)
+        fn, source = "sqrt_softplus", inner.uses[0]
+    elif made is not None and made.word in SCORES:
+        if made.word == "softmax" and made.attr("dim") != 1:
+            return NoMatch("softmax is over another axis than experts", score)
+        fn, source = SCORES[made.word], made.uses[0]
+    if spec.choose_by == "logits":
+        if fn != "logits":
+            return NoMatch("a score function of a score", score)
+        fn = spec.score
+    spec = replace(spec, score=fn, score_dtype=dtype)
+    return _logits(graph, spec, uncast(graph, source), bias, k)
+
+
+def _logits(graph: Graph, spec: RouterSpec, logits: str, selection_bias: str, k: int) -> RouterMatch | NoMatch:
+    """linear(x, W) + b."""
+    made = graph.defs.get(logits)
+    bias = ""
+    if made is not None and made.word == "add" and len(made.uses) == 2 and graph.types[made.uses[1]].rank == 1:
+        bias = made.uses[1]
+        made = graph.defs.get(made.uses[0])
+    if made is None or made.word != "contract" or made.attr("eq") != "ab,cb->ac":
+        return NoMatch("scores do not come from one linear map of the token", logits)
+    x, weight = made.uses
+    compute = made.types[0].dtype
+    params = tuple(filter(None, (uncast(graph, weight), bias and uncast(graph, bias), selection_bias)))
+    inputs = {name for name, _ in graph.inputs}
+    if compute not in DTYPES or spec.score_dtype not in DTYPES or spec.weight_dtype not in DTYPES:
+        return NoMatch(f"scores are computed in {compute}, {spec.score_dtype}, {spec.weight_dtype}", logits)
+    if not inputs.issuperset(params[:1]):
+        return NoMatch("the router's matrix is computed, not a parameter", weight)
+    return RouterMatch(replace(spec, compute=compute, bias=bool(bias)), k, uncast(graph, x), params, logits)

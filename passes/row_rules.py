@@ -1,0 +1,362 @@
+"""The row rules of masks, loops, arithmetic and contractions; RULES is the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from moec.expr import POINTWISE
+from moec.graph import Arg, Instr, Ref
+from moec.match import NoMatch
+from moec.passes import lift as base
+from moec.passes.lift import INTEGER, Lift, Lifter, Rule, per_expert
+from moec.passes.rows import (
+    Anchor,
+    Apply,
+    Dot,
+    Expert,
+    Idle,
+    Ids,
+    Masked,
+    Number,
+    OneHot,
+    PerExpert,
+    Row,
+    Rows,
+    Slice,
+    Space,
+    Token,
+)
+
+
+def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """one_hot(ids[T, k], n): a mask over t, s, e."""
+    arg = instr.args[0]
+    rank = lifter.type(arg).rank
+    if not isinstance(arg, Ref) or rank not in (1, 2):
+        return NoMatch(f"one_hot of {lifter.type(arg)}, expected [T, k]", instr.results[0])
+    return OneHot(arg.name, (*("t", "s", "e")[:rank], "e") if rank == 1 else ("t", "s", "e"))
+
+
+def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Sums of a mask: over all but e, the rows of each expert; over s of masked weights, one weight a token."""
+    inner, dims = lifter.lift(instr.args[0]), instr.attr("dims")
+    assert isinstance(dims, tuple)
+    if isinstance(inner, Masked) and dims == (1,) and instr.word == "reduce_sum":
+        return replace(inner, summed=True)
+    if not isinstance(inner, OneHot):
+        return (
+            inner
+            if isinstance(inner, NoMatch)
+            else NoMatch(f"`{instr.word}` of {type(inner).__name__}", instr.results[0])
+        )
+    left = tuple(a for i, a in enumerate(inner.axes) if i not in dims)
+    if left == ("e",):
+        return PerExpert("hit" if instr.word == "reduce_any" else "counts", inner.choice)
+    if inner.anchor and left == () and instr.word in ("reduce_any", "reduce_sum"):
+        return Idle(inner.anchor, idle=False)
+    if inner.anchor and instr.word == "reduce_any" and not instr.attr("keepdim"):
+        return replace(inner, axes=left)
+    return NoMatch(f"`{instr.word}` over axes {dims} of a mask over {inner.axes}", instr.results[0])
+
+
+def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """ids == e: a mask; counts > 0: which experts are hit."""
+    left, right = instr.args
+    a, b = lifter.lift(left), lifter.lift(right)
+    if instr.word == "eq" and isinstance(a, Anchor) and not isinstance(b, Anchor):
+        left, right, a, b = right, left, b, a
+    if instr.word == "eq" and isinstance(b, Anchor):
+        if isinstance(left, int) and not isinstance(left, bool):
+            lifter.beyond[b.name] = min(left, lifter.beyond.get(b.name, left))
+            return Idle(b.name)
+        if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and lifter.type(left).rank in (1, 2):
+            return OneHot(left.name, ("t", "s")[: lifter.type(left).rank], b.name)
+    if isinstance(a, PerExpert) and a.what == "counts" and (instr.word, right) in (("gt", 0), ("ge", 1), ("ne", 0)):
+        return replace(a, what="hit")
+    if isinstance(a, Idle) and not a.idle and (instr.word, right) in (("gt", 0), ("eq", 0), ("ne", 0)):
+        return replace(a, idle=instr.word == "eq")
+    return NoMatch(f"compares {type(a).__name__} with {type(b).__name__}", instr.results[0])
+
+
+def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """not any row ⇔ no row."""
+    inner = lifter.lift(instr.args[0])
+    if isinstance(inner, Idle):
+        return replace(inner, idle=not inner.idle)
+    return inner if isinstance(inner, NoMatch) else NoMatch("inverts a mask of rows", instr.results[0])
+
+
+def rule_anchor(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """A loop over all experts, or over those that have rows."""
+    if instr.word == "anchor_range":
+        start, _end, step, *_ = instr.args
+        if start != 0 or step != 1:
+            return NoMatch(
+                f"the loop starts at {start} with step {step}, expected every expert from 0", instr.results[0]
+            )
+        return Anchor(instr.results[0])
+    items = lifter.lift(instr.args[0])
+    if isinstance(items, PerExpert) and items.what == "hits":
+        return Anchor(instr.results[0], items.choice)
+    return (
+        items
+        if isinstance(items, NoMatch)
+        else NoMatch("the loop is not over the experts that have rows", instr.results[0])
+    )
+
+
+def rule_skip(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Skipping an expert that has no rows, or an id that no expert has, changes nothing."""
+    item = lifter.lift(instr.args[0])
+    if instr.word == "skip_size":
+        return item
+    why = lifter.lift(instr.args[1])
+    if isinstance(item, Anchor) and isinstance(why, Idle) and why.idle and why.anchor == item.name:
+        return item
+    return NoMatch("an iteration is skipped for another reason than having no rows", instr.results[0])
+
+
+def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """table[e]: an expert's slice of a parameter, or the mask of its rows."""
+    table, item = instr.args
+    anchor, held = lifter.lift(item), lifter.lift(table)
+    if not isinstance(anchor, Anchor):
+        return (
+            anchor
+            if isinstance(anchor, NoMatch)
+            else NoMatch("taken at something else than the loop's expert", instr.results[0])
+        )
+    if isinstance(held, OneHot) and held.axes[0] == "e":
+        return OneHot(held.choice, held.axes[1:], anchor.name)
+    if isinstance(held, Expert) and held.stacked:
+        return held
+    if isinstance(table, Ref) and isinstance(held, NoMatch):
+        return Expert((table.name,), tuple(range(lifter.type(table).rank - 1)), True)
+    return NoMatch(f"{type(held).__name__} taken at the loop's expert", instr.results[0])
+
+
+def rule_pick(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """[p_0 … p_E−1][e]: an expert's own tensor."""
+    tables, item = instr.args
+    if isinstance(lifter.lift(item), NoMatch) or not isinstance(tables, tuple):
+        return NoMatch("picked at something else than the loop's expert", instr.results[0])
+    names = tuple(t.name for t in tables if isinstance(t, Ref))
+    return Expert(names, tuple(range(instr.types[0].rank)), False)
+
+
+def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
+    """The places where a loop's mask is true: tokens and slots. Of hit experts: the list of them."""
+    mask = lifter.lift(instr.args[0])
+    if isinstance(mask, PerExpert) and mask.what == "hit":
+        return replace(mask, what="hits")
+    if isinstance(mask, OneHot) and mask.anchor and set(mask.axes) in ({"t", "s"}, {"t"}):
+        what = {"t": "token", "s": "slot"}[mask.axes[which]]
+        return Ids(Space("loop", 0, mask.anchor), what, mask.choice)
+    return (
+        mask
+        if isinstance(mask, NoMatch)
+        else NoMatch("places of something else than the loop's rows", instr.results[0])
+    )
+
+
+def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """A range of features of every row; the first item of a loop's item list."""
+    inner = lifter.lift(instr.args[0])
+    source = lifter.type(instr.args[0])
+    dim, start, stop, step = (instr.attr(n) for n in ("dim", "start", "stop", "step"))
+    if isinstance(inner, Rows) and isinstance(dim, int) and inner.lead <= dim == source.rank - 1:
+        return replace(inner, row=Slice(inner.row, int(str(start)), int(str(stop)), int(str(step))))
+    if isinstance(inner, Anchor | Ids):
+        return NoMatch("a slice of index values", instr.results[0])
+    return inner if isinstance(inner, NoMatch) else NoMatch(f"slice along axis {dim}", instr.results[0])
+
+
+def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """A pointwise function of rows, experts' vectors and numbers; of a mask and weights, the masked weights."""
+    if instr.word in ("add", "sub", "mul", "div", "pow") and len(instr.args) == 2:
+        masked = _masked(lifter, instr)
+        if masked is not None:
+            return masked
+    args: list[Row] = []
+    lead: Rows | None = None
+    for arg in instr.args:
+        if isinstance(arg, (int, float)):
+            args.append(Number(float(arg)))
+            continue
+        inner = lifter.lift(arg)
+        if isinstance(inner, NoMatch):
+            return inner
+        if isinstance(inner, Rows):
+            if lead is not None and (lead.layout != inner.layout or not _compatible(lead.space, inner.space)):
+                return NoMatch(
+                    f"`{instr.word}` of {lead.space.kind}/{lead.layout} and {inner.space.kind}/{inner.layout} rows",
+                    instr.results[0],
+                )
+            lead = _merge(lead, inner)
+            args.append(inner.row)
+        elif isinstance(inner, Expert) and len(inner.order) == 1:
+            args.append(inner)
+        else:
+            return NoMatch(f"`{instr.word}` of {type(inner).__name__}", instr.results[0])
+    if lead is None:
+        return NoMatch(f"`{instr.word}` of no rows", instr.results[0])
+    return replace(lead, row=Apply(instr.word, tuple(args)))
+
+
+def _compatible(a: Space, b: Space) -> bool:
+    return a.kind == b.kind and a.key == b.key and (a.k == b.k or 0 in (a.k, b.k))
+
+
+def _merge(a: Rows | None, b: Rows) -> Rows:
+    if a is None:
+        return b
+    return replace(a, choice=a.choice or b.choice, space=replace(a.space, k=a.space.k or b.space.k))
+
+
+def _masked(lifter: Lifter, instr: Instr) -> Masked | None:
+    """w[t, s]·[slot s chose e], when `instr` is that."""
+    if instr.word != "mul":
+        return None
+    for mask, weights in (instr.args, instr.args[::-1]):
+        held = lifter.lift(mask)
+        if isinstance(held, OneHot) and held.axes == ("t", "s") and held.anchor and isinstance(weights, Ref):
+            return Masked(weights.name, held.choice, held.anchor)
+    return None
+
+
+def weight_of(lifter: Lifter, arg: Arg) -> Expert | NoMatch:
+    """A stacked [E, a, b] parameter used as a batch of experts' matrices, its last axes perhaps swapped."""
+    order = (0, 1)
+    made = lifter.instr(arg)
+    while made is not None and made.word == "permute" and made.attr("dims") == (0, 2, 1):
+        order, arg = (order[1], order[0]), made.args[0]
+        made = lifter.instr(arg)
+    if not isinstance(arg, Ref) or lifter.type(arg).rank != 3:
+        return NoMatch(f"{lifter.type(arg)} is not a stack of matrices", str(arg))
+    return Expert((arg.name,), order, True)
+
+
+def rule_grouped(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Rows in expert order times each group's matrix."""
+    rows, weight, offsets = lifter.lift(instr.args[0]), weight_of(lifter, instr.args[1]), lifter.lift(instr.args[2])
+    if isinstance(rows, NoMatch):
+        return rows
+    if isinstance(weight, NoMatch):
+        return weight
+    if not isinstance(rows, Rows) or rows.space.kind != "sorted":
+        return NoMatch("grouped product of rows that are not in expert order", instr.results[0])
+    if not isinstance(offsets, PerExpert) or offsets.what != "offsets":
+        return (
+            offsets
+            if isinstance(offsets, NoMatch)
+            else NoMatch("group ends are not the running count of rows", instr.results[0])
+        )
+    if rows.choice and rows.choice != offsets.choice:
+        return NoMatch("groups and rows come from different choices", instr.results[0])
+    return replace(rows, row=Dot(rows.row, weight, 0), choice=offsets.choice)
+
+
+def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Rows times their expert's matrix: in a loop, gathered a row, or batched over all experts."""
+    eq = str(instr.attr("eq"))
+    (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
+    x, w = instr.args
+    a, b = lifter.lift(x), lifter.lift(w)
+    if _matrix(a) and not _matrix(b):
+        x, w, a, b, left, right = w, x, b, a, right, left
+    if isinstance(a, Rows) and a.space.kind == "dense" and a.layout == "et" and isinstance(b, NoMatch):
+        b = weight_of(lifter, w)
+        if isinstance(b, Expert) and left[0] == right[0] == out[0]:
+            right = right[1:]
+    if (
+        (
+            isinstance(b, Rows)
+            and isinstance(b.row, Expert)
+            and isinstance(a, NoMatch)
+            and isinstance(x, Ref)
+            and b.layout == "tk"
+        )
+        and left[0] == right[0]
+        and lifter.type(x).rank == 2
+    ):
+        a = Rows(b.space, Token(x.name), "tk", b.choice)
+        left = left[0] + right[1] + left[1:]
+    if not isinstance(a, Rows):
+        return a if isinstance(a, NoMatch) else NoMatch(f"`contract` of {type(a).__name__}", instr.results[0])
+    return _dot(lifter, instr, a, b, (left, right, out), (x, w))
+
+
+def _matrix(value: Lift) -> bool:
+    return isinstance(value, Expert) or (isinstance(value, Rows) and isinstance(value.row, Expert))
+
+
+def _dot(lifter: Lifter, instr: Instr, a: Rows, b: Lift, letters: tuple[str, str, str], args: tuple[Arg, Arg]) -> Lift:
+    left, right, out = letters
+    weight: Expert
+    if isinstance(b, Rows) and isinstance(b.row, Expert) and _compatible(a.space, b.space) and a.layout == b.layout:
+        if left[: a.lead] != right[: b.lead]:
+            return NoMatch("rows and gathered matrices run over different axes", instr.results[0])
+        weight, right, a = b.row, right[b.lead :], _merge(a, b)
+    elif isinstance(b, Expert):
+        weight = b
+    else:
+        return b if isinstance(b, NoMatch) else NoMatch(f"rows times {type(b).__name__}", instr.results[0])
+    shared = [c for c in left if c in right and c not in out]
+    if len(right) != 2 or len(weight.order) != 2 or len(shared) != 1:
+        return NoMatch(f"contraction {instr.attr('eq')} is not one row times one matrix", instr.results[0])
+    if not out.startswith(left[: a.lead]):
+        return NoMatch(f"contraction {instr.attr('eq')} moves the row axis", instr.results[0])
+    return replace(a, row=Dot(a.row, weight, right.index(shared[0])))
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(POINTWISE, rule_pointwise),
+    "pow": rule_pointwise,
+    "rsqrt": rule_pointwise,
+    "reshape": base.rule_reshape,
+    "permute": base.rule_permute,
+    "cast": base.rule_cast,
+    "same": base.rule_same,
+    "index": base.rule_index,
+    "sort": base.rule_sort,
+    "floor_divide": base.rule_floor_divide,
+    "remainder": base.rule_remainder,
+    "mod": base.rule_remainder,
+    "index_put": base.rule_index_put,
+    "scatter": base.rule_index_put,
+    "repeat_interleave": base.rule_repeat_interleave,
+    "expand": base.rule_expand,
+    "repeat": base.rule_repeat,
+    "counts": lambda lifter, instr, which: _counts(lifter, instr),
+    "cumsum": per_expert("offsets", "counts"),
+    "one_hot": rule_one_hot,
+    "reduce_sum": rule_reduce,
+    "reduce_any": rule_reduce,
+    "eq": rule_compare,
+    "ne": rule_compare,
+    "gt": rule_compare,
+    "ge": rule_compare,
+    "invert": rule_invert,
+    "anchor": rule_anchor,
+    "anchor_range": rule_anchor,
+    "skip": rule_skip,
+    "skip_size": rule_skip,
+    "take": rule_take,
+    "pick": rule_pick,
+    "where_indices": rule_where_indices,
+    "nonzero": rule_where_indices,
+    "slice": rule_slice,
+    "contract": rule_contract,
+    "grouped": rule_grouped,
+}
+
+
+def _counts(lifter: Lifter, instr: Instr) -> Lift:
+    """How many rows each expert has."""
+    inner = lifter.lift(instr.args[0])
+    if isinstance(inner, Ids) and inner.what == "expert":
+        return PerExpert("counts", inner.choice)
+    return (
+        inner if isinstance(inner, NoMatch) else NoMatch("counts something else than experts' rows", instr.results[0])
+    )

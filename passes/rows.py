@@ -1,0 +1,214 @@
+"""Row programs: what one row of an expert's work is, whichever way the layer was spelled.
+
+Loops, sorted groups, gathered weights and dense masks all compute, for token t and its s-th expert e, the same row
+expression, for example `mul(dot(mul(silu(dot(x[t], W1[e])), …), W2[e]), w[t, s])`. Lifting finds that expression; only
+index operations differ between spellings, so a new spelling is a new index rule, never a new template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Space:
+    """Which (token, slot) pairs a row axis runs over, and in which order.
+
+    slots   all pairs, t·k + s           sorted  all pairs, ordered by expert (key: the permutation's name)
+    loop    the pairs of one expert (key: the loop's anchor)        dense   all (expert, token) pairs, chosen or not
+    """
+
+    kind: str
+    k: int = 0
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class Token:
+    """x[t, :]."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """w[t, s], one number a row."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """g[t, e], one number a row, given for every expert."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Expert e's slice of one stacked [E, …] tensor, or of E separate ones; `order` permutes its axes."""
+
+    values: tuple[str, ...]
+    order: tuple[int, ...]
+    stacked: bool
+
+
+@dataclass(frozen=True)
+class Dot:
+    """out[n] = Σ_j row[j] · W[e], contracting axis `axis` of the expert's (ordered) matrix."""
+
+    row: Row
+    weight: Expert
+    axis: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """row[start:stop:step]."""
+
+    row: Row
+    start: int
+    stop: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The row in another dtype."""
+
+    row: Row
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A pointwise function of rows and numbers."""
+
+    fn: str
+    args: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A constant."""
+
+    value: float
+
+
+Row = Token | Slot | Gate | Expert | Dot | Slice | Cast | Apply | Number
+
+
+# What a value of the graph can be lifted to, besides rows:
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of rows: its leading axis or axes (`flat`: [rows], `tk`: [T, k], `et`: [E, T]) run over `space`.
+
+    choice  the value e[T, k] that says which experts the rows go to, once known
+    via     the space the rows were computed in, when they have been put back in token order since
+    """
+
+    space: Space
+    row: Row
+    layout: str = "flat"
+    choice: str = ""
+    via: str = ""
+
+    @property
+    def lead(self) -> int:
+        """How many leading axes run over rows."""
+        return 1 if self.layout == "flat" else 2
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Integers that name, for each row, its token, slot, expert, flat position t·k + s, or place in sorted order."""
+
+    space: Space
+    what: str
+    choice: str = ""
+    layout: str = "flat"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The expert of a rolled loop's iteration, over the experts that have rows (by `choice`) or over all."""
+
+    name: str
+    choice: str = ""
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Whether slot s of token t chose expert e, as a tensor whose axes are the letters t, s, e in some order."""
+
+    choice: str
+    axes: tuple[str, ...]
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class PerExpert:
+    """A number per expert made from the choices: counts | offsets | hit (whether any) | hits (which are hit)."""
+
+    what: str
+    choice: str
+
+
+@dataclass(frozen=True)
+class Masked:
+    """w[t, s] where slot s chose the loop's expert, 0 elsewhere; `summed` over s."""
+
+    value: str
+    choice: str
+    anchor: str
+    summed: bool = False
+
+
+@dataclass(frozen=True)
+class Gates:
+    """g[t, e] transposed to [E, T]."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Whether the loop's expert has no rows (or, not `idle`, has some)."""
+
+    anchor: str
+    idle: bool = True
+
+
+Lifted = Rows | Ids | Anchor | OneHot | PerExpert | Masked | Gates | Idle | Expert
+
+
+def strip(row: Row) -> Row:
+    """The row without outer casts."""
+    while isinstance(row, Cast):
+        row = row.row
+    return row
+
+
+def text(row: Row) -> str:
+    """The row expression for people."""
+    match row:
+        case Token(value):
+            return f"%{value}[t]"
+        case Slot(value):
+            return f"%{value}[t, s]"
+        case Gate(value):
+            return f"%{value}[t, e]"
+        case Expert(values):
+            return f"%{values[0]}[e]"
+        case Dot(inner, weight):
+            return f"dot({text(inner)}, {text(weight)})"
+        case Slice(inner, start, stop, step):
+            return f"{text(inner)}[{start}:{stop}:{step}]"
+        case Cast(inner, dtype):
+            return f"{dtype}({text(inner)})"
+        case Apply(fn, args):
+            return f"{fn}({', '.join(map(text, args))})"
+        case Number(value):
+            return repr(value)

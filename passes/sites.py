@@ -1,0 +1,125 @@
+"""Say a site's instruction in the words of the IR, for people and reports."""
+
+from __future__ import annotations
+
+import sympy
+
+from moec import ir
+from moec.graph import Graph, Instr, Ref, normal_dim
+from moec.passes.find_routers import describe
+from moec.spec import KernelSpec
+
+
+def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
+    """The IR of one `experts` or `moe` instruction."""
+    attrs = dict(instr.attrs)
+    spec = KernelSpec.parse(str(attrs["spec"]))
+    x, y = instr.uses[0], instr.results[0]
+    x_type = graph.types[x]
+    experts = _dim(attrs["experts"])
+    k = sympy.Integer(int(str(attrs["k"]))) if instr.word == "moe" else graph.types[instr.uses[2]].shape[1]
+    body = ir.Body(
+        kind="mlp" if spec.experts.gate == "none" else "gated",
+        activation=spec.experts.activation,
+        width=_dim(attrs["width"]),
+        gate=spec.experts.gate,
+        layout_in=spec.experts.layout_in,
+        layout_out=spec.experts.layout_out,
+        params=params_of(instr, spec),
+        dtype=spec.experts.dtype,
+    )
+    score, select, weight = _router(instr, spec, k, x_type.shape[0])
+    shared = None
+    if "shared" in attrs:
+        shared = ir.SharedExpert(str(attrs["shared"]), _dim(attrs["shared_width"]), bool(attrs["shared_gated"]))
+    return ir.Site(
+        name=name,
+        x=x,
+        y=y,
+        x_type=x_type,
+        y_type=instr.types[0],
+        num_experts=experts,
+        score=score,
+        select=select,
+        weight=weight,
+        dispatch=ir.Dispatch(rows=k * x_type.shape[0]),
+        body=body,
+        combine=ir.Combine(spec.experts.weight_on, "f32", spec.y_dtype, ("add shared",) if shared else ()),
+        shared=shared,
+        plan=ir.Plan(fuse_router=instr.word == "moe", training=training),
+        form=str(attrs["form"]),
+        loc=instr.loc,
+    )
+
+
+def _dim(value: object) -> sympy.Expr:
+    return sympy.Integer(value) if isinstance(value, int) else normal_dim(sympy.parse_expr(str(value)))
+
+
+def params_of(instr: Instr, spec: KernelSpec) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The parameters by role, as the kernel takes them."""
+    flat = instr.args[-1]
+    assert isinstance(flat, tuple)
+    names = [ref.name for ref in flat if isinstance(ref, Ref)]
+    roles = spec.experts.param_groups
+    size = len(names) // len(roles)
+    return tuple((role, tuple(names[i * size : (i + 1) * size])) for i, role in enumerate(roles))
+
+
+def _router(instr: Instr, spec: KernelSpec, k: sympy.Expr, tokens: sympy.Expr) -> tuple[ir.Score, ir.Select, ir.Weight]:
+    router = spec.router
+    if router is None or not isinstance(instr.args[1], tuple):
+        return ir.Score("opaque"), ir.Select("given", k, k * tokens), ir.Weight("given")
+    names = [ref.name for ref in instr.args[1] if isinstance(ref, Ref)]
+    bias = names[1] if router.bias else ""
+    selection = names[-1] if router.selection_bias else ""
+    score = ir.Score(router.score, names[0], bias, router.compute, router.score_dtype)
+    select = ir.Select(
+        "topk",
+        k,
+        k * tokens,
+        bias=selection,
+        groups=router.groups,
+        topk_group=router.topk_group,
+        group_score=router.group_score,
+        masked_value=router.masked_value,
+        sorted=router.sorted,
+    )
+    weight = ir.Weight(
+        router.weight_from,
+        router.softmax_over_k,
+        router.renormalize,
+        router.eps,
+        router.clamp_min,
+        router.scale,
+        router.weight_dtype,
+    )
+    return score, select, weight
+
+
+def router_text(instr: Instr) -> str:
+    """The router in a few words."""
+    attrs = dict(instr.attrs)
+    spec = KernelSpec.parse(str(attrs["spec"]))
+    if spec.router is not None:
+        return describe(spec.router, int(str(attrs["k"])))
+    return f"{attrs.get('router', 'given')} (in the graph)"
+
+
+def experts_text(instr: Instr) -> str:
+    """The experts in a few words."""
+    attrs = dict(instr.attrs)
+    spec = KernelSpec.parse(str(attrs["spec"])).experts
+    parts = [
+        f"{attrs['experts']} × {'mlp' if spec.gate == 'none' else 'gated mlp'}",
+        spec.activation,
+        f"F={attrs['width']}",
+        spec.dtype,
+    ]
+    if spec.bias_in or spec.bias_out:
+        parts.append("biases")
+    if not spec.stacked:
+        parts.append("separate tensors")
+    if "shared" in attrs:
+        parts.append(f"shared expert F={attrs['shared_width']}")
+    return ", ".join(parts)

@@ -1,0 +1,164 @@
+"""The vocabulary: which raiser says which FX node. One visible table; what is not in it stays opaque."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from moec.graph import Arg, Ref
+from moec.passes import word_contract, word_views, words
+from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
+from moec.passes.words import BINARY, UNARY, key_of
+
+
+def _each(names: str, raiser: Raiser) -> dict[str, Raiser]:
+    return dict.fromkeys(names.split(), raiser)
+
+
+TABLE: Mapping[str, Raiser] = {
+    **dict.fromkeys(UNARY, words.raise_unary),
+    **dict.fromkeys(BINARY, words.raise_binary),
+    **_each("clamp clamp_min clamp_max", words.raise_clamp),
+    **_each("square", words.raise_square),
+    **_each("mish", words.raise_mish),
+    **_each("hardswish", words.raise_hardswish),
+    **_each("relu6", words.raise_relu6),
+    **_each("leaky_relu", words.raise_leaky_relu),
+    **_each("to type type_as float half bfloat16 double int long bool _to_copy", words.raise_cast),
+    **_each("clone contiguous", words.raise_same),
+    **_each("detach", words.raise_detach),
+    **_each("softmax", words.raise_softmax),
+    **_each("sum mean amax amin any all prod", words.raise_reduce),
+    **_each("max", words.raise_max),
+    **_each("topk", words.raise_topk),
+    **_each("sort argsort", words.raise_sort),
+    **_each("zeros ones full empty zeros_like ones_like full_like empty_like", words.raise_full),
+    **_each("new_zeros new_ones new_full new_empty", words.raise_full),
+    **_each("arange", words.raise_arange),
+    **_each("cumsum", words.raise_cumsum),
+    **_each("bincount histc", words.raise_counts),
+    **_each("masked_fill", words.raise_masked_fill),
+    **_each("size numel dim", words.raise_size),
+    **_each("_set_grad_enabled _enter_autocast _exit_autocast", words.raise_effect),
+    **_each(
+        "_assert _assert_async _assert_scalar _check sym_constrain_range sym_constrain_range_for_size",
+        words.raise_assert,
+    ),
+    **_each("rand randn rand_like randn_like randint dropout bernoulli multinomial normal", words.raise_random),
+    **_each("uniform exponential normal alpha_dropout feature_dropout gumbel_softmax", words.raise_random),
+    **_each("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as", word_views.raise_reshape),
+    **_each("permute transpose t mT", word_views.raise_permute),
+    **_each("chunk split unbind tensor_split split_with_sizes", word_views.raise_chunk),
+    **_each("narrow select", word_views.raise_narrow),
+    **_each("expand expand_as broadcast_to", word_views.raise_expand),
+    **_each("repeat tile", word_views.raise_repeat),
+    **_each("repeat_interleave", word_views.raise_repeat_interleave),
+    **_each("cat stack", word_views.raise_cat),
+    **_each("where nonzero", word_views.raise_where),
+    **_each("getitem", word_views.raise_index),
+    **_each("index_select", word_views.raise_index_select),
+    **_each("gather take_along_dim", word_views.raise_gather),
+    **_each("scatter scatter_add index_add index_copy", word_views.raise_scatter),
+    **_each("index_put", word_views.raise_index_put),
+    **_each("one_hot", word_views.raise_one_hot),
+    **_each("linear", word_contract.raise_linear),
+    **_each("matmul mm bmm", word_contract.raise_matmul),
+    **_each("baddbmm addmm", word_contract.raise_baddbmm),
+    **_each("einsum", word_contract.raise_einsum),
+    **_each("grouped_mm _grouped_mm", word_contract.raise_grouped),
+}
+
+
+def raiser_of(node: fx.Node) -> Raiser | None:
+    """How this node is said; an in-place spelling is its functional one followed by an update."""
+    key = key_of(node)
+    if key == "getattr":
+        return _raise_attribute
+    if key == "setitem":
+        return _in_place(word_views.raise_setitem)
+    if key.startswith("moec."):
+        return _raise_marker
+    if key in TABLE:
+        inplace = node.kwargs.get("inplace") or (key in _INPLACE_SECOND and True in node.args[1:])
+        return _in_place(_without_flag(TABLE[key])) if inplace else TABLE[key]
+    if key.endswith("_") and not key.endswith("__") and node.args and isinstance(node.args[0], fx.Node):
+        return _in_place(TABLE.get(key.removesuffix("_"), _opaque))
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return _raise_custom
+    return None
+
+
+_INPLACE_SECOND = frozenset({"silu", "relu", "relu6", "hardswish", "mish"})
+
+
+def _opaque(build: Builder, node: fx.Node) -> Arg | None:
+    return opaque(build, node)
+
+
+def _without_flag(raiser: Raiser) -> Raiser:
+    def say(build: Builder, node: fx.Node) -> Arg | None:
+        args = build.value(node.args[0])
+        return build.emit(key_of(node), (args,), type_of_fake(fake(node)))
+
+    return say if raiser is words.raise_unary else raiser
+
+
+def _in_place(raiser: Raiser) -> Raiser:
+    """The update of the first argument's storage by the functional meaning."""
+
+    def say(build: Builder, node: fx.Node) -> Arg | None:
+        said = raiser(build, node)
+        said = opaque(build, node) if said is None else said
+        base = node.args[0]
+        assert isinstance(base, fx.Node)
+        if isinstance(said, Ref):
+            said = _with_own_name(build, node, said)
+            build.mutate(base, said)
+        return said
+
+    return say
+
+
+def _with_own_name(build: Builder, node: fx.Node, said: Ref) -> Ref:
+    """An update always makes a value of its own, in the base's dtype."""
+    base = type_of_fake(fake(node.args[0])) if isinstance(node.args[0], fx.Node) else build.type_of(said)
+    if build.type_of(said).dtype != base.dtype:
+        return build.emit("cast", (said,), base, dtype=base.dtype)
+    return said if said.name.startswith(node.name) else build.emit("same", (said,), base)
+
+
+def _raise_attribute(build: Builder, node: fx.Node) -> Arg | None:
+    name = node.args[1]
+    if name in ("T", "mT"):
+        return word_views.raise_permute(build, node)
+    return words.raise_size(build, node)
+
+
+def _raise_marker(build: Builder, node: fx.Node) -> Arg | None:
+    """moec's own ops (the marks of rolled loops) are words already."""
+    args = tuple(build.value(a) for a in (*node.args, *node.kwargs.values()))
+    if key_of(node) == "moec.yield_":
+        build.emit("end", (args[2],), type_of_fake(fake(node)))
+        return args[1]
+    return build.emit(key_of(node).removeprefix("moec."), args, type_of_fake(fake(node)))
+
+
+def _raise_custom(build: Builder, node: fx.Node) -> Arg | None:
+    """A custom operator: a grouped product if it behaves as one; an update if its schema says so."""
+    overload = word_contract.overload_of(node)
+    if overload is None:
+        return None
+    if not overload._schema.is_mutable:
+        return word_contract.raise_custom_grouped(build, node)
+    said = opaque(build, node, "effect")
+    for spec, arg in zip(overload._schema.arguments, node.args, strict=False):
+        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
+            build.mutate(arg, build.emit("changed", (build.value(arg),), type_of_fake(fake(arg))))
+    return said
+
+
+def raise_fx(gm: fx.GraphModule) -> Raised:
+    """Dynamo's graph in canonical words."""
+    return raise_graph(gm, raiser_of)
