@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 import moec.runtime  # noqa: F401  # defines the ops that lowered graphs call
-from moec.capture import install, state
-from moec.capture.lower import compile_parts
+from moec.capture import install
+from moec.capture.parts import compile_parts
 from moec.capture.region import regions
+from moec.capture.settle import settle
 from moec.describe import sites_of
 from moec.graph import Graph, sweep
 from moec.options import Options
@@ -44,7 +45,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Compile one captured graph."""
-        not_rolled = state.check_complete() if hasattr(state, "check_complete") else ()
+        not_rolled = settle(gm)
         start = time.perf_counter()
         for each in _graphs(gm):
             self.rewrite(each)
