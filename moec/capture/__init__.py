@@ -1,0 +1,1 @@
+"""Rolling of expert loops, so that Dynamo sees one graph."""

@@ -1,0 +1,163 @@
+"""Switching rolling on and off: the code objects of functions that loop over experts are exchanged in place.
+
+Only their bytecode changes, and only by a branch that is taken while Dynamo traces for moec; eager calls, other
+backends, closures, decorators and `super()` go on as before, whoever holds the function.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+from moec.capture.rewrite import promising, rewrite
+from moec.capture.state import NotRolled
+
+
+@dataclass
+class _Installation:
+    """What was switched on in this process."""
+
+    seen: set[int] = field(default_factory=set)  # ids of classes and functions, kept alive below
+    kept: list[object] = field(default_factory=list)
+    originals: list[tuple[types.FunctionType, types.CodeType]] = field(default_factory=list)
+    declined: list[NotRolled] = field(default_factory=list)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+@functools.lru_cache(maxsize=1)
+def _installation() -> _Installation:
+    return _Installation()
+
+
+def install() -> None:
+    """Switch rolling on for every module class that is loaded, and for later ones at their first instance."""
+    state = _installation()
+    for cls in _subclasses(nn.Module):
+        install_class(cls)
+    if not state.hooks:
+        state.hooks += [
+            register_module_parameter_registration_hook(_on_registration),
+            register_module_module_registration_hook(_on_registration),
+        ]
+
+
+def uninstall() -> None:
+    """Put every function's own code back and forget what was seen."""
+    state = _installation()
+    for function, code in state.originals:
+        function.__code__ = code
+    for hook in state.hooks:
+        hook.remove()
+    _installation.cache_clear()
+
+
+def declined() -> tuple[NotRolled, ...]:
+    """The loops that look like loops over experts and stay as written, with reasons."""
+    return tuple(_installation().declined)
+
+
+def rolled_functions() -> tuple[str, ...]:
+    """The functions whose code was exchanged."""
+    return tuple(f"{f.__module__}.{f.__qualname__}" for f, _ in _installation().originals)
+
+
+def install_class(cls: type) -> None:
+    """Switch rolling on for the functions that a class holds, its bases included."""
+    for base in cls.__mro__:
+        if _first_time(base):
+            for value in list(vars(base).values()):
+                for function in functions_of(value):
+                    install_function(function)
+
+
+def install_function(function: Callable[..., Any]) -> None:
+    """Switch rolling on for one function, those it wraps, and the functions of its file that it names."""
+    for inner in functions_of(function):
+        if not _first_time(inner):
+            continue
+        if promising(inner.__code__):
+            _exchange(inner)
+        for helper in _helpers(inner):
+            install_function(helper)
+
+
+def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """The functions of the same file that a function names: a loop over experts may stand in one of them."""
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
+            yield value
+
+
+def _exchange(function: types.FunctionType) -> None:
+    state = _installation()
+    result = rewrite(function.__code__)
+    state.declined += result.declined
+    if result.code is not None:
+        state.originals.append((function, function.__code__))
+        function.__code__ = result.code
+
+
+def functions_of(value: object) -> Iterator[types.FunctionType]:
+    """The Python functions in a class attribute: itself, what it wraps, and what its closure holds."""
+    todo, seen = [value], set[int]()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            yield value
+            todo += [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+            todo += [vars(value)["__wrapped__"]] if "__wrapped__" in vars(value) else []
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            todo.append(value.__func__)
+        elif isinstance(value, property):
+            todo += [value.fget, value.fset]
+        elif isinstance(value, functools.partial):
+            todo.append(value.func)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, (types.FunctionType, types.MethodType, functools.partial))
+    except ValueError:
+        return False
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    todo, seen = [cls], set[type]()
+    while todo:
+        cls = todo.pop()
+        if cls not in seen:
+            seen.add(cls)
+            yield cls
+            todo += type.__subclasses__(cls)
+
+
+def _first_time(thing: object) -> bool:
+    state = _installation()
+    if id(thing) in state.seen:
+        return False
+    state.seen.add(id(thing))
+    state.kept.append(thing)
+    return True
+
+
+def _on_registration(module: nn.Module, name: str, value: object) -> None:
+    if torch.compiler.is_compiling():  # a module made or changed inside a compiled function: nothing to see here
+        return
+    cls = type(module)
+    if id(cls) not in _installation().seen:
+        install_class(cls)

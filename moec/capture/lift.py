@@ -1,0 +1,106 @@
+"""Lifting E modules' parameters into the graph that Dynamo traces, without tracing one `getattr` each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.source import AttrSource, DictGetItemSource, Source, UnspecializedNNModuleSource
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.builder import VariableBuilder
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
+
+from moec.capture.alike import difference
+from moec.capture.state import retrace_without
+
+
+def lift(ctx: Any) -> None:
+    """Run by Dynamo inside `pick_from`: binds its locals `names` and `tables` to the lifted tensors of `obj`."""
+    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    scope = tx.symbolic_locals
+    key = scope["key"].as_python_constant()
+    members = _members(scope["obj"].realize(), scope["_wanted"].realize())
+    if not members:
+        retrace_without(tx, key, "the body indexes with the loop's item what is no list of modules or tensors")
+    values = [value for value, _ in members]
+    modules = all(isinstance(value, nn.Module) for value in values)
+    reason = difference(values) if modules else _unlike_tensors(values)
+    if reason:
+        retrace_without(tx, key, reason)
+    paths = [name for name, _ in _named(values[0])] if isinstance(values[0], nn.Module) else [""]
+    tables: list[VariableTracker] = [
+        TupleVariable([_variable(tx, member, path) for member in members]) for path in paths
+    ]
+    scope["names"] = TupleVariable([ConstantVariable.create(path) for path in paths])
+    scope["tables"] = TupleVariable(tables)
+
+
+Member = tuple[Any, Any]  # the value (real, or fake for an intermediate) and its source or its variable
+
+
+def _members(var: Any, wanted: Any) -> list[Member]:
+    if isinstance(var, BaseListVariable):
+        items = [item.realize() for item in var.items]
+        return [] if any(_value(item) is None for item in items) else [(_value(item), item) for item in items]
+    value = _value(var)
+    if isinstance(value, nn.ModuleDict):
+        names = list(value.keys())
+        asked = [name.as_python_constant() for name in wanted.items]
+        return [] if asked and asked != names else _children(value, var.source, names)
+    if isinstance(value, nn.ModuleList):
+        return _children(value, var.source, list(value._modules))
+    if isinstance(value, nn.ParameterList):
+        source = AttrSource(var.source, "_parameters")
+        return [(p, DictGetItemSource(source, name)) for name, p in value._parameters.items()]
+    return []
+
+
+def _value(var: Any) -> Any:
+    if var.is_tensor():
+        return var.proxy.node.meta.get("example_value")
+    value = getattr(var, "value", None)
+    return value if isinstance(value, nn.Module) and var.source is not None else None
+
+
+def _children(parent: nn.Module, source: Source, names: Sequence[str]) -> list[Member]:
+    return [(parent._modules[name], _child(source, name)) for name in names]
+
+
+def _child(source: Source, name: str) -> Source:
+    return UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), name))
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _variable(tx: Any, member: Member, path: str) -> Any:
+    value, where = member
+    if not isinstance(where, Source):
+        if not path:
+            return where
+        where = where.source
+    if not path:
+        return VariableBuilder(tx, where)(value)
+    *parents, leaf = path.split(".")
+    module = value
+    for name in parents:
+        where, module = _child(where, name), module._modules[name]
+    field = "_parameters" if leaf in module._parameters else "_buffers"
+    return VariableBuilder(tx, DictGetItemSource(AttrSource(where, field), leaf))(getattr(module, leaf))
+
+
+def _unlike_tensors(values: Sequence[Any]) -> str | None:
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return "the body indexes with the loop's item a list that mixes tensors and others"
+    first = values[0]
+    for i, value in enumerate(values):
+        if (value.shape, value.dtype, value.device) != (first.shape, first.dtype, first.device):
+            return (
+                f"tensor {i} of the list is {value.dtype}{list(value.shape)}, tensor 0 {first.dtype}{list(first.shape)}"
+            )
+    return None

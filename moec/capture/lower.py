@@ -1,0 +1,182 @@
+"""Regions as real loops: a rolled region that nobody replaced runs its body once for each item, with real tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from moec.capture.region import SKIPS, Region, hoist_invariants, regions
+
+_M = torch.ops.moec
+_MARK = "moec_region"
+
+
+def lower_regions(gm: GraphModule) -> GraphModule:
+    """The graph with every region as a call of a `RegionLoop`; changes and returns `gm`. Raises Malformed."""
+    for i, found in enumerate(regions(gm)):
+        region = hoist_invariants(gm.graph, found)
+        loop = RegionLoop.of(region)
+        name = f"{_MARK}_{i}"
+        gm.add_submodule(name, loop)
+        with gm.graph.inserting_before(region.anchor):
+            result = gm.graph.call_module(name, region.inputs)
+        result.meta["example_value"] = tuple(leave.meta.get("example_value") for _, leave in region.carries)
+        for place, (_, leave) in enumerate(region.carries):
+            with gm.graph.inserting_before(region.end):
+                value = gm.graph.call_function(operator.getitem, (result, place))
+            value.meta = dict(leave.meta)
+            leave.replace_all_uses_with(value)
+        for node in (region.end, *reversed(region.nodes), region.anchor):
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The part of a body up to a skip, or to its end."""
+
+    body: GraphModule
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+    ends_if: str | None  # the value that ends the iteration where it is true (a condition)
+    ends_if_zero: str | int | None  # or zero (a size)
+
+
+class RegionLoop(nn.Module):
+    """A region as a Python loop: `forward(*inputs)` writes to the accumulators and returns the yielded values."""
+
+    _is_impure = True  # it may act by its writes alone, so it is kept without users
+
+    def __init__(
+        self,
+        reads: tuple[str, ...],
+        items: Callable[[dict[str, Any]], Sequence[Tensor]],
+        item: str,
+        carries: tuple[tuple[str, str, str], ...],
+        segments: tuple[_Segment, ...],
+    ) -> None:
+        super().__init__()
+        self.reads = reads
+        self.items = items
+        self.item = item
+        self.carries = carries  # (name inside, name of the first value, name of the next value)
+        self.segments = segments
+
+    @staticmethod
+    def of(region: Region) -> RegionLoop:
+        """The loop that the region means."""
+        carries = tuple((enter.name, _name(enter.args[0]), _name(leave.args[1])) for enter, leave in region.carries)
+        reads = tuple(node.name for node in region.inputs)
+        return RegionLoop(reads, _items(region), region.anchor.name, carries, _segments(region))
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        outer = dict(zip(self.reads, inputs, strict=True))
+        carried = {name: outer[first] for name, first, _ in self.carries}
+        for item in self.items(outer):
+            env = {**outer, **carried, self.item: item}
+            if self._iterate(env):
+                carried = {name: env[new] for name, _, new in self.carries}
+        return tuple(carried[name] for name, _, _ in self.carries)
+
+    def _iterate(self, env: dict[str, Any]) -> bool:
+        """One iteration; false where a skip ended it."""
+        for segment in self.segments:
+            values = segment.body(*(env[name] for name in segment.reads))
+            env.update(zip(segment.gives, values, strict=True))
+            if segment.ends_if is not None and bool(env[segment.ends_if]):
+                return False
+            zero = segment.ends_if_zero
+            if zero is not None and (env[zero] if isinstance(zero, str) else zero) == 0:
+                return False
+        return True
+
+
+def _name(value: Any) -> str:
+    assert isinstance(value, Node)
+    return value.name
+
+
+def _items(region: Region) -> Callable[[dict[str, Any]], Sequence[Tensor]]:
+    args: list[Any] = [a.name if isinstance(a, Node) else a for a in region.anchor.args]
+    if not region.over_range:
+        return lambda env: env[args[0]].to(torch.int64).unbind(0)
+
+    def over_range(env: dict[str, Any]) -> Sequence[Tensor]:
+        start, end, step = (env[a] if isinstance(a, str) else a for a in args[:3])
+        return torch.tensor(list(range(start, end, step)), dtype=torch.int64, device=args[3]).unbind(0)
+
+    return over_range
+
+
+def _segments(region: Region) -> tuple[_Segment, ...]:
+    groups: list[tuple[list[Node], Node | None]] = []
+    current: list[Node] = []
+    for node in region.nodes:
+        if node.target in SKIPS:
+            groups.append((current, node))
+            current = [node]  # its value is the item, which the next segment may use
+        else:
+            current.append(node)
+    groups.append((current, None))
+    wanted = set[Any](leave.args[1] for _, leave in region.carries)
+    return tuple(_segment(nodes, skip, wanted) for nodes, skip in groups)
+
+
+def _segment(nodes: list[Node], skip: Node | None, wanted: set[Any]) -> _Segment:
+    graph, env = Graph(), dict[Node, Node]()
+    reads: list[str] = []
+    inside = set(nodes)
+
+    def value(node: Node) -> Node:
+        if node not in env:
+            before = next(iter(graph.nodes)) if reads else None
+            with graph.inserting_before(before) if before else graph.inserting_after(graph._root):
+                env[node] = graph.placeholder(node.name)
+            reads.insert(0, node.name)
+        return env[node]
+
+    for node in nodes:
+        if _is_bookkeeping(node) or node.target in (_M.carry.default, _M.yield_.default):
+            continue
+        env[node] = _executable(graph, node, value)
+    condition = skip.args[1] if skip is not None else None
+    keep = [n for n in nodes if n in env and (n in wanted or n is condition or any(u not in inside for u in n.users))]
+    graph.output(tuple(env[n] for n in keep))
+    module = GraphModule(nn.Module(), graph)
+    name = condition.name if isinstance(condition, Node) else condition
+    is_size = skip is not None and skip.target is _M.skip_size.default
+    gives = tuple(n.name for n in keep)
+    return _Segment(module, tuple(reads), gives, None if is_size else name, name if is_size else None)  # type: ignore[arg-type]
+
+
+def _executable(graph: Graph, node: Node, value: Callable[[Node], Node]) -> Node:
+    """The node with real meaning: markers as the indexing that they stand for."""
+    if node.target in SKIPS:
+        return value(node.args[0])  # type: ignore[arg-type]
+    if node.target is _M.take.default:
+        table, item = node.args
+        return graph.call_function(operator.getitem, (value(table), value(item)))  # type: ignore[arg-type]
+    if node.target is _M.pick.default:
+        tables, item = node.args
+        return graph.call_function(_pick, ([value(t) for t in tables], value(item)))  # type: ignore[arg-type,union-attr]
+    return graph.node_copy(node, value)
+
+
+def _pick(tables: Sequence[Tensor], item: Tensor) -> Tensor:
+    return tables[int(item)]
+
+
+def _is_bookkeeping(node: Node) -> bool:
+    """Dynamo's assertions on sizes that depend on data, and what only they use."""
+    if node.target is torch.ops.aten._assert_scalar.default:
+        return True
+    is_test = node.target in (operator.ge, operator.le, operator.eq, operator.lt, operator.gt, operator.ne)
+    is_size = node.target is torch.ops.aten.sym_size.int
+    return (is_test or is_size) and all(_is_bookkeeping(user) for user in node.users) and bool(node.users)

@@ -1,0 +1,129 @@
+"""A graph in parts: what lies before, between and after its regions is compiled, the regions run as loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.passes.split_module import split_module
+
+from moec.capture.lower import RegionLoop, lower_regions
+from moec.capture.region import regions
+
+Compile = Callable[[GraphModule, list[Any]], Callable[..., Any]]
+
+
+def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
+    """Run regions as loops and hand what lies before, between and after them to `compile_fn(part, example_inputs)`.
+
+    Nodes on sizes that depend on data stay with the loops, so no unbacked size enters a compiled part. Without
+    a region the whole graph is one part. Each part returns a tuple; example inputs are fake tensors.
+    """
+    if not regions(gm):
+        return compile_fn(gm, _examples(gm))
+    gm = lower_regions(gm)
+    split = split_module(gm, gm, _partition(gm), keep_original_order=True)
+    for name, part in list(split.named_children()):
+        if not isinstance(part, GraphModule) or _has_region(part) or not _computes(part):
+            continue
+        single = _make_tuple(part)
+        with _own_context():
+            setattr(split, name, _Compiled(compile_fn(part, _examples(part)), single))
+    return split
+
+
+@contextmanager
+def _own_context() -> Generator[None]:
+    """A tracing context for one part: AOTAutograd keeps one set of facts in it about the graph it compiles."""
+    outer = TracingContext.try_get()
+    if outer is None:
+        yield
+        return
+    inner = TracingContext(outer.fake_mode)
+    inner.guards_context = outer.guards_context
+    with tracing(inner):
+        yield
+
+
+class _Compiled(nn.Module):
+    """A compiled part in the place of its graph."""
+
+    def __init__(self, fn: Callable[..., Any], single: bool) -> None:
+        super().__init__()
+        self.fn = fn
+        self.single = single
+
+    def forward(self, *args: Any) -> Any:
+        out = self.fn(*args)
+        return out[0] if self.single else out
+
+
+def _partition(gm: GraphModule) -> Callable[[Node], int]:
+    """Consecutive numbers for stretches of nodes that run eagerly or are compiled."""
+    place: dict[Node, int] = {}
+    part, eager = 0, False
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        here = eager if _is_context(node) else _runs_eagerly(gm, node)
+        part += here != eager
+        eager = here
+        place[node] = part
+    return lambda node: place.get(node, 0)
+
+
+def _is_context(node: Node) -> bool:
+    return node.op == "call_function" and node.target in (
+        torch._C._set_grad_enabled,
+        torch.amp.autocast_mode._enter_autocast,
+        torch.amp.autocast_mode._exit_autocast,
+    )
+
+
+def _runs_eagerly(gm: GraphModule, node: Node) -> bool:
+    if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RegionLoop):
+        return True
+    return any(_is_unbacked(n.meta.get("example_value")) for n in (node, *node.all_input_nodes))
+
+
+def _is_unbacked(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_unbacked(v) for v in value)
+    if isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return bool(free_unbacked_symbols(value))
+    return False
+
+
+def _has_region(part: GraphModule) -> bool:
+    return any(_runs_eagerly(part, node) for node in part.graph.nodes if node.op.startswith("call_"))
+
+
+def _computes(part: GraphModule) -> bool:
+    return any(node.op.startswith("call_") and not _is_context(node) for node in part.graph.nodes)
+
+
+def _make_tuple(part: GraphModule) -> bool:
+    """Have a part return a tuple; true where it returned one value."""
+    output = next(node for node in reversed(part.graph.nodes) if node.op == "output")
+    if isinstance(output.args[0], (tuple, list)):
+        return False
+    output.args = ((output.args[0],),)
+    part.recompile()
+    return True
+
+
+def _examples(part: GraphModule) -> list[Any]:
+    return [_leaf(node.meta["example_value"]) for node in part.graph.nodes if node.op == "placeholder"]
+
+
+def _leaf(value: Any) -> Any:
+    """A fake input as the part will see it: same size and requires_grad, without the history of its making."""
+    if not isinstance(value, Tensor) or value.is_leaf:
+        return value
+    return value.detach().requires_grad_(value.requires_grad)

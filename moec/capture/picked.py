@@ -1,0 +1,69 @@
+"""One expert out of E, symbolic: the first module's code with each parameter picked out of all modules' parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
+from torch.func import functional_call
+
+from moec.capture.lift import lift
+
+_markers: Any = torch.ops.moec
+
+
+class TextKey:
+    """The key `f"{prefix}{item}{suffix}"` of a ModuleDict, with a symbolic item."""
+
+    def __init__(self, prefix: str, item: Tensor, suffix: str) -> None:
+        self.prefix = prefix
+        self.item = item
+        self.suffix = suffix
+
+
+class Picked:
+    """A module, or a part of one, whose tensors belong to the loop's current item."""
+
+    def __init__(self, key: str, first: nn.Module, picks: dict[str, Tensor]) -> None:
+        self._moec_key = key
+        self._moec_first = first
+        self._moec_picks = picks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._moec_first, self._moec_picks, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        picks = self._moec_picks
+        if name in picks:
+            return picks[name]
+        value = getattr(self._moec_first, name)
+        if isinstance(value, nn.Module):
+            prefix = name + "."
+            return Picked(
+                self._moec_key, value, {n[len(prefix) :]: t for n, t in picks.items() if n.startswith(prefix)}
+            )
+        if name not in self._moec_first.__dict__ and callable(value):
+            from moec.capture.trace import give_up
+
+            give_up(self._moec_key, "the body calls a method of an expert other than its forward")
+        return value
+
+    def __getitem__(self, at: int) -> Any:
+        return getattr(self, list(self._moec_first._modules)[at])
+
+
+def pick_from(key: str, obj: Any, at: Any) -> Any:
+    """`obj[at]` for a list of modules or tensors and a symbolic item: a `Picked`, or `moec::pick` of the tensors."""
+    names: Any = ()
+    tables: Any = ()
+    item = at.item if isinstance(at, TextKey) else at
+    _wanted = [f"{at.prefix}{i}{at.suffix}" for i in range(len(obj))] if isinstance(at, TextKey) else []
+    comptime(lift)  # reads key, obj and _wanted; sets names and tables, or gives the loop up
+    picks: dict[str, Tensor] = {
+        name: _markers.pick.default(list(table), item) for name, table in zip(names, tables, strict=True)
+    }
+    if names == ("",):
+        return picks[""]
+    return Picked(key, next(iter(obj.values())) if isinstance(obj, nn.ModuleDict) else obj[0], picks)

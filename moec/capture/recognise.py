@@ -1,0 +1,360 @@
+"""Which `for` loops run over experts: rows selected by the loop's variable, results added into an outer tensor."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moec.capture.events import Path, after, events, loaded, read_first, stored
+
+# Torch's words for "add or write at these rows"; the place of the row index among the arguments of the method.
+_WRITES = {
+    "index_add": 1,
+    "scatter_add": 1,
+    "index_put": 0,
+    "index_copy": 1,
+    "scatter": 1,
+    "scatter_reduce": 1,
+    "index_reduce": 1,
+    "masked_scatter": 0,
+    "masked_fill": 0,
+    "index_fill": 1,
+    "slice_scatter": 0,
+}
+# What these return is a Python number or a range, never rows.
+_NUMBERS = frozenset(("slice", "range", "len", "int", "float", "min", "max", "sum"))
+_SELECTORS = frozenset(("where", "nonzero", "argwhere", "eq", "ne", "flatnonzero", "nonzero_static"))
+_METADATA = frozenset(("dtype", "device", "shape", "size", "dim", "ndim", "numel", "new_zeros", "is_cuda"))
+_GROWING = frozenset(("append", "extend", "insert", "update", "setdefault", "add", "pop", "remove", "clear"))
+_UNWRAPPING = frozenset(("item", "squeeze", "long", "tolist", "view", "reshape", "to"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loop that can be rolled: what is written in place, what is carried from one iteration to the next."""
+
+    loop: ast.For
+    like: ast.expr  # an accumulator, as a name, for its device
+    aliases: frozenset[str]  # names of the loop's item itself
+    tainted: frozenset[str]  # names that depend on the item
+    selected: frozenset[str]  # names of rows and masks that the item selects
+    carried: tuple[str, ...]
+    in_place: tuple[str, ...]  # names that `+=` rebinds to the same tensor
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A loop that selects and accumulates, yet cannot be rolled."""
+
+    loop: ast.For
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Write:
+    """An indexed write: the outer expression written to, its row index, the statement."""
+
+    target: ast.expr
+    keys: tuple[ast.AST, ...]
+    stmt: ast.stmt
+    rebinds: bool  # `y = y.index_add(…)` rather than in place
+
+
+def examine(loop: ast.For, path: Path) -> Candidate | Declined | None:
+    """The loop as a candidate, as one that nearly is, or None where it has nothing of a loop over experts."""
+    writes = [w for w in _writes(loop) if _root(w.target) is not None]
+    if not writes:
+        return None
+    inner = stored(loop.body) | stored([loop.target])
+    rebound = read_first([loop.target, *loop.body]) & stored(loop.body)
+    aliases = _aliases(loop)
+    selectors = _derived(loop, aliases)
+    writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
+    writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases) for key in w.keys)]
+    if not writes:
+        return None
+    reason = _obstacle(loop, path, writes, rebound)
+    if reason:
+        return Declined(loop, reason)
+    plus = {s.target.id for s in _flat(loop.body) if isinstance(s, ast.AugAssign) and isinstance(s.target, ast.Name)}
+    return Candidate(
+        loop,
+        ast.parse(_root(writes[0].target) or "", mode="eval").body,
+        frozenset(aliases),
+        frozenset(_tainted(loop)),
+        frozenset(selectors - aliases),
+        tuple(sorted(rebound - plus)),
+        tuple(sorted(rebound & plus)),
+    )
+
+
+def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for stmt in body:
+        yield stmt
+        for field in ("body", "orelse"):
+            yield from _flat(getattr(stmt, field, []))
+
+
+_VIEWS = frozenset(("view", "reshape", "flatten", "view_as", "squeeze", "unsqueeze"))
+
+
+def _is_rows(key: ast.AST, selectors: set[str], aliases: set[str]) -> bool:
+    """Whether an index holds rows or a mask that the item selects."""
+    parts = key.elts if isinstance(key, ast.Tuple) else [key]
+    parts = [part for part in parts if not isinstance(part, ast.Slice)]
+    return any(loaded([part]) & selectors or _selects(part, aliases) for part in parts)
+
+
+def _root(expr: ast.expr) -> str | None:
+    """The name, or `self.name` chain, whose tensor an expression views; None for a value of its own."""
+    while True:
+        if isinstance(expr, ast.Subscript):
+            expr = expr.value
+        elif isinstance(expr, ast.Call) and isinstance(expr.func, ast.Attribute) and expr.func.attr in _VIEWS:
+            expr = expr.func.value
+        elif isinstance(expr, ast.Attribute) and expr.attr == "data":
+            expr = expr.value
+        else:
+            break
+    if isinstance(expr, ast.Name):
+        return expr.id
+    base = expr
+    while isinstance(base, ast.Attribute):
+        base = base.value
+    return ast.unparse(expr) if isinstance(expr, ast.Attribute) and isinstance(base, ast.Name) else None
+
+
+def _targets(loop: ast.For) -> set[str]:
+    """The names bound to the item's position: not the experts that `enumerate` or `zip` bind beside it."""
+    target, call = loop.target, loop.iter
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "enumerate":
+        target = target.elts[0] if isinstance(target, ast.Tuple) and target.elts else target
+    return stored([target])
+
+
+def _aliases(loop: ast.For) -> set[str]:
+    """The loop's item and the names that only unwrap it: `e = e[0]`, `e = int(e)`, `e = e.item()`."""
+    names = _targets(loop)
+    for stmt in _flat(loop.body):
+        if isinstance(stmt, ast.Assign) and is_alias(stmt.value, names):
+            names |= {t.id for t in stmt.targets if isinstance(t, ast.Name)}
+    return names
+
+
+def is_alias(expr: ast.expr, names: set[str] | frozenset[str]) -> bool:
+    """Whether the expression is the loop's item, at most unwrapped."""
+    if isinstance(expr, ast.Name):
+        return expr.id in names
+    if isinstance(expr, ast.Subscript):
+        return isinstance(expr.slice, ast.Constant) and is_alias(expr.value, names)
+    if isinstance(expr, ast.Call) and isinstance(expr.func, ast.Name) and expr.func.id == "int" and len(expr.args) == 1:
+        return is_alias(expr.args[0], names)
+    if isinstance(expr, ast.Call) and isinstance(expr.func, ast.Attribute) and expr.func.attr in _UNWRAPPING:
+        return is_alias(expr.func.value, names)
+    return False
+
+
+def _tainted(loop: ast.For) -> set[str]:
+    names = stored([loop.target])
+    while True:
+        more = set(names)
+        for stmt in _flat(loop.body):
+            if loaded([stmt]) & more:
+                more |= stored([stmt]) if isinstance(stmt, (ast.Assign, ast.AugAssign, ast.AnnAssign)) else set()
+        for node in ast.walk(ast.Module(loop.body, [])):
+            if isinstance(node, ast.NamedExpr) and loaded([node.value]) & more:
+                more |= stored([node.target])
+        if more == names:
+            return names
+        names = more
+
+
+def _selects(expr: ast.AST, aliases: set[str]) -> bool:
+    """Whether an expression derives rows or a mask from the item: `idx == e`, `where(mask[e])`, `mask[e]`."""
+    called = {id(node.func) for node in ast.walk(expr) if isinstance(node, ast.Call)}
+    for node in ast.walk(expr):
+        if isinstance(node, ast.Compare) and any(is_alias(x, aliases) for x in (node.left, *node.comparators)):
+            return True
+        if isinstance(node, ast.Subscript) and id(node) not in called and not is_alias(node, aliases):
+            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            if any(is_alias(part, aliases) for part in parts):
+                return True
+        if isinstance(node, ast.Call) and _called_name(node) in _SELECTORS and loaded([node]) & aliases:
+            return True
+    return False
+
+
+def _called_name(call: ast.Call) -> str | None:
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr
+    return call.func.id if isinstance(call.func, ast.Name) else None
+
+
+def _derived(loop: ast.For, aliases: set[str]) -> set[str]:
+    """Names of rows and masks that the item selects; what a called expert returns is none of them."""
+    names: set[str] = set()
+    for _ in range(3):
+        for stmt in _flat(loop.body):
+            if not isinstance(stmt, (ast.Assign, ast.AnnAssign)) or stmt.value is None:
+                continue
+            called = {
+                n.func.id for n in ast.walk(stmt.value) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+            }
+            if called & (names | _NUMBERS) or is_alias(stmt.value, aliases):
+                continue
+            if loaded([stmt.value]) & names or _selects(stmt.value, aliases):
+                names |= stored([stmt])
+    return names
+
+
+def _writes(loop: ast.For) -> Iterator[_Write]:
+    for stmt in _flat(loop.body):
+        if isinstance(stmt, ast.AugAssign) and isinstance(stmt.target, ast.Subscript):
+            yield _Write(stmt.target.value, (stmt.target.slice,), stmt, False)
+        if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and isinstance(stmt.targets[0], ast.Subscript):
+            yield _Write(stmt.targets[0].value, (stmt.targets[0].slice,), stmt, False)
+        if isinstance(stmt, (ast.Expr, ast.Assign, ast.AugAssign)):
+            yield from _write_calls(stmt)
+
+
+def _write_calls(stmt: ast.Expr | ast.Assign | ast.AugAssign) -> Iterator[_Write]:
+    rebound = _rebound_name(stmt)
+    for call in (n for n in ast.walk(stmt.value) if isinstance(n, ast.Call)):
+        name = _called_name(call)
+        if name is None or name.rstrip("_") not in _WRITES or not isinstance(call.func, ast.Attribute):
+            continue
+        function = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+        if function and not call.args:
+            continue
+        base = call.args[0] if function else call.func.value
+        place = _WRITES[name.rstrip("_")] + function
+        keys = [
+            *call.args[place : place + 1],
+            *(k.value for k in call.keywords if k.arg in ("index", "indices", "mask")),
+        ]
+        if name.endswith("_") and _root(base) is not None:
+            yield _Write(base, tuple(keys), stmt, False)
+        elif rebound:
+            yield _Write(ast.Name(rebound, ast.Load()), tuple(keys), stmt, True)
+
+
+def _rebound_name(stmt: ast.stmt) -> str | None:
+    target = stmt.targets[0] if isinstance(stmt, ast.Assign) else getattr(stmt, "target", None)
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str]) -> str | None:
+    """Why the loop cannot be rolled, or None."""
+    if loop.orelse:
+        return "the loop has an else branch"
+    nested = {
+        id(n) for s in ast.walk(loop) if s is not loop and isinstance(s, (ast.For, ast.While)) for n in ast.walk(s)
+    }
+    for node in ast.walk(loop):
+        if isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.Try, ast.Global, ast.Nonlocal)):
+            return f"the body has a {type(node).__name__.lower()} statement"
+        if isinstance(node, ast.Break) and id(node) not in nested:
+            return "the body breaks out of the loop"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            return f"the body sets the attribute {ast.unparse(node)}"
+    inner = stored(loop.body) | stored([loop.target])
+    shared = inner & _shared(path)
+    if shared:
+        return f"{', '.join(sorted(shared))} is shared with another function"
+    for node in ast.walk(loop):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in _GROWING:
+            continue
+        root = _root(node.func.value)
+        if root is not None and root not in inner:
+            return f"the body changes a Python object of the outside: {ast.unparse(node.func)}"
+    live = (inner - rebound) & read_first(after(path))
+    if live:
+        return f"{', '.join(sorted(live))} of the last iteration is used after the loop"
+    return _not_accumulator(loop, writes, rebound)
+
+
+def _shared(path: Path) -> set[str]:
+    """Names that other functions see: declared global or nonlocal, or read by a function inside this one."""
+    function, loop = path[0][0], path[-1][1][path[-1][2]]
+    own = {id(node) for node in ast.walk(loop)}
+    names: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            names |= set(node.names)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)) and node is not function and id(node) not in own:
+            names |= loaded([node])
+    return names
+
+
+def _not_accumulator(loop: ast.For, writes: list[_Write], rebound: set[str]) -> str | None:
+    """Every value carried around the loop, and every tensor written, may only be added to."""
+    for name in sorted(rebound):
+        updates = [s for s in _flat(loop.body) if _rebound_name(s) == name and name in stored([s])]
+        if any(not _adds(s, name) for s in updates):
+            return f"{name} changes from one iteration to the next in another way than by adding"
+        reads = sum(1 for e in events(loop.body) if e.name == name and not e.store)
+        if reads - _metadata_reads(loop, name) > len(updates):
+            return f"{name} is read in the body besides being added to"
+    for write in writes:
+        root = _root(write.target)
+        if root is None or root in rebound:
+            continue
+        own = {id(n) for w in writes if _root(w.target) == root for n in ast.walk(w.stmt)}
+        for node in ast.walk(ast.Module(loop.body, [])):
+            if not isinstance(node, (ast.Name, ast.Attribute)) or id(node) in own or ast.unparse(node) != root:
+                continue
+            if isinstance(node.ctx, ast.Load) and not _is_metadata(loop, node):
+                return f"{root} is read in the body besides being written to"
+        if any(_reads_elsewhere(w, root) for w in writes if _root(w.target) == root):
+            return f"{root} is read in the body at other rows than it is written to"
+    return None
+
+
+def _adds(stmt: ast.stmt, name: str) -> bool:
+    if isinstance(stmt, ast.AugAssign):
+        return isinstance(stmt.op, ast.Add)
+    if not isinstance(stmt, ast.Assign):
+        return False
+    value = stmt.value
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        return any(isinstance(side, ast.Name) and side.id == name for side in (value.left, value.right))
+    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
+        return False
+    base = (
+        value.args[0] if isinstance(value.func.value, ast.Name) and value.func.value.id == "torch" else value.func.value
+    )
+    return isinstance(base, ast.Name) and base.id == name and value.func.attr.rstrip("_") in (*_WRITES, "add")
+
+
+def _metadata_reads(loop: ast.For, name: str) -> int:
+    nodes = (n for n in ast.walk(ast.Module(loop.body, [])) if isinstance(n, ast.Attribute) and n.attr in _METADATA)
+    return sum(isinstance(n.value, ast.Name) and n.value.id == name for n in nodes)
+
+
+def _is_metadata(loop: ast.For, node: ast.AST) -> bool:
+    return any(isinstance(n, ast.Attribute) and n.value is node and n.attr in _METADATA for n in ast.walk(loop))
+
+
+def _reads_elsewhere(write: _Write, root: str) -> bool:
+    """Whether the written statement reads its target other than as the base of the same rows."""
+    if isinstance(write.stmt, ast.AugAssign):
+        value: ast.AST | None = write.stmt.value
+    else:
+        value = getattr(write.stmt, "value", None)
+    if value is None:
+        return False
+    keys = {ast.dump(key) for key in write.keys}
+    fine: set[int] = set()
+    for node in ast.walk(value):
+        if isinstance(node, ast.Subscript) and ast.dump(node.slice) in keys:
+            fine |= {id(n) for n in ast.walk(node.value)}
+        if isinstance(node, ast.Attribute) and node.attr in _METADATA:
+            fine.add(id(node.value))
+        if isinstance(node, ast.Call) and (_called_name(node) or "").rstrip("_") in _WRITES:
+            fine |= {id(n) for n in ast.walk(node.func)}
+            fine |= {id(n) for a in node.args[:1] for n in ast.walk(a)}
+    return any(
+        isinstance(node, (ast.Name, ast.Attribute)) and id(node) not in fine and ast.unparse(node) == root
+        for node in ast.walk(value)
+    )

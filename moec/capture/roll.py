@@ -1,0 +1,183 @@
+"""The rewrite of a loop over experts: `for e in items: BODY` becomes `e = anchor(items); BODY; end`, traced once."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from dataclasses import dataclass, field
+
+from moec.capture.events import loaded
+from moec.capture.recognise import Candidate, is_alias
+from moec.capture.words import Unrollable, Words, assign, call, name, strip_listing
+
+_ITEM = "_moec_item"
+
+
+def rolled(candidate: Candidate, key: str) -> list[ast.stmt]:
+    """The straight-line body that stands for the loop; raises Unrollable."""
+    return _Roller(candidate, ast.Constant(key)).run()
+
+
+@dataclass
+class _Roller:
+    candidate: Candidate
+    key: ast.Constant
+    item: str = _ITEM
+    words: Words = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.words = Words(self.candidate, self.key)
+
+    def run(self) -> list[ast.stmt]:
+        loop = copy.deepcopy(self.candidate.loop)
+        out = self.bind(loop.target, loop.iter)
+        for value in self.candidate.carried:
+            out += [
+                assign(value, call("carry", self.key, name(value), name(_ITEM))),
+                assign(f"_moec_head_{value}", name(value)),
+            ]
+        for value in self.candidate.in_place:
+            out.append(assign(f"_moec_head_{value}", name(value)))
+        out += self.block(loop.body)
+        for value in self.candidate.carried:
+            new = call("carried", self.key, name(f"_moec_head_{value}"), name(value), name(_ITEM))
+            out.append(assign(value, new))
+        for value in self.candidate.in_place:
+            out.append(assign(value, call("in_place", self.key, name(f"_moec_head_{value}"), name(value))))
+        out.append(ast.Expr(call("leave", name(_ITEM))))
+        return out
+
+    def bind(self, target: ast.expr, items: ast.expr) -> list[ast.stmt]:
+        """The statements that bind the loop's targets to the anchor and to what it indexes."""
+        if isinstance(items, ast.Call) and isinstance(items.func, ast.Name) and items.func.id in ("enumerate", "zip"):
+            if items.keywords and items.func.id == "zip":
+                items = ast.Call(items.func, items.args, [])
+            return self.bind_joint(target, items)
+        out = [assign(_ITEM, call("anchor", self.key, strip_listing(items), copy.deepcopy(self.candidate.like)))]
+        self.item = target.id if isinstance(target, ast.Name) else _ITEM
+        return [*out, assign(target, name(_ITEM))]
+
+    def bind_joint(self, target: ast.expr, items: ast.Call) -> list[ast.stmt]:
+        sequences: list[tuple[ast.expr, ast.expr]] = []
+        counter: tuple[ast.expr, ast.expr | None] | None = None
+        func = items.func
+        if isinstance(func, ast.Name) and func.id == "enumerate":
+            if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+                raise Unrollable("enumerate is not unpacked into two targets")
+            start = items.args[1] if len(items.args) > 1 else next((k.value for k in items.keywords), None)
+            counter, target, inner = (target.elts[0], start), target.elts[1], items.args[0]
+        else:
+            inner = items
+        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == "zip":
+            if not isinstance(target, ast.Tuple) or len(target.elts) != len(inner.args):
+                raise Unrollable("zip is not unpacked into as many targets")
+            sequences = list(zip(target.elts, inner.args, strict=True))
+        else:
+            sequences = [(target, inner)]
+        out: list[ast.stmt] = []
+        for i, (_, sequence) in enumerate(sequences):
+            out.append(assign(f"_moec_seq{i}", _without_values(strip_listing(sequence))))
+        sizes: list[ast.expr] = [call("length", name(f"_moec_seq{i}")) for i in range(len(sequences))]
+        size = sizes[0] if len(sizes) == 1 else call("shortest", self.key, *sizes)
+        span = ast.Call(name("range"), [size], [])
+        out.append(assign(_ITEM, call("anchor", self.key, span, copy.deepcopy(self.candidate.like))))
+        for i, (part, _) in enumerate(sequences):
+            out.append(assign(part, call("index", self.key, name(f"_moec_seq{i}"), name(_ITEM))))
+        if counter is not None:
+            place, start = counter
+            value: ast.expr = name(_ITEM) if start is None else ast.BinOp(name(_ITEM), ast.Add(), start)
+            self.item = place.id if isinstance(place, ast.Name) and start is None else _ITEM
+            out.append(assign(place, value))
+        return out
+
+    def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """The statements of the body; `continue` and a closing `if` become skips."""
+        out: list[ast.stmt] = []
+        for i, stmt in enumerate(body):
+            rest = body[i + 1 :]
+            if isinstance(stmt, ast.Continue):
+                return out
+            if isinstance(stmt, ast.If) and (self.depends(stmt.test) or has_continue(stmt)):
+                return out + self.branch(stmt, rest)
+            if has_continue(stmt):
+                raise Unrollable("a continue stands inside another statement than a plain if")
+            if isinstance(stmt, ast.Assign) and is_alias(stmt.value, self.candidate.aliases):
+                self.item = next((t.id for t in stmt.targets if isinstance(t, ast.Name)), self.item)
+            out.append(self.plain(stmt))
+        return out
+
+    def branch(self, stmt: ast.If, rest: list[ast.stmt]) -> list[ast.stmt]:
+        """An `if` that ends the iteration on one side."""
+        if _is_continue(stmt.body):
+            return self.skips(stmt.test, False, [*stmt.orelse, *rest])
+        if _is_continue(stmt.orelse):
+            return self.skips(stmt.test, True, [*stmt.body, *rest])
+        if not stmt.orelse and not rest:
+            return self.skips(stmt.test, True, stmt.body)
+        raise Unrollable("an if that depends on the item has an else branch or statements after it")
+
+    def depends(self, test: ast.expr) -> bool:
+        return bool(loaded([test]) & self.candidate.tainted)
+
+    def plain(self, stmt: ast.stmt) -> ast.stmt:
+        for node in ast.walk(stmt):
+            if isinstance(node, (ast.While, ast.ClassDef)):
+                raise Unrollable(f"the body holds a {type(node).__name__.lower()} statement")
+            if isinstance(node, ast.For) and self.depends(node.iter):
+                raise Unrollable("a loop inside the body runs over something that depends on the item")
+            if isinstance(node, ast.If) and self.depends(node.test):
+                raise Unrollable("an if inside another statement depends on the item")
+        return self.words.visit(stmt)
+
+    def skips(self, test: ast.expr, negate: bool, rest: list[ast.stmt]) -> list[ast.stmt]:
+        """`if test: continue` (negated: `if not test: continue`) followed by the rest of the body."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return self.skips(test.operand, not negate, rest)
+        if isinstance(test, ast.BoolOp):
+            if isinstance(test.op, ast.And) != negate:
+                raise Unrollable("a condition joins tests by and/or in a way that no row of skips can tell")
+            first, *others = test.values
+            then = ast.BoolOp(test.op, others) if len(others) > 1 else others[0]
+            nested = ast.If(ast.UnaryOp(ast.Not(), then) if negate else then, [ast.Continue()], [])
+            return self.skips(first, negate, [nested, *rest])
+        item, negated = name(self.item), ast.Constant(negate)
+        if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
+            left, right = (self.words.condition(side) for side in (test.left, test.comparators[0]))
+            word = call(
+                "skip_compare", self.key, item, left, ast.Constant(_COMPARISONS[type(test.ops[0])]), right, negated
+            )
+            return [assign(self.item, word), *self.block(rest)]
+        cond = assign("_moec_cond", self.words.condition(test))
+        step = assign(self.item, call("skip", self.key, item, name("_moec_cond"), negated))
+        guard = ast.UnaryOp(ast.Not(), call("always", name("_moec_cond"), negated))
+        return [cond, ast.If(guard, [step, *self.block(rest)], [])]
+
+
+def _without_values(sequence: ast.expr) -> ast.expr:
+    """`self.experts.values()` as `self.experts`: the words index a ModuleDict by place."""
+    if isinstance(sequence, ast.Call) and isinstance(sequence.func, ast.Attribute) and sequence.func.attr == "values":
+        return sequence.func.value
+    return sequence
+
+
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+}
+
+
+def _is_continue(block: list[ast.stmt]) -> bool:
+    return len(block) == 1 and isinstance(block[0], ast.Continue)
+
+
+def has_continue(stmt: ast.stmt) -> bool:
+    """Whether a `continue` of the loop itself stands inside the statement."""
+    if isinstance(stmt, ast.Continue):
+        return True
+    if isinstance(stmt, (ast.For, ast.While, ast.FunctionDef, ast.ClassDef)):
+        return False
+    return any(has_continue(child) for child in ast.iter_child_nodes(stmt) if isinstance(child, (ast.stmt)))

@@ -1,0 +1,104 @@
+"""What capture knows of the compile that Dynamo is running now: whose it is, which loops are open, which gave up.
+
+All of it lives on Dynamo's own objects (the output graph, the speculation log), so it ends with the compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+
+@dataclass(frozen=True)
+class NotRolled:
+    """A loop that stays as it was written, and why."""
+
+    reason: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class RetraceUnrolled(TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis):
+    """Dynamo traces the frame again from its start; the two bases let it pass the backend and clear the log."""
+
+
+def loop_key(file: str, line: int) -> str:
+    """The name of a loop: where it stands."""
+    return f"{file}:{line}"
+
+
+def not_rolled(key: str, reason: str) -> NotRolled:
+    """The decline of the loop named `key`."""
+    file, _, line = key.rpartition(":")
+    return NotRolled(reason, file, int(line))
+
+
+def current_tx() -> Any:
+    """The translator of the frame that is being traced in this thread, or None."""
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+
+
+def compiles_for_moec(tx: Any) -> bool:
+    """Whether the backend behind this translator carries `__moec_backend__ = True`."""
+    todo: list[Any] = [tx.output.compiler_fn]
+    seen = set[int]()
+    while todo:
+        fn = todo.pop()
+        if fn is None or id(fn) in seen:
+            continue
+        if getattr(fn, "__moec_backend__", False) is True:
+            return True
+        seen.add(id(fn))
+        todo += [getattr(fn, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__")]
+        if isinstance(fn, functools.partial):
+            todo.append(fn.func)
+        if isinstance(fn, types.MethodType):
+            todo.append(fn.__self__)
+    return False
+
+
+def allow_data_dependence(tx: Any) -> None:
+    """Let this compile, and no other, trace outputs whose shape depends on data."""
+    env = tx.output.shape_env
+    env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+
+
+def declined(tx: Any) -> dict[str, NotRolled]:
+    """The loops that gave up in this compile, by key; kept over restarts of the analysis."""
+    log = tx.speculation_log
+    if not hasattr(log, "moec_not_rolled"):
+        log.moec_not_rolled = {}
+    return log.moec_not_rolled
+
+
+@dataclass
+class Loops:
+    """The loops that one graph has rolled so far, in order, and the one whose body is being traced."""
+
+    begun: list[str] = field(default_factory=list)
+    open: str | None = None
+
+
+def loops_of(tx: Any) -> Loops:
+    """The rolled loops of the graph that is being traced."""
+    if not hasattr(tx.output, "moec_loops"):
+        tx.output.moec_loops = Loops()
+    return tx.output.moec_loops
+
+
+def retrace_without(tx: Any, key: str, reason: str) -> NoReturn:
+    """Give the loop up and have Dynamo trace the frame again with the loop as it was written."""
+    declined(tx).setdefault(key, not_rolled(key, reason))
+    raise RetraceUnrolled(restart_reason=f"moec: loop at {key} not rolled: {reason}")

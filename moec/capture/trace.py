@@ -1,0 +1,245 @@
+"""The words that a rolled body calls: while Dynamo traces them they decide by type what an expression means."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
+from moec.capture.picked import TextKey, pick_from
+from moec.capture.state import (
+    allow_data_dependence,
+    compiles_for_moec,
+    current_tx,
+    declined,
+    loops_of,
+    retrace_without,
+)
+
+_markers: Any = torch.ops.moec
+_COMPARE = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+@torch.compiler.assume_constant_result
+def _compiling_for_moec() -> bool:
+    tx = current_tx()
+    # Where Dynamo skips the user's frame it meets these words as frames of their own: then nothing is rolled.
+    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx):
+        return False
+    allow_data_dependence(tx)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _open(key: str) -> bool:
+    tx = current_tx()
+    # One region at a time, and none inside a higher-order operator's own graph: see DESIGN, capture.
+    loops = loops_of(tx)
+    if key in declined(tx) or loops.open is not None or len(tx.output.tracers) > 1:
+        return False
+    loops.open = key
+    loops.begun.append(key)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _close() -> None:
+    loops_of(current_tx()).open = None
+
+
+@torch.compiler.assume_constant_result
+def give_up(key: str, reason: str) -> NoReturn:
+    """Traced in a rolled body that turns out not to be one; Dynamo starts again with the loop as written."""
+    retrace_without(current_tx(), key, reason)
+
+
+def compiling() -> bool:
+    """Whether Dynamo traces this for moec; False in eager and for any other backend."""
+    return torch.compiler.is_dynamo_compiling() and _compiling_for_moec()
+
+
+def enter(key: str) -> bool:
+    """Whether the loop named `key` is to be traced as its rolled body."""
+    return compiling() and _open(key)
+
+
+def leave(item: Tensor) -> None:
+    """Mark the end of the region."""
+    _markers.end.default(item)
+    _close()
+
+
+def anchor(key: str, items: Any, like: Any) -> Tensor:
+    """One item of `items` (rows of an integer tensor, or a range); `like` gives the device for a range."""
+    if isinstance(items, Tensor):
+        if items.dim() == 0 or items.is_floating_point():
+            give_up(key, "the loop runs over a tensor that holds no integer rows")
+        return _markers.anchor.default(items)
+    if isinstance(items, range) and isinstance(like, Tensor):
+        return _markers.anchor_range.default(items.start, items.stop, items.step, like.device)
+    return give_up(key, "the loop runs over something that is neither a range nor a tensor")
+
+
+def is_item(x: Any) -> bool:
+    """A 0-d integer tensor: it may index a table or a list of modules."""
+    return isinstance(x, Tensor) and x.dim() == 0 and not x.is_floating_point() and x.dtype != torch.bool
+
+
+def is_row(x: Any) -> bool:
+    """An integer tensor of shape [1]: an item that was not unwrapped, `for e in hit.nonzero()`."""
+    return isinstance(x, Tensor) and x.dim() == 1 and x.dtype in (torch.int64, torch.int32) and x.shape[0] == 1
+
+
+def item_of(x: Any) -> Any:
+    """`x.item()` or `int(x)` of the loop's item: still symbolic."""
+    return x.reshape(()) if isinstance(x, Tensor) else x
+
+
+def length(x: Any) -> Any:
+    """`len(x)`; of a tensor the size of its first axis."""
+    return x.shape[0] if isinstance(x, Tensor) else len(x)
+
+
+def shortest(key: str, *sizes: int) -> int:
+    """The common length of what a `zip` joins."""
+    if any(size != sizes[0] for size in sizes):
+        give_up(key, "zip joins sequences of different lengths")
+    return sizes[0]
+
+
+def index(key: str, obj: Any, at: Any) -> Any:
+    """`obj[at]` where `at` may hold the loop's item."""
+    if isinstance(obj, Tensor):
+        return _index_tensor(key, obj, at)
+    if is_row(at):
+        at = at.reshape(())
+    if is_item(at) or isinstance(at, TextKey):
+        return pick_from(key, obj, at)
+    return obj[at]
+
+
+def _index_tensor(key: str, table: Tensor, at: Any) -> Tensor:
+    if is_item(at):
+        return _markers.take.default(table, at)
+    if is_row(at):
+        return _markers.take.default(table, at.reshape(())).unsqueeze(0)
+    if not isinstance(at, tuple):
+        return table[at]
+    # Integers select before anything else does, so each item takes its axis away first, the last one first.
+    rest = list(at)
+    for place in reversed([i for i, part in enumerate(rest) if is_item(part)]):
+        axis = _axis_of(rest, place, table.dim())
+        table = _markers.take.default(table.movedim(axis, 0), rest.pop(place))
+    return table[tuple(rest)] if any(_narrows(part) for part in rest) else table
+
+
+def _narrows(part: Any) -> bool:
+    return not isinstance(part, slice) or part != slice(None)
+
+
+def _axis_of(parts: list[Any], place: int, dims: int) -> int:
+    if any(part is Ellipsis for part in parts[:place]):
+        return dims - sum(_consumed(part) for part in parts[place:])
+    return sum(_consumed(part) for part in parts[:place])
+
+
+def _consumed(part: Any) -> int:
+    if part is None or part is Ellipsis:
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+
+
+def store(key: str, obj: Any, at: Any, value: Any) -> None:
+    """`obj[at] = value` where `at` may hold the loop's item."""
+    if not isinstance(obj, Tensor):
+        give_up(key, "the body stores into something that is no tensor")
+    if is_item(at):
+        obj.index_put_((at,), value if isinstance(value, Tensor) else obj.new_tensor(value))
+        return
+    if isinstance(at, tuple) and any(is_item(part) for part in at):
+        give_up(key, "the body stores at an index made of the loop's item and others")
+    obj[at] = value
+
+
+def span(start: Any, stop: Any, step: Any) -> slice:
+    """`start:stop:step` of an index."""
+    return slice(start, stop, step)
+
+
+def always(cond: Any, negate: bool) -> bool:
+    """Whether a condition is a plain constant that always ends the iteration."""
+    return isinstance(cond, bool) and cond != negate
+
+
+def skip(key: str, item: Tensor, cond: Any, negate: bool) -> Tensor:
+    """The rest of the iteration is skipped where `cond` (or, negated, not `cond`) holds."""
+    if isinstance(cond, Tensor):
+        if negate:
+            cond = torch.logical_not(cond)
+        elif cond.dtype != torch.bool:
+            cond = cond != 0
+        return _markers.skip.default(item, cond)
+    if isinstance(cond, bool):
+        return item
+    if negate and isinstance(cond, int):
+        return _markers.skip_size.default(item, cond)
+    return give_up(key, "a condition in the body is neither a tensor, a size nor a constant")
+
+
+# (comparison, right side, negated) that skip a size, which is never negative, exactly where it is 0.
+_ZERO = (("==", 0, False), ("!=", 0, True), (">", 0, True), (">=", 1, True), ("<=", 0, False), ("<", 1, False))
+
+
+def skip_compare(key: str, item: Tensor, left: Any, how: str, right: Any, negate: bool) -> Tensor:
+    """The rest of the iteration is skipped where the comparison (or, negated, its opposite) holds."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return skip(key, item, _COMPARE[how](left, right), negate)
+    if (how, right, negate) in _ZERO:
+        return _markers.skip_size.default(item, left)
+    return give_up(key, "a condition in the body compares sizes with something else than zero")
+
+
+def carry(key: str, value: Any, item: Tensor) -> Tensor:
+    """The loop-carried value at the head of an iteration."""
+    if not isinstance(value, Tensor):
+        give_up(key, "the body carries a value that is no tensor from one iteration to the next")
+    return _markers.carry.default(value, item)
+
+
+def carried(key: str, head: Tensor, new: Any, item: Tensor) -> Tensor:
+    """The loop-carried value after the loop."""
+    if not isinstance(new, Tensor) or new.dtype != head.dtype or new.dim() != head.dim():
+        give_up(key, "a value carried by the loop changes its dtype or rank")
+    return _markers.yield_.default(head, new, item)
+
+
+def in_place(key: str, head: Any, new: Any) -> Any:
+    """After `head += …` in a rolled body: the same tensor, mutated."""
+    if not isinstance(head, Tensor):
+        give_up(key, "the body adds in place to something that is no tensor")
+    return head
+
+
+def text_key(prefix: str, item: Any, suffix: str) -> Any:
+    """`f"{prefix}{item}{suffix}"` of the loop's item, for a ModuleDict."""
+    return TextKey(prefix, item.reshape(()), suffix) if isinstance(item, Tensor) else f"{prefix}{item}{suffix}"
+
+
+def keeps(items: Any) -> bool:
+    """Whether what a rolled loop runs over stays a tensor rather than becoming a list."""
+    return isinstance(items, Tensor) and compiling()
+
+
+def unlisted(items: Any) -> Any:
+    """What the loop as written runs over, where `keeps` kept a tensor."""
+    return items.tolist() if isinstance(items, Tensor) and compiling() else items

@@ -1,0 +1,124 @@
+"""Rewriting of expressions in a rolled body: what Dynamo cannot do with a symbolic item goes through `trace`."""
+
+from __future__ import annotations
+
+import ast
+import copy
+
+from moec.capture.events import loaded
+from moec.capture.recognise import Candidate, is_alias
+
+RUNTIME = "_moec_trace"
+_LISTING = frozenset(("tolist", "numpy", "cpu", "detach"))
+
+
+class Unrollable(Exception):
+    """A construct of the body that has no rolled form; the loop stays as written."""
+
+
+def call(word: str, *args: ast.expr) -> ast.Call:
+    """A call of a word of moec.capture.trace."""
+    return ast.Call(ast.Attribute(name(RUNTIME), word, ast.Load()), list(args), [])
+
+
+def name(text: str) -> ast.Name:
+    """A name that is read."""
+    return ast.Name(text, ast.Load())
+
+
+def assign(target: str | ast.expr, value: ast.expr) -> ast.Assign:
+    """`target = value`."""
+    return ast.Assign([ast.Name(target, ast.Store()) if isinstance(target, str) else target], value)
+
+
+def strip_listing(items: ast.expr) -> ast.expr:
+    """`hit.cpu().tolist()` as `hit`: a rolled loop runs over the tensor itself."""
+    while (
+        isinstance(items, ast.Call)
+        and isinstance(items.func, ast.Attribute)
+        and items.func.attr in _LISTING
+        and not (items.args or items.keywords)
+    ):
+        items = items.func.value
+    return items
+
+
+class Words(ast.NodeTransformer):
+    """Subscripts, conversions and keys made of the loop's item."""
+
+    def __init__(self, candidate: Candidate, key: ast.Constant) -> None:
+        self.aliases = candidate.aliases
+        # An index that may be the item; rows and masks that the item selected index as they are.
+        self.items = candidate.tainted - candidate.selected
+        self.key = key
+
+    def condition(self, test: ast.expr) -> ast.expr:
+        """The test of a skip: `mask.any().item()` and `bool(mask.any())` stay tensors."""
+        while isinstance(test, ast.Call):
+            if isinstance(test.func, ast.Name) and test.func.id in ("bool", "int") and len(test.args) == 1:
+                test = call("item_of", test.args[0])
+                return self.visit(ast.Call(test.func, [test.args[0]], []))
+            if isinstance(test.func, ast.Attribute) and test.func.attr == "item" and not test.args:
+                test = test.func.value
+                continue
+            break
+        return self.visit(test)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if not isinstance(node.ctx, ast.Load) or not self.indexes(node):
+            self.generic_visit(node)
+            return node
+        return call("index", self.key, self.visit(node.value), self.visit(_key(node.slice)))
+
+    def indexes(self, node: ast.Subscript) -> bool:
+        return bool(loaded([node.slice]) & self.items)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt:
+        target = node.targets[0]
+        if len(node.targets) != 1 or not isinstance(target, ast.Subscript) or not self.indexes(target):
+            self.generic_visit(node)
+            return node
+        at = self.visit(_key(target.slice))
+        return ast.Expr(call("store", self.key, self.visit(target.value), at, self.visit(node.value)))
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        if not isinstance(node.target, ast.Subscript) or not self.indexes(node.target):
+            self.generic_visit(node)
+            return node
+        base, at = self.visit(node.target.value), self.visit(_key(node.target.slice))
+        old = call("index", self.key, copy.deepcopy(base), copy.deepcopy(at))
+        return ast.Expr(call("store", self.key, base, at, ast.BinOp(old, node.op, self.visit(node.value))))
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        func, args = node.func, node.args
+        if isinstance(func, ast.Name) and len(args) == 1 and not node.keywords and loaded(args) & self.items:
+            if func.id == "int" and is_alias(args[0], self.aliases):
+                return call("item_of", self.visit(args[0]))
+            if func.id == "str" and is_alias(args[0], self.aliases):
+                return call("text_key", ast.Constant(""), self.visit(args[0]), ast.Constant(""))
+        if isinstance(func, ast.Attribute) and func.attr in ("item", "tolist") and is_alias(func.value, self.aliases):
+            return call("item_of", self.visit(func.value))
+        self.generic_visit(node)
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        parts = [part for part in node.values if isinstance(part, ast.FormattedValue)]
+        if len(parts) != 1 or not is_alias(parts[0].value, self.aliases):
+            self.generic_visit(node)
+            return node
+        place = node.values.index(parts[0])
+        prefix, suffix = (
+            "".join(str(part.value) for part in side if isinstance(part, ast.Constant))
+            for side in (node.values[:place], node.values[place + 1 :])
+        )
+        return call("text_key", ast.Constant(prefix), self.visit(parts[0].value), ast.Constant(suffix))
+
+
+def _key(at: ast.expr) -> ast.expr:
+    """An index as an expression of its own: `a:b` is `slice(a, b, None)`."""
+    if isinstance(at, ast.Slice):
+        bounds = [bound if bound is not None else ast.Constant(None) for bound in (at.lower, at.upper, at.step)]
+        return call("span", *bounds)
+    if isinstance(at, ast.Tuple):
+        return ast.Tuple([_key(part) for part in at.elts], ast.Load())
+    return at
