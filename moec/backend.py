@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -10,17 +11,17 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-import moec.runtime  # noqa: F401  # defines the ops that lowered graphs call
+import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
 from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import settle
 from moec.describe import sites_of
-from moec.graph import Graph, sweep
+from moec.graph import sweep
 from moec.options import Options
 from moec.passes import PASSES
 from moec.passes.lower import lower
-from moec.passes.raise_graph import Raised, fake
+from moec.passes.raise_graph import fake
 from moec.passes.vocabulary import raise_fx
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.report import GraphReport, PassRecord, Reason, Report
@@ -47,18 +48,28 @@ class Backend:
         """Compile one captured graph."""
         not_rolled = settle(gm)
         start = time.perf_counter()
-        for each in _graphs(gm):
-            self.rewrite(each)
-        spent = time.perf_counter() - start
+        parts = [self.rewrite(each) for each in _graphs(gm)]
         if self.report is not None:
-            self.report.seconds += spent
+            self.report.seconds += time.perf_counter() - start
+            self.report.graph_reports.append(_whole(parts))
             self.report.not_rolled += [Reason(n.reason, location=f"{n.file}:{n.line}") for n in not_rolled]
         if regions(gm):  # a rolled loop that nothing understood still runs, as the loop it was
             return compile_parts(gm, self.compile_rest)
         return self.compile_rest(gm, example_inputs)
 
-    def rewrite(self, gm: fx.GraphModule) -> None:
-        """Find the MoE layers of one graph and put kernels in their place."""
+    def rewrite(self, gm: fx.GraphModule) -> GraphReport:
+        """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
+        before = fx.Graph()
+        before.output(before.graph_copy(gm.graph, {}))
+        try:
+            return self._rewrite(gm)
+        except Exception as error:  # whatever it is, the user's model still runs
+            gm.graph = before
+            note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
+            warnings.warn(note, RuntimeWarning, stacklevel=2)
+            return GraphReport((), (), len(gm.graph.nodes), (note,))
+
+    def _rewrite(self, gm: fx.GraphModule) -> GraphReport:
         start = time.perf_counter()
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
@@ -72,21 +83,12 @@ class Backend:
             observers.append(verifying())
         facts = facts_of(gm, self.options)
         graph = run_pipeline(PASSES, graph, facts, observers)
-        if self.report is not None:
-            self.report.graph_reports.append(self._graph_report(gm, raised, graph, misses, records, facts))
+        nodes = len(gm.graph.nodes)
         lower(gm, raised, graph, self.options.kernels)
-
-    def _graph_report(
-        self,
-        gm: fx.GraphModule,
-        raised: Raised,
-        graph: Graph,
-        misses: list[Miss],
-        records: list[PassRecord],
-        facts: Facts,
-    ) -> GraphReport:
+        if self.report is None:
+            return GraphReport((), (), nodes)
         sites = sites_of(raised, graph, misses, bool(facts.grad), self.options.kernels)
-        return GraphReport(sites, tuple(records), len(gm.graph.nodes))
+        return GraphReport(sites, tuple(records), nodes)
 
     def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Hand what is not MoE to the compiler that the options name."""
@@ -134,6 +136,16 @@ def explain(
         frame = broken.user_stack[-1] if broken.user_stack else None
         report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
     return report
+
+
+def _whole(parts: Sequence[GraphReport]) -> GraphReport:
+    """One report for a graph and the graphs inside it."""
+    return GraphReport(
+        tuple(site for part in parts for site in part.sites),
+        tuple(record for part in parts for record in part.passes),
+        sum(part.nodes for part in parts),
+        tuple(note for part in parts for note in part.notes),
+    )
 
 
 def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:

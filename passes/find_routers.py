@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moec.graph import Graph, Instr, Ref, Type, substitute, sweep
+from moec.graph import Attr, Graph, Instr, Ref, Type, substitute, sweep
 from moec.match import NoMatch
 from moec.passes.routing import RouterMatch, match_router, uncast
 from moec.pipeline import Facts, Miss, Outcome
@@ -41,8 +41,11 @@ class FindRouters:
 
 def _describe(graph: Graph, site: Instr, match: RouterMatch | NoMatch, why: NoMatch) -> Graph:
     """The same graph, its site saying what its router is and why it stays apart."""
-    router = describe(match.spec, match.k) if isinstance(match, RouterMatch) else "the model's own graph"
-    attrs = (*site.attrs, ("router", router), ("router_apart", why.reason))
+    apart: tuple[tuple[str, Attr], ...] = (("router_apart", why.reason),)
+    if isinstance(match, RouterMatch):
+        spec = replace(KernelSpec.parse(str(site.attr("spec"))), router=match.spec)
+        apart = (*apart, ("router", str(spec)), ("router_params", match.params))
+    attrs = (*site.attrs, *apart)
     return graph.with_instrs(replace(i, attrs=attrs) if i is site else i for i in graph.instrs)
 
 

@@ -179,6 +179,8 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if instr.attr("dim") != 0:
         return NoMatch(f"indexed along axis {instr.attr('dim')}, expected 0", instr.results[0])
     found = [lifter.lift(i) for i in ids]
+    if len(ids) == 1 and isinstance(found[0], NoMatch):
+        found = [_choice(lifter, ids[0], found[0])]
     misses = [f for f in found if isinstance(f, NoMatch)]
     if misses:
         return misses[0]
@@ -191,6 +193,18 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if len(rows) == 1:
         return _index_one(lifter, instr, table, rows[0])
     return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
+
+
+def _choice(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
+    """Integers [T, k] or [T] that index as they are: the chosen experts of each token."""
+    kind = lifter.type(arg)
+    if not isinstance(arg, Ref) or kind.dtype not in INTEGER or kind.rank not in (1, 2):
+        return miss
+    if kind.rank == 1:
+        return Ids(Space("slots", 1), "expert", arg.name)
+    if not kind.shape[1].is_Integer:
+        return miss
+    return Ids(Space("slots", int(kind.shape[1])), "expert", arg.name, "tk")
 
 
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:

@@ -7,7 +7,7 @@ import sympy
 from moec import ir
 from moec.graph import Graph, Instr, Ref, normal_dim
 from moec.passes.find_routers import describe
-from moec.spec import KernelSpec
+from moec.spec import KernelSpec, RouterSpec
 
 
 def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
@@ -28,7 +28,7 @@ def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
         params=params_of(instr, spec),
         dtype=spec.experts.dtype,
     )
-    score, select, weight = _router(instr, spec, k, x_type.shape[0])
+    score, select, weight = _router(instr, k, x_type.shape[0])
     shared = None
     if "shared" in attrs:
         shared = ir.SharedExpert(str(attrs["shared"]), _dim(attrs["shared_width"]), bool(attrs["shared_gated"]))
@@ -66,11 +66,10 @@ def params_of(instr: Instr, spec: KernelSpec) -> tuple[tuple[str, tuple[str, ...
     return tuple((role, tuple(names[i * size : (i + 1) * size])) for i, role in enumerate(roles))
 
 
-def _router(instr: Instr, spec: KernelSpec, k: sympy.Expr, tokens: sympy.Expr) -> tuple[ir.Score, ir.Select, ir.Weight]:
-    router = spec.router
-    if router is None or not isinstance(instr.args[1], tuple):
+def _router(instr: Instr, k: sympy.Expr, tokens: sympy.Expr) -> tuple[ir.Score, ir.Select, ir.Weight]:
+    router, names = router_of(instr)
+    if router is None:
         return ir.Score("opaque"), ir.Select("given", k, k * tokens), ir.Weight("given")
-    names = [ref.name for ref in instr.args[1] if isinstance(ref, Ref)]
     bias = names[1] if router.bias else ""
     selection = names[-1] if router.selection_bias else ""
     score = ir.Score(router.score, names[0], bias, router.compute, router.score_dtype)
@@ -97,13 +96,25 @@ def _router(instr: Instr, spec: KernelSpec, k: sympy.Expr, tokens: sympy.Expr) -
     return score, select, weight
 
 
-def router_text(instr: Instr) -> str:
-    """The router in a few words."""
+def router_of(instr: Instr) -> tuple[RouterSpec | None, list[str]]:
+    """The router of a site, fused or understood but apart, and its parameters; None where it is the model's own."""
     attrs = dict(instr.attrs)
-    spec = KernelSpec.parse(str(attrs["spec"]))
-    if spec.router is not None:
-        return describe(spec.router, int(str(attrs["k"])))
-    return f"{attrs.get('router', 'given')} (in the graph)"
+    if instr.word == "moe" and isinstance(instr.args[1], tuple):
+        return KernelSpec.parse(str(attrs["spec"])).router, [r.name for r in instr.args[1] if isinstance(r, Ref)]
+    params = attrs.get("router_params")
+    if "router" not in attrs or not isinstance(params, tuple):
+        return None, []
+    return KernelSpec.parse(str(attrs["router"])).router, [str(p) for p in params]
+
+
+def router_text(graph: Graph, instr: Instr) -> str:
+    """The router in a few words."""
+    router, _ = router_of(instr)
+    if router is None:
+        return "the model's own (in the graph)"
+    if instr.word == "moe":
+        return describe(router, int(str(instr.attr("k"))))
+    return f"{describe(router, int(graph.types[instr.uses[2]].shape[1]))} (in the graph)"
 
 
 def experts_text(instr: Instr) -> str:
