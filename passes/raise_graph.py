@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+import moec.graph
 from moec.graph import Arg, Attr, Graph, Instr, Ref, Type, normal_dim
 
 DTYPE_WORDS: Mapping[torch.dtype, str] = {
@@ -31,6 +33,9 @@ DTYPE_WORDS: Mapping[torch.dtype, str] = {
 }
 
 ANY = Type("any")
+
+_ROLLING = str(Path(moec.graph.__file__).parent / "capture")
+"""Where the code lies that stands in for a rolled loop's own lines."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Builder:
 def location(node: fx.Node) -> str:
     """`file:line` of the user's code that made the node, or ''."""
     trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ") and _ROLLING not in line]
     if not lines:
         return ""
     path, _, rest = lines[-1].removeprefix('File "').partition('", line ')

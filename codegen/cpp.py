@@ -1,0 +1,184 @@
+"""KernelSpec → C++: a short translation unit that picks constants and spells out the activation.
+
+The work is in the headers beside this file; `kernel_headers` lists them in the order of their inclusion.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from moec.codegen.plan import pairs_of_bf16
+from moec.errors import CodegenError
+from moec.expr import Call, Const, Expr, Var, variables
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.target import Target
+
+HEADERS = ("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "router.hpp", "moe.hpp")
+_TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
+_CHOICES = {
+    "gate": ("none", "concat", "interleaved", "separate"),
+    "layout_in": ("nk", "kn"),
+    "layout_out": ("nk", "kn"),
+    "weight_on": ("output", "input"),
+    "dtype": tuple(_TYPES),
+    "score": ("softmax", "sigmoid", "softplus", "sqrt_softplus", "logits"),
+    "group_score": ("top2_sum", "max"),
+    "weight_from": ("score", "choice"),
+    "choose_by": ("score", "logits"),
+    "compute": tuple(_TYPES),
+    "score_dtype": tuple(_TYPES),
+    "weight_dtype": tuple(_TYPES),
+}
+
+
+@lru_cache(maxsize=1)
+def header_texts() -> tuple[tuple[str, str], ...]:
+    """(name, text) of each header."""
+    here = Path(__file__).resolve().parent
+    return tuple((name, (here / name).read_text()) for name in HEADERS)
+
+
+def emit(spec: KernelSpec, target: Target, router_weight: str = "f32") -> str:
+    """The translation unit for `spec` on `target`; `router_weight` is the dtype of the router's matrix as stored.
+
+    Raises CodegenError for a spec that has no C++ form.
+    """
+    check(spec)
+    parts = [
+        f"// moec: {spec}",
+        f"// {target.isa}: {target.lanes} lanes",
+        *(f"#define MOEC_{name} {value}" for name, value in _macros(target)),
+        '#include "moe.hpp"',
+        "",
+        "namespace {",
+        "using namespace moec;",
+        "",
+        _experts(spec, target),
+        *(() if spec.router is None else (_router(spec.router, router_weight),)),
+        "}  // namespace",
+        "",
+        *_entries(spec),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def check(spec: KernelSpec) -> None:
+    """Raises CodegenError naming the field whose value no kernel knows."""
+    for part in filter(None, (spec.experts, spec.router)):
+        for name, allowed in _CHOICES.items():
+            value = getattr(part, name, None)
+            if value is not None and value not in allowed:
+                raise CodegenError(f"{type(part).__name__}.{name}={value!r}: expected one of {', '.join(allowed)}")
+    known = {"a", "b"} if spec.experts.ab_views == 2 else {"a"}
+    unknown = variables(spec.experts.phi) - known
+    if unknown:
+        raise CodegenError(
+            f"activation {spec.experts.activation!r} reads {', '.join(sorted(unknown))}; "
+            f"with gate={spec.experts.gate!r} it may read {', '.join(sorted(known))}"
+        )
+
+
+def expression(expr: Expr) -> str:
+    """An activation over vectors `a` and `b` as C++."""
+    if isinstance(expr, Var):
+        return expr.name
+    if isinstance(expr, Const):
+        return f"splat({_number(expr.value)})"
+    return f"{expr.fn}({', '.join(map(expression, expr.args))})"
+
+
+def _statements(expr: Expr) -> list[str]:
+    """The body of φ: subexpressions that occur twice are named, so that each is computed once."""
+    counts: dict[Expr, int] = {}
+
+    def count(e: Expr) -> None:
+        counts[e] = counts.get(e, 0) + 1
+        if isinstance(e, Call) and counts[e] == 1:
+            for arg in e.args:
+                count(arg)
+
+    count(expr)
+    names: dict[Expr, str] = {}
+    lines: list[str] = []
+
+    def text(e: Expr) -> str:
+        if not isinstance(e, Call):
+            return expression(e)
+        if e not in names:
+            body = f"{e.fn}({', '.join(map(text, e.args))})"
+            if counts[e] == 1:
+                return body
+            names[e] = f"t{len(names)}"
+            lines.append(f"const vf {names[e]} = {body};")
+        return names[e]
+
+    result = text(expr)
+    return [*lines, f"return {result};"]
+
+
+def _number(value: float) -> str:
+    if value != value:
+        return '__builtin_nanf("")'
+    if value in (float("inf"), float("-inf")):
+        return f"{'-' if value < 0 else ''}__builtin_inff()"
+    text = repr(float(value))
+    return f"{text}f"
+
+
+def _macros(target: Target) -> tuple[tuple[str, int], ...]:
+    return (
+        ("LANES", target.lanes),
+        ("TILE_ROWS", target.tile_rows),
+        ("TILE_VECTORS", target.tile_vectors),
+        ("DOT_ROWS", target.dot_rows),
+    )
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _experts(spec: KernelSpec, target: Target) -> str:
+    e: ExpertsSpec = spec.experts
+    op = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
+    second = "vf b" if "b" in variables(e.phi) else "vf"
+    first = "vf a" if "a" in variables(e.phi) else "vf"
+    body = "\n".join(f"    {line}" for line in _statements(e.phi))
+    return f"""struct Kernel {{
+  using Op = {op};
+  using Y = {_TYPES[spec.y_dtype]};
+  static constexpr Gate gate = Gate::{e.gate};
+  static constexpr Layout layout_in = Layout::{e.layout_in}, layout_out = Layout::{e.layout_out};
+  static constexpr bool bias_in = {_flag(e.bias_in)}, bias_out = {_flag(e.bias_out)};
+  static constexpr bool weight_on_input = {_flag(e.weight_on == "input")};
+  static MOEC_INLINE vf phi({first}, {second}) {{
+{body}
+  }}
+}};
+"""
+
+
+def _router(r: RouterSpec, weight: str) -> str:
+    return f"""struct Router {{
+  using Weight = {_TYPES[weight]};
+  using Compute = {_TYPES[r.compute]};
+  using ScoreType = {_TYPES[r.score_dtype]};
+  static constexpr Score score = Score::{r.score};
+  static constexpr int64_t groups = {r.groups}, topk_group = {r.topk_group};
+  static constexpr GroupScore group_score = GroupScore::{r.group_score};
+  static constexpr float masked_value = {_number(r.masked_value)};
+  static constexpr bool sorted = {_flag(r.sorted)}, weight_from_choice = {_flag(r.weight_from == "choice")};
+  static constexpr bool choose_by_logits = {_flag(r.choose_by == "logits")};
+  static constexpr bool softmax_over_k = {_flag(r.softmax_over_k)}, renormalize = {_flag(r.renormalize)};
+  static constexpr float eps = {_number(r.eps)}, clamp_min = {_number(r.clamp_min)}, scale = {_number(r.scale)};
+}};
+"""
+
+
+def _entries(spec: KernelSpec) -> list[str]:
+    kinds = {"moe": "Router", "experts": "void"} if spec.router else {"experts": "void"}
+    export = '#define MOEC_EXPORT extern "C" __attribute__((visibility("default")))'
+    size = "MOEC_EXPORT int64_t args_words() { return sizeof(Args) / 8; }"
+    runs = (f"MOEC_EXPORT void {name}(const Args* args) {{ run<Kernel, {r}>(*args); }}" for name, r in kinds.items())
+    return [export, size, *runs]

@@ -1,0 +1,301 @@
+// The whole layer in one parallel region: router, dispatch, first projections with the activation, down projection,
+// combine. Every task writes its own outputs, so results do not depend on the number of threads.
+#pragma once
+#include <omp.h>
+
+#include <atomic>
+#include <type_traits>
+
+#include "gemm.hpp"
+#include "router.hpp"
+
+namespace moec {
+
+enum class Gate { none, concat, interleaved, separate };
+
+// Rows [row, row + rows) of the sorted pairs, all of expert `e`. In either phase its tasks end before number `end`.
+struct Segment {
+  int64_t e, row, rows, end[2];
+};
+
+struct Shared {
+  std::atomic<int64_t> next[2];
+  int64_t segments;
+};
+
+template <class K>
+class Layer {
+ public:
+  using Op = typename K::Op;
+  using A = typename Op::A;
+  using W = typename Op::W;
+
+  Layer(const Args& args, Shared& shared, int thread, int threads)
+      : a(args), shared(shared), thread(thread), threads(threads), x_rows(args.at<const A*>(args.at_x_rows)),
+        h_rows(args.at<const A*>(args.at_h_rows)), weight(args.at<float>(args.at_weights)),
+        position(args.at<int64_t>(args.at_position)), pair(args.at<int64_t>(args.at_pair)),
+        segments(args.at<Segment>(args.at_segments)), scratch(args.work + args.at_thread + thread * args.per_thread) {}
+
+  // `Router` void: routing weights and experts are given.
+  template <class Router>
+  void run() {
+    for (t0 = 0; t0 < a.T; t0 += a.chunk) {
+      tokens = a.T - t0 < a.chunk ? a.T - t0 : a.chunk;
+      copy_x<Router>();
+      if constexpr (!std::is_void_v<Router>) {
+        barrier();
+        router<Router>();
+      } else {
+        for (int64_t p : share(tokens * a.k)) weight[p] = read(a.weights, a.weights_dtype, t0 * a.k + p);
+      }
+      barrier();
+      if (thread == 0) dispatch();
+      barrier();
+      if constexpr (K::weight_on_input) {
+        scale_rows();
+        barrier();
+      }
+      tasks<0>();
+      barrier();
+      tasks<1>();
+      barrier();
+      combine();
+      barrier();
+    }
+  }
+
+ private:
+  const Args& a;
+  Shared& shared;
+  const int thread, threads;
+  const A** const x_rows;
+  const A** const h_rows;
+  float* const weight;
+  int64_t* const position;  // of pair (t, s) in expert order; -1: no such expert
+  int64_t* const pair;      // the inverse
+  Segment* const segments;
+  char* const scratch;
+  int64_t t0 = 0, tokens = 0;
+
+  struct Range {
+    int64_t first, last;
+    struct Iterator {
+      int64_t i;
+      bool operator!=(Iterator o) const { return i != o.i; }
+      void operator++() { i++; }
+      int64_t operator*() const { return i; }
+    };
+    Iterator begin() const { return {first}; }
+    Iterator end() const { return {last}; }
+  };
+  Range share(int64_t n) const { return {n * thread / threads, n * (thread + 1) / threads}; }
+  void barrier() const {
+    if (threads > 1) {
+#pragma omp barrier
+    }
+  }
+  const A* x_row(int64_t t) const {
+    if (a.x_direct) return reinterpret_cast<const A*>(a.x.base) + (t0 + t) * a.x.row;
+    return a.at<A>(a.at_x) + t * a.ld_x;
+  }
+
+  template <class Router>
+  void copy_x() {
+    for (int64_t t : share(tokens)) {
+      if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t0 + t, a.H, 1.0f, a.at<A>(a.at_x) + t * a.ld_x);
+      if constexpr (!std::is_void_v<Router>) {
+        const float** rows = a.at<const float*>(a.at_router_rows);
+        if (a.router_direct) {
+          rows[t] = reinterpret_cast<const float*>(a.x.base) + (t0 + t) * a.x.row;
+        } else if (a.at_router_x == a.at_x) {
+          rows[t] = a.at<float>(a.at_x) + t * a.ld_x;
+        } else {
+          float* to = a.at<float>(a.at_router_x) + t * a.ld_x;
+          copy_row<typename Router::Compute>(a.x, t0 + t, a.H, 1.0f, to);
+          rows[t] = to;
+        }
+      }
+    }
+  }
+
+  template <class Router>
+  void router() {
+    using W = typename Router::Weight;
+    using C = typename Router::Compute;
+    float* const logits = a.at<float>(a.at_logits);
+    const float* const* rows = a.at<const float*>(a.at_router_rows);
+    const int64_t block = tokens < 64 ? tokens : 64, cols = 16, across = (a.E + cols - 1) / cols;
+    for (int64_t i : share((tokens + block - 1) / block * across)) {
+      const int64_t r = i / across * block, j = i % across * cols;
+      const auto* w = reinterpret_cast<const W*>(a.router.base) + j * a.router.row;
+      few_nk<Fma<W>>(rows + r, std::min(block, tokens - r), a.H, w, a.router.row, std::min(cols, a.E - j),
+                     logits + r * a.E + j, a.E, a.k_few, w + cols * a.router.row);
+    }
+    barrier();
+    float* const choice = reinterpret_cast<float*>(scratch);
+    Scored* const queue = reinterpret_cast<Scored*>(scratch + (a.E * 4 + 63) / 64 * 64);
+    for (int64_t t : share(tokens)) {
+      float* row = logits + t * a.E;
+      C* out = static_cast<C*>(a.logits) + (t0 + t) * a.E;
+      for (int64_t e = 0; e < a.E; e++) {
+        if (a.router_bias.base) row[e] += read(a.router_bias.base, a.router_bias.dtype, e);
+        out[e] = narrow<C>(row[e]);
+        row[e] = value(out[e]);
+      }
+      route<Router>(a, t0 + t, row, weight + t * a.k, choice, queue);
+    }
+  }
+
+  // Sorts the pairs by expert and cuts the work of both phases into tasks.
+  void dispatch() {
+    const int64_t pairs = tokens * a.k;
+    const int64_t* const e = a.experts + t0 * a.k;
+    int64_t* const begin = a.at<int64_t>(a.at_begin);
+    std::fill(begin, begin + a.E + 1, 0);
+    for (int64_t p = 0; p < pairs; p++)
+      if (uint64_t(e[p]) < uint64_t(a.E)) begin[e[p] + 1]++;
+    Segment* s = segments;
+    int64_t end[2] = {0, 0};
+    for (int64_t i = 0; i < a.E; i++) {
+      const int64_t rows = begin[i + 1], blocks = (rows + a.row_block - 1) / a.row_block;
+      begin[i + 1] += begin[i];
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t r0 = rows * b / blocks, m = rows * (b + 1) / blocks - r0;
+        end[0] += (a.F + columns(0, m) - 1) / columns(0, m);
+        end[1] += (a.H + columns(1, m) - 1) / columns(1, m);
+        *s++ = {i, begin[i] + r0, m, {end[0], end[1]}};
+      }
+    }
+    shared.segments = s - segments;
+    shared.next[0] = shared.next[1] = 0;
+    for (int64_t p = 0; p < pairs; p++) {
+      const bool known = uint64_t(e[p]) < uint64_t(a.E);
+      const int64_t at = known ? begin[e[p]]++ : -1;
+      position[p] = at;
+      if (!known) continue;
+      pair[at] = p;
+      x_rows[at] = K::weight_on_input ? a.at<A>(a.at_x) + at * a.ld_x : x_row(p / a.k);
+      h_rows[at] = a.at<A>(a.at_h) + at * a.ld_h;
+    }
+  }
+
+  int64_t columns(int phase, int64_t m) const { return m > a.few[phase] ? a.many_cols[phase] : a.few_cols[phase]; }
+
+  void scale_rows() {
+    const Segment& last = segments[shared.segments - 1];
+    for (int64_t i : share(shared.segments ? last.row + last.rows : 0))
+      copy_row<W>(a.x, t0 + pair[i] / a.k, a.H, weight[pair[i]], a.at<A>(a.at_x) + i * a.ld_x);
+  }
+
+  template <int phase>
+  void tasks() {
+    const int64_t total = shared.segments ? segments[shared.segments - 1].end[phase] : 0;
+    const Segment* s = segments;
+    for (int64_t i = shared.next[phase]++; i < total; i = shared.next[phase]++) {
+      while (i >= s->end[phase]) s++;
+      const int64_t width = phase == 0 ? a.F : a.H, n = columns(phase, s->rows), count = (width + n - 1) / n;
+      const int64_t j = (i - (s->end[phase] - count)) * n, cols = std::min(n, width - j);
+      if constexpr (phase == 0) project_in(*s, j, cols);
+      else project_out(*s, j, cols);
+    }
+  }
+
+  // Columns [j, j + n) of h = φ(x·W_a + b_a, x·W_b + b_b) for the rows of a segment.
+  void project_in(const Segment& s, int64_t j, int64_t n) {
+    constexpr bool mixed = K::gate == Gate::interleaved, two = K::gate == Gate::concat || K::gate == Gate::separate;
+    const int64_t ldc = (mixed ? 2 : 1) * ((n + L - 1) / L * L);
+    const Tile t{a.few[0], a.k_few, a.k_many[0], scratch};
+    float* const ca = reinterpret_cast<float*>(scratch + a.at_tile);
+    float* const cb = ca + s.rows * ldc;
+    const A* const* const rows = x_rows + s.row;
+    const int64_t scale = mixed ? 2 : 1;
+    const W* const wa = at(a.a, s.e, j * scale);
+    const W* const wb = two ? at(a.b, s.e, j) : nullptr;
+    const W* const next = at(a.a, s.e, (j + n) * scale);
+    tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, two ? wb : next);
+    if constexpr (two) tile<Op, K::layout_in>(t, rows, s.rows, a.H, wb, a.b.ld, n, cb, ldc, next);
+    const W* const bias_a = K::bias_in ? a.bias_a.template of<W>(s.e) + j * scale : nullptr;
+    const W* const bias_b = K::bias_in && two ? a.bias_b.template of<W>(s.e) + j : nullptr;
+    A* const h = a.at<A>(a.at_h) + s.row * a.ld_h + j;
+    for (int64_t r = 0; r < s.rows; r++) {
+      const float* const pa = ca + r * ldc;
+      const float* const pb = cb + r * ldc;
+      for (int64_t c = 0; c < n; c += L) {
+        const int64_t part = std::min<int64_t>(L, n - c);
+        vf va, vb{};
+        if constexpr (mixed) {
+          split(pa + 2 * c, 2 * part, va, vb);
+          if constexpr (K::bias_in) {
+            vf ba, bb;
+            split(bias_a + 2 * c, 2 * part, ba, bb);
+            va += ba, vb += bb;
+          }
+        } else {
+          va = some(pa + c, part);
+          if constexpr (two) vb = some(pb + c, part);
+          if constexpr (K::bias_in) va += some(bias_a + c, part);
+          if constexpr (K::bias_in && two) vb += some(bias_b + c, part);
+        }
+        const vf v = K::phi(va, vb);
+        if (part == L) store(h + r * a.ld_h + c, v);
+        else store_n(h + r * a.ld_h + c, v, part);
+      }
+      if (sizeof(A) == 2 && j + n == a.F && a.F % 2) h[r * a.ld_h + n] = {};
+    }
+  }
+
+  void project_out(const Segment& s, int64_t j, int64_t n) {
+    const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
+    const W* w = a.out.template of<W>(s.e) + (K::layout_out == Layout::nk ? j * a.out.ld : j);
+    float* const c = a.at<float>(a.at_out) + s.row * a.H + j;
+    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.H, w + n * a.out.ld);
+  }
+
+  const W* at(const Experts& w, int64_t e, int64_t j) const {
+    return w.of<W>(e) + (K::layout_in == Layout::nk ? j * w.ld : j);
+  }
+
+  template <class T>
+  static MOEC_INLINE vf some(const T* p, int64_t n) { return n == L ? load(p) : load_n(p, n); }
+
+  // n numbers that alternate between a and b.
+  template <class T>
+  static MOEC_INLINE void split(const T* p, int64_t n, vf& va, vf& vb) {
+    const vf lo = n >= L ? load(p) : load_n(p, n), hi = n == 2 * L ? load(p + L) : load_n(p + L, n > L ? n - L : 0);
+    va = pick<EVEN>(lo, hi);
+    vb = pick<ODD>(lo, hi);
+  }
+
+  // y[t] = Σ_s w[t, s] · (out[position of (t, s)] + bias_out), slot by slot.
+  void combine() {
+    constexpr int64_t width = 512;
+    const int64_t across = (a.H + width - 1) / width;
+    typename K::Y* const y = static_cast<typename K::Y*>(a.y);
+    const float* const out = a.at<float>(a.at_out);
+    for (int64_t i : share(tokens * across)) {
+      const int64_t t = i / across, j0 = i % across * width, j1 = std::min(a.H, j0 + width);
+      for (int64_t j = j0; j < j1; j += L) {
+        const int64_t part = std::min<int64_t>(L, j1 - j);
+        vf sum{};
+        for (int64_t p = t * a.k; p < (t + 1) * a.k; p++) {
+          if (position[p] < 0) continue;
+          vf v = some(out + position[p] * a.H + j, part);
+          if constexpr (K::bias_out) v += some(a.bias_out.template of<W>(a.experts[t0 * a.k + p]) + j, part);
+          sum += K::weight_on_input ? v : weight[p] * v;
+        }
+        typename K::Y* const to = y + (t0 + t) * a.H + j;
+        if (part == L) store(to, sum);
+        else store_n(to, sum, part);
+      }
+    }
+  }
+};
+
+template <class K, class Router>
+void run(const Args& a) {
+  Shared shared{};
+#pragma omp parallel num_threads(int(a.threads))
+  Layer<K>(a, shared, omp_get_thread_num(), omp_get_num_threads()).template run<Router>();
+}
+
+}  // namespace moec

@@ -1,0 +1,268 @@
+"""A generated CPU kernel as a Python object: built on demand, its arguments packed, its workspace kept and reused.
+
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moec.codegen.build import build
+from moec.codegen.cpp import emit, header_texts
+from moec.codegen.plan import Plan, Rows, Sizes, make_plan
+from moec.errors import CodegenError
+from moec.options import Environment
+from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
+from moec.target import Target
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABSENT = (0, 0, 0, 0, 0)
+_NO_ROUTER = (0,) * 8
+
+
+def kernel_source(spec: str) -> str:
+    """The whole C++ of a spec's kernel for this host, its headers first, for people to read."""
+    parsed = KernelSpec.parse(spec)
+    unit = emit(parsed, Target.host(), parsed.experts.dtype)
+    headers = "".join(f"// ===== {name}\n{text}\n" for name, text in header_texts())
+    return f"{headers}// ===== the kernel\n{unit}"
+
+
+def load_kernel(spec: str, router_dtype: torch.dtype | None, target: Target | None = None) -> Kernel:
+    """The kernel of a spec for a router matrix stored in `router_dtype` (None: the spec's router is not used).
+
+    Raises CodegenError where the spec has no C++ form, BuildError where it cannot be built.
+    """
+    return _load(spec, router_dtype, target or Target.host())
+
+
+@lru_cache(maxsize=1024)
+def _load(text: str, router_dtype: torch.dtype | None, target: Target) -> Kernel:
+    spec = KernelSpec.parse(text)
+    stored = "f32" if spec.router is None else _router_storage(router_dtype or torch.float32, spec)
+    library = build(emit(spec, target, stored), target, Environment.read().cache_dir)
+    return Kernel(spec, target, DTYPES[stored], library)
+
+
+def _router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:
+    """The dtype in which a kernel reads the router's matrix: as stored, unless `compute` rounds it."""
+    assert spec.router is not None
+    name = DTYPE_NAMES.get(dtype, "f32")
+    return name if spec.router.compute in ("f32", name) else spec.router.compute
+
+
+@lru_cache(maxsize=1)
+def _workspaces() -> threading.local:
+    """One growing workspace a thread: concurrent calls do not share, repeated calls do not fault pages in again."""
+    return threading.local()
+
+
+def _workspace(size: int) -> int:
+    """The 4096-aligned address of at least `size` bytes that stay this thread's."""
+    store = _workspaces()
+    held: Tensor | None = getattr(store, "tensor", None)
+    if held is None or held.numel() < size + 4096:
+        held = store.tensor = None  # let go of the old one before the new one is taken
+        store.tensor = torch.empty(size + 4096, dtype=torch.uint8)
+    tensor: Tensor = store.tensor
+    return -(-tensor.data_ptr() // 4096) * 4096
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any."""
+
+    words: tuple[int, ...]
+    E: int
+    H: int
+    F: int
+    alive: tuple[object, ...]
+    copied: bool
+
+
+class Kernel:
+    """One built kernel. Calls are thread-safe; tensors must be on the CPU."""
+
+    def __init__(self, spec: KernelSpec, target: Target, router_dtype: torch.dtype, library: ctypes.CDLL) -> None:
+        self.spec, self.target, self.library = spec, target, library
+        self._router_dtype = router_dtype
+        self._dtype = DTYPES[spec.experts.dtype]
+        library.args_words.restype = ctypes.c_int64
+        self._words = int(library.args_words())
+        self._call_experts = self._function("experts")
+        self._call_moe = self._function("moe") if spec.router else None
+        self._bounds: dict[tuple[object, ...], _Bound] = {}
+        self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
+
+    def _make_plan(
+        self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
+    ) -> tuple[Plan, array[int]]:
+        plan = make_plan(self.spec, Sizes(*sizes), Rows(DTYPE_NAMES[dtype], row, contiguous), self.target, threads)
+        return plan, array("q", plan.words)
+
+    def _bound(self, params: Sequence[Tensor]) -> _Bound:
+        """Where the parameters lie: worked out once for tensors that stay where they are."""
+        first, last = params[0], params[-1]
+        key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
+        bound = self._bounds.get(key)
+        if bound is None:
+            bound = _bind(self.spec, params)
+            if not bound.copied:
+                if len(self._bounds) >= 4096:
+                    self._bounds.clear()
+                self._bounds[key] = bound
+        return bound
+
+    def _function(self, name: str) -> ctypes._NamedFuncPointer:
+        function = getattr(self.library, name)
+        function.restype, function.argtypes = None, [ctypes.c_void_p]
+        return function
+
+    def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
+        """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
+        return x.dtype in _CODES and all(p.dtype == self._dtype for p in params)
+
+    def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
+        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        if x.numel() == 0 or experts.shape[1] == 0:
+            return y.zero_()
+        if weights.dtype not in _CODES:
+            weights = weights.float()
+        weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
+        self._run(self._call_experts, x, y, weights, experts, params, 0, _NO_ROUTER)
+        return y
+
+    def moe(
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts."""
+        r = self.spec.router
+        if r is None or self._call_moe is None:
+            raise CodegenError(f"moec::moe needs a spec with a router, got {str(self.spec)!r}; call moec::experts")
+        tokens, count = x.shape[0], router[0].shape[0]
+        if not 0 < k <= count:
+            raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
+        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        logits = x.new_empty((tokens, count), dtype=DTYPES[r.compute])
+        weights = x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype])
+        experts = x.new_empty((tokens, k), dtype=torch.int64)
+        if x.numel() == 0:
+            return y, logits, weights, experts
+        w = router[0].to(self._router_dtype)
+        w = w if w.stride(1) == 1 else w.contiguous()
+        rest = [b if b.dtype in _CODES and b.is_contiguous() else b.float().contiguous() for b in router[1:]]
+        bias = rest.pop(0) if r.bias else None
+        selection = rest.pop(0) if r.selection_bias else None
+        words = (w.data_ptr(), _CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
+        self._run(self._call_moe, x, y, weights, experts, params, logits.data_ptr(), words)
+        return y, logits, weights, experts
+
+    def _run(
+        self,
+        function: ctypes._NamedFuncPointer,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        logits: int,
+        router: tuple[int, ...],
+    ) -> None:
+        bound = self._bound(params)
+        row, column = x.stride()
+        tokens, hidden = x.shape
+        if hidden != bound.H:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
+        sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1])
+        plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
+        words = words[:]
+        words.extend((_workspace(plan.workspace_bytes), x.data_ptr(), _CODES[x.dtype], row, column, y.data_ptr()))
+        words.extend((experts.data_ptr(), weights.data_ptr(), _CODES[weights.dtype], *bound.words, logits))
+        words.extend(router)
+        if len(words) != self._words:
+            raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
+        function(words.buffer_info()[0])
+
+
+def _vector(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), _CODES[t.dtype])
+
+
+def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
+    """Where each parameter group lies: a base and a stride when stacked, a table of pointers when not."""
+    s = spec.experts
+    groups = s.param_groups
+    alive: list[object] = []
+    found: dict[str, tuple[int, ...]] = {}
+    count = 1 if s.stacked else len(params) // len(groups)
+    out = params[count * groups.index("out")]
+    experts = params[0].shape[0] if s.stacked else count
+    hidden, width = out.shape[-2:] if s.layout_out == "nk" else (out.shape[-1], out.shape[-2])
+    _check_shapes(s, params, count, experts, hidden, width)
+    for i, group in enumerate(groups):
+        found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
+    a, b = _pair(found, "", s.gate, width, out.element_size(), s.layout_in == "nk")
+    bias_a, bias_b = _pair(found, "bias_", s.gate, width, out.element_size(), False)
+    words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", _ABSENT))
+    return _Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
+
+
+def _check_shapes(s: ExpertsSpec, params: Sequence[Tensor], count: int, E: int, H: int, F: int) -> None:
+    """Raises CodegenError where a parameter has not the shape that the others imply: a kernel would read past it."""
+    for i, (group, shape) in enumerate(_shapes(s, H, F)):
+        wanted = (E, *shape) if s.stacked else shape
+        for p in params[i * count : (i + 1) * count]:
+            if p.shape != wanted:
+                raise CodegenError(f"parameter {group!r} is {list(p.shape)}, expected {list(wanted)} for {s}")
+
+
+@lru_cache(maxsize=1024)
+def _shapes(s: ExpertsSpec, H: int, F: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """(group, one expert's shape) of each parameter group."""
+    widths = {"ab": F * (2 if s.gate in ("concat", "interleaved") else 1), "a": F, "b": F}
+
+    def shape(group: str) -> tuple[int, ...]:
+        if group.startswith("bias_"):
+            return (H,) if group == "bias_out" else (widths[group[5:]],)
+        rows, columns, layout = (H, F, s.layout_out) if group == "out" else (widths[group], H, s.layout_in)
+        return (rows, columns) if layout == "nk" else (columns, rows)
+
+    return tuple((group, shape(group)) for group in s.param_groups)
+
+
+def _group(tensors: Sequence[Tensor], stacked: bool, alive: list[object]) -> tuple[int, ...]:
+    """(base, stride in bytes, table, offset, row stride) of one parameter group."""
+    first = tensors[0]
+    inner, ld = first.stride(-1), first.stride(-2) if first.dim() > (2 if stacked else 1) else 0
+    same = stacked or all(t.stride() == first.stride() for t in tensors)
+    if inner != 1 or not same:
+        tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        alive.append(tensors)
+        return _group(tensors, stacked, alive)
+    if stacked:
+        return (first.data_ptr(), first.stride(0) * first.element_size(), 0, 0, ld)
+    table = array("q", [t.data_ptr() for t in tensors])
+    alive.append(table)
+    return (0, 0, table.buffer_info()[0], 0, ld)
+
+
+def _pair(
+    found: dict[str, tuple[int, ...]], prefix: str, gate: str, width: int, item: int, by_row: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a's and b's parts begin; `by_row`: in a shared tensor b's follow a's as rows, else as columns."""
+    if gate == "separate":
+        return found.get(f"{prefix}a", _ABSENT), found.get(f"{prefix}b", _ABSENT)
+    a = found.get(f"{prefix}ab", _ABSENT)
+    if gate != "concat" or a == _ABSENT:
+        return a, _ABSENT
+    base, stride, table, _, ld = a
+    return a, (base, stride, table, width * item * (ld if by_row else 1), ld)

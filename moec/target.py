@@ -1,0 +1,123 @@
+"""Target: what kernels are generated for. `Target.host()` is the only place where hardware is asked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from moec.errors import OptionError
+from moec.options import Environment
+
+
+@dataclass(frozen=True)
+class Target:
+    """A CPU and the compiler for it.
+
+    lanes         floats in a vector
+    tile_rows     rows × vectors of accumulators in the packed micro-kernel: as many as there are registers for
+    tile_vectors
+    dot_rows      rows of x that the dot kernel takes against 4 rows of weights
+    bf16_pairs    bf16 is multiplied in pairs into fp32 sums, without conversion
+    flags         what the compiler is told
+    compiler      path of the C++ compiler; None: there is none
+    """
+
+    isa: str
+    lanes: int
+    tile_rows: int
+    tile_vectors: int
+    dot_rows: int
+    bf16_pairs: bool
+    flags: tuple[str, ...]
+    threads: int = 1
+    l1_bytes: int = 32 << 10
+    l2_bytes: int = 512 << 10
+    compiler: str | None = None
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a vector."""
+        return 4 * self.lanes
+
+    @staticmethod
+    def host() -> Target:
+        """This machine, with the best instruction set it has or the one the environment asks for.
+
+        Raises OptionError where the environment names an instruction set that is unknown or that the host lacks.
+        """
+        env = Environment.read()
+        return _host(env.cpu_isa, env.cxx)
+
+    def emulating(self, isa: str) -> Target:
+        """The kernels of `isa`, built with this target's own instructions and small tiles: slow, for tests."""
+        own = {"flags": self.flags, "tile_rows": 3, "dot_rows": 2, **_machine(self)}
+        return replace(_ISAS[isa], **own)
+
+
+def _machine(target: Target) -> dict[str, Any]:
+    names = ("threads", "l1_bytes", "l2_bytes", "compiler")
+    return {name: getattr(target, name) for name in names}
+
+
+_AVX512_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_WIDE = "-mprefer-vector-width=512"
+
+# Best first. 16 registers hold 6x2 accumulators, 32 hold 12x2 or 8x2 with room for operands.
+_ISAS: Mapping[str, Target] = {
+    t.isa: t
+    for t in (
+        Target("avx512_bf16", 16, 12, 2, 4, True, (*_AVX512_FLAGS, "-mavx512bf16", _WIDE)),
+        Target("avx512", 16, 12, 2, 4, False, (*_AVX512_FLAGS, _WIDE)),
+        Target("avx2", 8, 6, 2, 3, False, ("-mavx2", "-mfma", "-mf16c")),
+        Target("neon", 4, 6, 4, 4, False, ("-march=armv8.2-a+fp16",)),
+        Target("plain", 4, 6, 2, 3, False, ()),
+    )
+}
+
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "avx512_bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),
+    "avx2": ("avx2", "fma3", "f16c"),
+    "neon": ("neon",),
+    "plain": (),
+}
+
+
+def isa_names() -> tuple[str, ...]:
+    """The instruction sets that kernels can be generated for, best first."""
+    return tuple(_ISAS)
+
+
+def supported_isas(capabilities: Mapping[str, Any]) -> tuple[str, ...]:
+    """The instruction sets, best first, of a machine with these `torch.cpu.get_capabilities()`."""
+    arm = capabilities.get("architecture") in ("aarch64", "arm64")
+    have = {**capabilities, "neon": arm}
+    return tuple(isa for isa in _ISAS if all(have.get(need, False) for need in _NEEDS[isa]))
+
+
+@lru_cache(maxsize=8)
+def _host(wanted: str | None, cxx: str | None) -> Target:
+    capabilities = torch.cpu.get_capabilities()
+    supported = supported_isas(capabilities)
+    if wanted is not None and wanted not in supported:
+        problem = "this host cannot run it" if wanted in _ISAS else "it is unknown"
+        raise OptionError(f"MOEC_CPU_ISA={wanted!r}: {problem}; expected one of {', '.join(supported)}")
+    return replace(
+        _ISAS[wanted or supported[0]],
+        threads=int(capabilities.get("num_physical_cores") or os.cpu_count() or 1),
+        l1_bytes=int(capabilities.get("l1d_cache_size") or 32 << 10),
+        l2_bytes=int(capabilities.get("l2_cache_size") or 512 << 10),
+        compiler=find_compiler(cxx),
+    )
+
+
+def find_compiler(cxx: str | None) -> str | None:
+    """The path of the C++ compiler: the one named, else g++, clang++ or c++; None where there is none."""
+    names = (cxx,) if cxx else ("g++", "clang++", "c++")
+    return next(filter(None, map(shutil.which, names)), None)

@@ -1,0 +1,121 @@
+"""The builder: cache, damage, errors, one pool of OpenMP threads, other instruction sets."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.codegen import cpp
+from moec.codegen.build import build
+from moec.errors import BuildError
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.target import Target
+
+TINY = 'extern "C" __attribute__((visibility("default"))) int seven() { return 7; }\n'
+SPEC = KernelSpec(ExpertsSpec("bf16"), RouterSpec("bf16"), y_dtype="bf16")
+
+
+def test_second_build_is_a_cache_hit(tmp_path):
+    target = Target.host()
+    assert build(TINY, target, tmp_path).seven() == 7
+    (built,) = tmp_path.glob("*.so")
+    stamp = built.stat().st_mtime_ns
+    without_compiler = replace(target, flags=target.flags)
+    assert build(TINY, without_compiler, tmp_path).seven() == 7
+    assert built.stat().st_mtime_ns == stamp
+    build(TINY + "// another\n", target, tmp_path)
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+def test_a_damaged_entry_is_built_again(tmp_path):
+    build(TINY, Target.host(), tmp_path / "good")
+    (good,) = (tmp_path / "good").glob("*.so")
+    bad = tmp_path / "bad" / good.name
+    bad.parent.mkdir()
+    bad.write_bytes(good.read_bytes()[:100])
+    assert build(TINY, Target.host(), bad.parent).seven() == 7
+    assert bad.stat().st_size == good.stat().st_size
+
+
+def test_errors_name_the_command_and_the_first_errors(tmp_path):
+    with pytest.raises(BuildError, match=r"(?s)-shared.*error: .*nonsense"):
+        build("nonsense nonsense;\n", Target.host(), tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler found"):
+        build(TINY, replace(Target.host(), compiler=None), tmp_path)
+    with pytest.raises(BuildError, match="cannot be run"):
+        build(TINY, replace(Target.host(), compiler="/nowhere/g++"), tmp_path)
+
+
+def test_one_pool_of_openmp_threads(tmp_path):
+    torch.mm(torch.randn(300, 300), torch.randn(300, 300))
+    build(cpp.emit(replace(SPEC, router=None), Target.host()), Target.host(), tmp_path)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps on this system")
+    pools = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line or "libomp" in line}
+    assert len(pools) == 1
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the host is not x86-64")
+def test_avx512_bf16_compiles_to_pair_products_in_registers(tmp_path):
+    """Built for the real instruction set, and only looked at: 12x2 sums stay in registers."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    target = replace(Target.host().emulating("avx512_bf16"), flags=_flags("avx512_bf16"), tile_rows=12)
+    build(cpp.emit(replace(SPEC, router=None), target), target, tmp_path)
+    (built,) = tmp_path.glob("*.so")
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", built], capture_output=True, text=True).stdout
+    assert longest_run_without_spills(listing) >= 24
+
+
+def _flags(isa):
+    from moec.target import _ISAS
+
+    return _ISAS[isa].flags
+
+
+def longest_run_without_spills(listing):
+    """The most pair products between two instructions that touch the stack or jump."""
+    best = run = 0
+    for line in listing.splitlines():
+        if "vdpbf16ps" in line and "rsp" not in line:
+            run += 1
+            best = max(best, run)
+        elif "rsp" in line or "\tj" in line or "ret" in line:
+            run = 0
+    return best
+
+
+def test_neon_compiles(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++") or (
+        Target.host().compiler if os.uname().machine == "aarch64" else None
+    )
+    if compiler is None:
+        pytest.skip("no compiler for aarch64 on this machine")
+    target = replace(Target.host().emulating("neon"), flags=_flags("neon"), compiler=compiler)
+    source = tmp_path / "kernel.cpp"
+    source.write_text(cpp.emit(SPEC, target, "bf16"))
+    headers = Path(cpp.__file__).resolve().parent
+    command = [compiler, "-O2", "-std=c++17", "-fopenmp", *target.flags, f"-I{headers}", "-c", source]
+    subprocess.run([*command, "-o", tmp_path / "kernel.o"], check=True)
+
+
+def test_an_older_kernel_would_be_noticed():
+    """Every kernel says how many words it takes, and there are exactly as many in a plan and a call."""
+    from moec.runtime_cpu import load_kernel
+
+    kernel = load_kernel(str(KernelSpec(ExpertsSpec())), None)
+    assert isinstance(kernel.library, ctypes.CDLL)
+    kernel._words -= 1
+    with pytest.raises(AssertionError, match="words"):
+        kernel.experts(
+            torch.randn(1, 4), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64),
+            [torch.randn(1, 4, 4), torch.randn(1, 4, 2)],
+        )  # fmt: skip
+    kernel._words += 1
