@@ -144,3 +144,16 @@ def test_python_m_moec_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "moec", "explain", "x"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("moec: error: target 'x'")
+
+
+def test_no_grad_compiles_for_inference(tiny, capsys):
+    tiny.write_text(
+        TINY.replace(
+            "return make_moe(32, 16, 4, 2, torch.float32),",
+            "return make_moe(32, 16, 4, 2, torch.float32).requires_grad_(),",
+        )
+    )
+    assert cli.run(["inspect", f"{tiny}:make", "--json"]) == cli.OK
+    assert " training" in json.loads(capsys.readouterr().out)["sites"][0]["ir"]
+    assert cli.run(["inspect", f"{tiny}:make", "--no-grad", "--json"]) == cli.OK
+    assert " training" not in json.loads(capsys.readouterr().out)["sites"][0]["ir"]

@@ -1,0 +1,156 @@
+"""One MoE layer, forward: moec beside the library's three expert implementations, plain and under Inductor, in one run.
+
+    python benchmarks/layer.py                                   # all layers, dtypes and token counts
+    python benchmarks/layer.py --quick                           # layer A, bf16, few alternatives
+    python benchmarks/layer.py --layers A --tokens 1,8 --dtypes f32
+
+Every way is checked against an fp32 reference before it is timed. Ways are timed in turns; a cell is the median of its
+calls. The limit is max(arithmetic / GEMM peak, weights of the experts hit / read bandwidth), both measured in the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from common import (
+    DTYPES,
+    LAYERS,
+    RESULTS,
+    Shape,
+    active_experts,
+    layer_inputs,
+    library_block,
+    plain_layer,
+    wanted,
+    write_json,
+)
+from rich.console import Console
+
+from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
+from moec.compare_view import times_table
+from moec.measure import Ceilings, environment_line, measure_ceilings
+from moec.worker import Built
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--tokens", default="1,8,64,512")
+    parser.add_argument("--dtypes", default="bf16,f32", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--repeats", type=int, default=15, help="calls a cell, at most")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds to prepare one alternative")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds to time one token count")
+    parser.add_argument(
+        "--patience", type=float, default=2.0, help="skip alternatives whose call is expected to be slower"
+    )
+    parser.add_argument("--no-inductor", action="store_true", help="leave Inductor's compilations out")
+    parser.add_argument("--on-grouped", action="store_true", help="also moec on the grouped_mm form")
+    parser.add_argument("--quick", action="store_true", help="layer A, bf16, 1 and 64 tokens, short budgets")
+    parser.add_argument("--out", type=Path, default=RESULTS / "layer.json")
+    parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        asked.layers, asked.tokens, asked.dtypes = "A", "1,64", "bf16"
+        asked.budget, asked.seconds, asked.repeats = 20.0, 5.0, 9
+    for name, known in (("layers", LAYERS), ("dtypes", DTYPES)):
+        unknown = [each for each in getattr(asked, name).split(",") if each not in known]
+        if unknown:
+            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+    return asked
+
+
+def build(shape: Shape, dtype: str, tokens: tuple[int, ...], implementation: str, backend: str) -> Built:
+    """One way, in its own process; backend '': eager."""
+    plain, inputs = plain_layer(shape, DTYPES[dtype]), layer_inputs(shape, DTYPES[dtype], tokens)
+    block = library_block(shape, implementation, plain)
+    call = torch.compile(block, backend=backend) if backend else block
+    # As blocks take it: [batch, sequence, hidden].
+    return Built(lambda x: call(x[None]), inputs, lambda t, y: wanted(plain, inputs[t]).verdict(y))
+
+
+def ways(shape: Shape, dtype: str, tokens: tuple[int, ...], inductor: bool, on_grouped: bool) -> list[Way]:
+    """moec on the library's eager form, then every alternative, cheapest to prepare first."""
+
+    def way(name: str, implementation: str, backend: str) -> Way:
+        return Way(
+            name, build, (shape, dtype, tokens, implementation, backend), bool(backend), implementation == "batched_mm"
+        )
+
+    found = [way(MOEC, "eager", "moec")]
+    if on_grouped:
+        found.append(way(f"{MOEC} (on grouped_mm)", "grouped_mm", "moec"))
+    found += [way(name, name, "") for name in ("eager", "grouped_mm", "batched_mm")]
+    if inductor:
+        found += [way(f"Inductor, {name}", name, "inductor") for name in ("grouped_mm", "batched_mm", "eager")]
+    return found
+
+
+def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceilings, say: Console) -> tuple[Row, ...]:
+    """All token counts of one layer and dtype."""
+    tokens = tuple(map(int, asked.tokens.split(",")))
+    plain = plain_layer(shape, DTYPES[dtype])
+    return race(
+        ways(shape, dtype, tokens, not asked.no_inductor, asked.on_grouped),
+        layer_inputs(shape, DTYPES[dtype], tokens),
+        shape.layer(DTYPES[dtype]),
+        ceilings,
+        lambda x: active_experts(plain, x),
+        Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats),
+        step=lambda text: say.log(text),
+    )
+
+
+def plot(tables: dict[str, tuple[Row, ...]], path: Path) -> None:
+    """One panel a layer and dtype: ms over tokens, with the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tables), figsize=(5.2 * len(tables), 4.2), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
+        for name in dict.fromkeys(name for row in rows for name in row.times):
+            points = [(row.tokens, row.times[name].median) for row in rows if name in row.times]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == MOEC else 1)
+        axis.plot([r.tokens for r in rows], [r.limit_ms for r in rows], "k--", label="limit of this machine")
+        axis.set(title=title, xlabel="tokens", ylabel="ms a layer", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    figure.suptitle(environment_line(), fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print tables, write JSON and the plot."""
+    asked = parse(arguments)
+    console, say = Console(), Console(stderr=True, highlight=False)
+    console.print(environment_line(), highlight=False)
+    tables: dict[str, tuple[Row, ...]] = {}
+    ceilings: dict[str, Ceilings] = {}
+    with torch.no_grad():
+        for dtype in asked.dtypes.split(","):
+            ceilings[dtype] = measure_ceilings(DTYPES[dtype])
+            for layer in asked.layers.split(","):
+                shape = LAYERS[layer]
+                title = f"{layer} {dtype}: H={shape.hidden} F={shape.width} E={shape.experts} k={shape.top_k}"
+                rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
+                names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
+                console.print(times_table(title, rows, names))
+                for line in empty_cells(rows):
+                    console.print(line, style="dim", highlight=False)
+    data = {title: [asdict(row) | {"best": row.best} for row in rows] for title, rows in tables.items()}
+    limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
+    say.print(f"wrote {write_json('layer', {'ceilings': limits, 'layers': data}, asked.out)}")
+    if asked.plot:
+        plot(tables, asked.plot)
+        say.print(f"wrote {asked.plot}")
+
+
+if __name__ == "__main__":
+    main()

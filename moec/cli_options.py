@@ -1,0 +1,75 @@
+"""What people type, as values: `--options key=value` pairs and the demo's sizes. Errors are OptionError, one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from moec.errors import OptionError
+
+BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
+DTYPES = ("bf16", "f32", "f16")
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """The demo's layer and what to measure: token counts T, hidden H, expert width F, experts E, top-k k."""
+
+    tokens: tuple[int, ...]
+    dtype: str
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    budget: float
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`kernels=eager`, `fuel=3` → typed values, checked as torch.compile's own options are."""
+    from moec.options import Options
+
+    hints = get_type_hints(Options)
+    values: dict[str, Any] = {}
+    for pair in (part for text in pairs for part in text.split(",")):
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise OptionError(f"--options {pair!r} is not key=value; for example --options kernels=eager,fuel=3")
+        values[name.strip()] = _typed(name.strip(), text.strip(), hints.get(name.strip()))
+    Options.make(values)
+    return values
+
+
+def _typed(name: str, text: str, hint: Any) -> Any:
+    if hint is bool:
+        if text.lower() not in BOOLS:
+            raise OptionError(f"option {name}={text!r} is not a truth value; expected true or false")
+        return BOOLS[text.lower()]
+    if hint is int or hint is float:
+        try:
+            return hint(text)
+        except ValueError:
+            raise OptionError(f"option {name}={text!r} is not a number; expected {hint.__name__}") from None
+    return text
+
+
+def demo_size(tokens: str, dtype: str, hidden: int, width: int, experts: int, top_k: int, budget: float) -> DemoSize:
+    """Checked sizes of the demo."""
+    if dtype not in DTYPES:
+        raise OptionError(f"--dtype {dtype!r} is unknown; expected one of {', '.join(DTYPES)}")
+    named = {"--hidden": hidden, "--width": width, "--experts": experts, "--top-k": top_k}
+    for name, value in named.items():
+        if value < 1:
+            raise OptionError(f"{name} {value} is too small; expected 1 or more")
+    if top_k > experts:
+        raise OptionError(f"--top-k {top_k} is more than --experts {experts}; choose at most as many as there are")
+    if budget <= 0:
+        raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
+    return DemoSize(_tokens(tokens), dtype, hidden, width, experts, top_k, budget)
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise OptionError(f"--tokens {text!r} is not a list of positive numbers; for example --tokens 1,8,64")
+    return tuple(map(int, parts))

@@ -1,0 +1,121 @@
+"""Command-line targets: `module:callable` or `file.py:callable` → (model, args, kwargs)."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from moec.errors import TargetError
+
+SHAPE = "expected (model, args) or (model, args, kwargs)"
+FORMS = "expected module:callable or file.py:callable, for example model.py:make"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and what to call it with."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def load(target: str) -> Target:
+    """Import, call and check the target. Raises TargetError, whose text is one line."""
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise TargetError(f"target {target!r} does not name a callable; {FORMS}")
+    module = _from_file(place) if place.endswith(".py") else _from_module(place)
+    return _checked(target, _call(target, _find(target, module, name)))
+
+
+def _from_file(place: str) -> ModuleType:
+    path = Path(place)
+    if not path.is_file():
+        raise TargetError(f"target file {place!r} does not exist (looked in {Path.cwd()}); {FORMS}")
+    # A name of its own: a user's torch.py or 01_model.py must neither hide nor be hidden by another module.
+    name = f"_moec_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise TargetError(f"target file {place!r} cannot be read as Python; {FORMS}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and inspect look a class's module up by name
+    _search(path.resolve().parent)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        raise TargetError(f"target file {place!r} fails on import: {_brief(error, str(path.resolve()))}") from error
+    return module
+
+
+def _from_module(place: str) -> ModuleType:
+    _search(Path.cwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            here = f"; did you mean the file {place}.py?" if Path(f"{place}.py").is_file() else ""
+            raise TargetError(f"no module {place!r} on the path or in {Path.cwd()}{here}; {FORMS}") from error
+        raise TargetError(f"module {place!r} fails on import: {_brief(error)}") from error
+    except Exception as error:
+        raise TargetError(f"module {place!r} fails on import: {_brief(error)}") from error
+
+
+def _search(folder: Path) -> None:
+    """Let the target import its neighbours, as `python file.py` would."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _find(target: str, module: ModuleType, name: str) -> Callable[[], Any]:
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
+            near = difflib.get_close_matches(part, public, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(public[:8]) or 'nothing callable'}"
+            raise TargetError(f"target {target!r}: {part!r} is not defined there; {hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TargetError(f"target {target!r}: {name!r} is {type(found).__name__}, not a callable; {SHAPE} from a call")
+    return found
+
+
+def _call(target: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except Exception as error:
+        raise TargetError(f"target {target!r}: the call without arguments failed: {_brief(error)}") from error
+
+
+def _checked(target: str, made: Any) -> Target:
+    if not isinstance(made, tuple) or len(cast("tuple[Any, ...]", made)) not in (2, 3):
+        got = f"a tuple of {len(cast('tuple[Any, ...]', made))}" if isinstance(made, tuple) else type(made).__name__
+        raise TargetError(f"target {target!r} returned {got}; {SHAPE}")
+    model, args, *rest = cast("tuple[Any, ...]", made)
+    kwargs: Any = rest[0] if rest else {}
+    if not callable(model):
+        raise TargetError(f"target {target!r}: the model is {type(model).__name__}, which cannot be called; {SHAPE}")
+    if not isinstance(args, tuple | list):
+        raise TargetError(f"target {target!r}: args is {type(args).__name__}, expected a tuple such as (x,)")
+    if not isinstance(kwargs, Mapping):
+        raise TargetError(f"target {target!r}: kwargs is {type(kwargs).__name__}, expected a dict")
+    return Target(model, tuple(cast("tuple[Any, ...]", args)), cast("Mapping[str, Any]", kwargs))
+
+
+def _brief(error: Exception, file: str = "") -> str:
+    """The error in one line, with the last place in the user's own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == file] or [f for f in frames if f.filename != __file__]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{where}"

@@ -1,0 +1,54 @@
+"""The process of one way in a comparison: builds it, calls it once, then times single calls on request."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Built:
+    """A way, built: what to call with which inputs, and what is wrong with a result (empty: nothing)."""
+
+    call: Callable[[Tensor], Any]
+    inputs: Mapping[int, Tensor]
+    wrong: Callable[[int, Any], str]
+
+
+def serve(pipe: Connection, build: Callable[..., Built], args: tuple[Any, ...]) -> None:
+    """Answer until the pipe closes. Questions (word, tokens): start, first, time; answers ("ok" | "failed", value)."""
+    warnings.simplefilter("ignore")  # a way's own warnings would tear the progress display of the parent
+    built: Built | None = None
+    with torch.no_grad():
+        while True:
+            try:
+                word, tokens = pipe.recv()
+            except (EOFError, KeyboardInterrupt):
+                return
+            try:
+                built = built or build(*args)
+                pipe.send(("ok", _answer(built, word, tokens)))
+            except Exception as error:
+                pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+
+
+def _answer(built: Built, word: str, tokens: int) -> float:
+    if word == "start":
+        return 0.0
+    x = built.inputs[tokens]
+    start = time.perf_counter()
+    y = built.call(x)
+    seconds = time.perf_counter() - start
+    if word == "first":
+        wrong = built.wrong(tokens, y)
+        if wrong:
+            raise ValueError(wrong)
+        return _answer(built, "time", tokens)  # a second call: the first compiled, or filled caches of its own
+    return seconds

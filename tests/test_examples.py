@@ -1,0 +1,28 @@
+"""Every example runs, in a process of its own as a reader would start it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPECTED = {
+    "01_compile.py": ["equal to eager", "gradient of the router"],
+    "02_watch_the_passes.py": ["1 fused", "moe @", "raise: 0 rewrites", "@@"],
+    "03_explain_a_miss.py": ["1 declined", "not fused, and still equal to eager"],
+    "04_library_model.py": ["2 fused", "logits equal to eager"],
+}
+
+
+def test_every_example_is_listed():
+    assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_example(name):
+    command = [sys.executable, str(ROOT / "examples" / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in EXPECTED[name]:
+        assert part in done.stdout, done.stdout[-3000:]

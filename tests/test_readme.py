@@ -1,0 +1,126 @@
+"""Every command in the README and the docs is run, or at least exists with the options shown."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from moec import cli
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10: pytest brings its own
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Too long for a test of every commit, or run by other tests: these are parsed, not run.
+PARSED = {
+    "moec demo": ["moec", "demo", "--help"],
+    "moec doctor": ["moec", "doctor", "--help"],  # test_cli_doctor runs it
+    "python benchmarks/layer.py --quick": ["python", "benchmarks/layer.py", "--help"],  # test_benchmarks runs tiny ones
+    "python benchmarks/compile_time.py --parts stacked --stacked 8,32": [
+        "python",
+        "benchmarks/compile_time.py",
+        "--help",
+    ],
+    "python benchmarks/memory.py --layer A --dtype bf16 --tokens 64": ["python", "benchmarks/memory.py", "--help"],
+}
+
+
+def commands():
+    """(page, command) of every line in a sh block, `&&` split, comments dropped."""
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.splitlines():
+                for part in line.partition(" #")[0].split("&&"):
+                    if part.strip():
+                        yield page.name, " ".join(part.split())
+
+
+ALL = sorted({command for _, command in commands()})
+
+
+def test_commands_are_found():
+    assert len(ALL) >= 12
+    assert {"moec demo", "pytest"} <= set(ALL)
+
+
+def test_set_up_is_exactly_two_commands():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Set-up")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)\n```", section, re.DOTALL)
+    assert blocks == ["pip install -e . && moec demo", 'pip install -e ".[test]" && pytest']
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.startswith("pip ")])
+def test_pip_installs_name_extras_that_exist(command):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = shlex.split(command)
+    assert words[:3] == ["pip", "install", "-e"]
+    extras = re.fullmatch(r"\.(?:\[(.*)\])?", words[3])
+    assert extras is not None
+    assert set((extras[1] or "").split(",")) - {""} <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.startswith("moec ") and c not in PARSED])
+def test_moec_command(command, tmp_path, monkeypatch, capsys):
+    # In this process: the same code as the script's, without an import of torch for each command.
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command.replace("report.html", str(tmp_path / "report.html")))
+    assert cli.run(words[1:]) == cli.OK, capsys.readouterr().err
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(PARSED))
+def test_long_command_exists_with_its_options(command):
+    assert command in ALL
+    words = PARSED[command]
+    run = [sys.executable, *(["-m", "moec"] if words[0] == "moec" else []), *words[1:]]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in done.stdout
+
+
+def test_every_command_is_of_a_kind_that_is_tested():
+    known = ("pip install", "moec ")
+    assert [c for c in ALL if not c.startswith(known) and c not in PARSED and c != "pytest"] == []
+
+
+def test_documented_options_are_the_real_ones():
+    from moec.options import Options, option_names
+
+    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([a-z]+)` \|", text, re.MULTILINE)
+    assert tuple(table) == option_names()
+    for name in table:
+        assert f"`{getattr(Options(), name)}`" in text
+    for name in ("MOEC_CACHE_DIR", "MOEC_CPU_ISA", "CXX"):
+        assert f"`{name}`" in text
+
+
+def test_documented_exit_codes_are_the_real_ones():
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)] == [
+        cli.OK,
+        cli.BROKEN_PROMISE,
+        cli.BAD_INPUT,
+    ]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_readme_python_is_valid():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
