@@ -48,7 +48,7 @@ class Backend:
         """Compile one captured graph."""
         not_rolled = settle(gm)
         start = time.perf_counter()
-        parts = [self.rewrite(each) for each in _graphs(gm)]
+        parts = [self.rewrite(each, nested=each is not gm) for each in _graphs(gm)]
         if self.report is not None:
             self.report.seconds += time.perf_counter() - start
             self.report.graph_reports.append(_whole(parts))
@@ -57,19 +57,19 @@ class Backend:
             return compile_parts(gm, self.compile_rest)
         return self.compile_rest(gm, example_inputs)
 
-    def rewrite(self, gm: fx.GraphModule) -> GraphReport:
+    def rewrite(self, gm: fx.GraphModule, nested: bool = False) -> GraphReport:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
         before = fx.Graph()
         before.output(before.graph_copy(gm.graph, {}))
         try:
-            return self._rewrite(gm)
+            return self._rewrite(gm, nested)
         except Exception as error:  # whatever it is, the user's model still runs
             gm.graph = before
             note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return GraphReport((), (), len(gm.graph.nodes), (note,))
 
-    def _rewrite(self, gm: fx.GraphModule) -> GraphReport:
+    def _rewrite(self, gm: fx.GraphModule, nested: bool) -> GraphReport:
         start = time.perf_counter()
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
@@ -81,7 +81,7 @@ class Backend:
             observers.append(recording(records))
         if self.options.verify:
             observers.append(verifying())
-        facts = facts_of(gm, self.options)
+        facts = facts_of(gm, self.options, nested)
         graph = run_pipeline(PASSES, graph, facts, observers)
         nodes = len(gm.graph.nodes)
         lower(gm, raised, graph, self.options.kernels)
@@ -153,8 +153,8 @@ def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
 
 
-def facts_of(gm: fx.GraphModule, options: Options) -> Facts:
-    """What passes may know besides the graph."""
+def facts_of(gm: fx.GraphModule, options: Options, nested: bool) -> Facts:
+    """What passes may know besides the graph. Inside a higher-order op Dynamo does not say what needs a gradient."""
     grad: set[str] = set()
     devices: dict[str, str] = {}
     not_plain: dict[str, str] = {}
@@ -163,7 +163,7 @@ def facts_of(gm: fx.GraphModule, options: Options) -> Facts:
         value = fake(node)
         if not isinstance(value, torch.Tensor):
             continue
-        if tracked and value.requires_grad:
+        if tracked and (value.requires_grad or nested):
             grad.add(node.name)
         if node.op in ("placeholder", "get_attr"):
             devices[node.name] = value.device.type

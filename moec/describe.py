@@ -44,7 +44,7 @@ def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, train
     host = Target.host()
     made_by = "eager" if engine == "eager" or host.compiler is None else host.isa
     kernel = f"{instr.word}_{spec.experts.dtype}_{made_by}"
-    reasons = (_reason(apart),) if apart is not None else ()
+    reasons = (_reason(raised, apart),) if apart is not None else ()
     return report.Site(
         name=name,
         status="fused",
@@ -73,13 +73,15 @@ def _declined(raised: Raised, miss: Miss) -> report.Site:
         top_k=0,
         capacity="",
         kernels=(),
-        reasons=(_reason(miss),),
+        reasons=(_reason(raised, miss),),
         location=miss.loc,
     )
 
 
-def _reason(miss: Miss) -> report.Reason:
-    return report.Reason(miss.why.reason, location=miss.loc, hint=miss.why.hint)
+def _reason(raised: Raised, miss: Miss) -> report.Reason:
+    """Why, at the line of the value that did not fit."""
+    made = raised.graph.defs.get(miss.why.at)
+    return report.Reason(miss.why.reason, location=(made.loc if made else "") or miss.loc, hint=miss.why.hint)
 
 
 def site_name(raised: Raised, root: str) -> str:

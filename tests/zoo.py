@@ -51,7 +51,11 @@ MODELS = {
         ),
         1,
     ),
-    "gpt_oss": ("GptOssConfig", dict(num_local_experts=8, num_experts_per_tok=2, layer_types=["full_attention"] * 2), 2),
+    "gpt_oss": (
+        "GptOssConfig",
+        dict(num_local_experts=8, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
+        2,
+    ),
     "granitemoe": ("GraniteMoeConfig", dict(num_local_experts=8, num_experts_per_tok=2), 2),
     "phimoe": ("PhimoeConfig", dict(num_local_experts=8, num_experts_per_tok=2), 2),
     "llama4_text": (
