@@ -14,7 +14,19 @@ from moec.passes.word_contract import normal_equation
 from moec.pipeline import Facts, Outcome
 
 UNIQUE = frozenset(
-    {"opaque", "effect", "random", "assert", "end", "changed", "changed_view", "anchor", "anchor_range", "carry"}
+    {
+        "opaque",
+        "effect",
+        "random",
+        "assert",
+        "end",
+        "changed",
+        "changed_view",
+        "anchor",
+        "anchor_range",
+        "carry",
+        "size",
+    }
 )
 """Words whose equal-looking instructions are not the same value."""
 
@@ -70,6 +82,14 @@ class Numbered:
 
     instrs: tuple[Instr, ...]
     names: Mapping[str, str]
+
+
+def twins(graph: Graph) -> Mapping[str, tuple[str, ...]]:
+    """The other values that are the same as a value, in the graph before this pass."""
+    found: dict[str, list[str]] = {}
+    for name, kept in _number(tuple(_fold_permutes(graph))).names.items():
+        found.setdefault(kept, []).append(name)
+    return {name: tuple(others) for name, others in found.items()}
 
 
 def _number(instrs: tuple[Instr, ...]) -> Numbered:

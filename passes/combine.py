@@ -91,6 +91,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return NoMatch("adds something else than rows to tokens", instr.results[0])
     if (index.space.kind, index.space.key, index.layout) != (added.space.kind, added.space.key, added.layout):
         return NoMatch("rows and tokens are in different orders", instr.results[0])
+    if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
+        return NoMatch("the last of a token's rows overwrites the others", instr.results[0])
     added = replace(added, choice=added.choice or index.choice)
     return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base))
 

@@ -42,8 +42,9 @@ class FindExperts:
         for instr in graph.instrs:
             if instr.word not in COMBINING:
                 continue
-            spent = 0 <= facts.options.fuel <= len(found)
-            outcome = NoMatch("rewrite fuel is spent", depth=2) if spent else find_at(lifter, instr, facts)
+            outcome = find_at(lifter, instr, facts)
+            if isinstance(outcome, Found) and 0 <= facts.options.fuel <= len(found):
+                outcome = NoMatch("rewrite fuel is spent", depth=2)
             if isinstance(outcome, Found):
                 found[instr.results[0]] = outcome
             elif outcome.depth >= 2:
@@ -162,8 +163,9 @@ def _say(
     x = graph.types[body.token]
     if x.rank != 2 or to.shape != x.shape:
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
-    dtype = to.dtype if to.dtype in DTYPES else "f32"
-    spec = KernelSpec(body.spec, None, dtype)
+    if x.dtype not in DTYPES or to.dtype not in DTYPES:
+        return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
+    spec = KernelSpec(body.spec, None, to.dtype)
     if not weights:
         return NoMatch("experts' rows are summed without routing weights", root.results[0], 7)
     groups = tuple(tuple(Ref(name) for name in group) for group in body.params)

@@ -54,7 +54,7 @@ def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> Graph 
     x, weights, choice = site.uses[:3]
     if uncast(graph, x) != match.x and x != match.x:
         return NoMatch(f"the router reads %{match.x}, the experts read %{x}", site.results[0])
-    if facts.grad.intersection((x, weights)):
+    if facts.grad.intersection((x, weights, *match.params)):
         return NoMatch("training: the router stays in the graph, where autograd differentiates it", site.results[0])
     if graph.types[x].dtype != graph.types[match.x].dtype:
         return NoMatch("the router reads the token in another dtype than the experts", site.results[0])

@@ -15,6 +15,7 @@ Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
 
 INTEGER = frozenset({"i64", "i32", "i16", "i8", "u8"})
+FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Lifter:
             if instr is None:
                 self.memo[arg.name] = NoMatch(f"%{arg.name} is an input of the graph", arg.name)
             elif instr.word not in self.rules:
-                self.memo[arg.name] = NoMatch(f"no row meaning for `{instr.word}`", arg.name)
+                what = instr.attr("target") if instr.word == "opaque" else instr.word
+                self.memo[arg.name] = NoMatch(f"no row meaning for `{what}`", arg.name)
             else:
                 found = self.rules[instr.word](self, instr, instr.results.index(arg.name))
                 self.memo[arg.name] = found.deeper() if isinstance(found, NoMatch) else found
@@ -162,6 +164,8 @@ def rule_cast(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A cast of integers or masks changes nothing; of rows it is part of their program."""
     inner = lifter.lift(instr.args[0])
     if isinstance(inner, Rows):
+        if instr.types[0].dtype not in FLOATS:
+            return NoMatch(f"rows are cast to {instr.types[0].dtype}", instr.results[0])
         return replace(inner, row=Cast(inner.row, instr.types[0].dtype))
     if isinstance(inner, NoMatch) or not isinstance(inner, Expert):
         return inner
@@ -230,7 +234,7 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
 def rule_sort(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """Sorting the flat expert ids puts rows in expert order; sorting that permutation inverts it."""
     inner = lifter.lift(instr.args[0])
-    if not isinstance(inner, Ids) or inner.layout != "flat" or instr.attr("descending"):
+    if not isinstance(inner, Ids) or lifter.type(instr.args[0]).rank != 1 or instr.attr("descending"):
         return NoMatch("sorts something else than the flat expert ids, ascending", instr.results[0])
     key = instr.results[1]
     if inner.what == "expert" and inner.space.kind == "slots":
@@ -262,6 +266,8 @@ def rule_index_put(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """inv[perm] = arange: the inverse of the sort's permutation."""
     if instr.word == "index_put":
         _base, source, *ids = instr.args
+        if instr.attr("accumulate"):
+            return NoMatch("adds positions instead of writing them", instr.results[0])
     else:
         _base, index, source = instr.args
         ids = [index]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.graph import Graph, Instr, Ref, sweep
+from moec.passes.canonicalize import twins
 from moec.passes.raise_graph import Raised
 
 SITES = frozenset({"experts", "moe"})
@@ -21,12 +22,14 @@ class Lowering:
 
     viewed  values written into a storage that is seen under several shapes
     made    values that have a new FX node
+    twins   values computed a second time, by the name of the first: a node may hold only one of them by now
     """
 
     gm: fx.GraphModule
     raised: Raised
     engine: str
     viewed: frozenset[str]
+    twins: Mapping[str, tuple[str, ...]]
     made: dict[str, fx.Node] = field(default_factory=dict)
     _histories: dict[fx.Node, list[tuple[str, int]]] = field(default_factory=dict)
 
@@ -34,9 +37,10 @@ class Lowering:
         """An FX node that holds the value `name` at position `at`."""
         if name in self.made:
             return self.made[name]
-        for node, since in self.raised.carriers[name]:
-            if since <= at and self._holds(node, at) == name:
-                return node
+        for same in (name, *self.twins.get(name, ())):
+            for node, since in self.raised.carriers.get(same, ()):
+                if since <= at and self._holds(node, at) == same:
+                    return node
         raise KeyError(f"no node holds %{name} at position {at}")
 
     def _holds(self, node: fx.Node, at: int) -> str:
@@ -67,7 +71,7 @@ class Lowering:
 
 def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str) -> int:
     """Rewrite `gm` in place to what `graph` says; returns the number of sites lowered."""
-    state = Lowering(gm, raised, engine, any_views(raised.graph))
+    state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph))
     groups: dict[str, list[Instr]] = {}
     new: list[Instr] = []
     for instr in graph.instrs:
@@ -103,9 +107,9 @@ def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
     for instr in instrs:
         with state.gm.graph.inserting_after(anchor):
             anchor = _emit(state, instr, at, origin)
-    moe = next((i for i in instrs if i.word == "moe"), None)
-    if moe is not None:
-        _results(state, moe, at)
+        if instr.word == "moe":  # at once: what comes next reads its first result
+            _results(state, instr, at)
+            anchor = state.made[instr.results[0]]
     _rewire(state, root, origin)
 
 
@@ -159,10 +163,9 @@ def _results(state: Lowering, instr: Instr, at: int) -> None:
         state.made[instr.results[0]] = state.gm.graph.call_function(operator.getitem, (op, 0))
     for i, old in enumerate(replaced, start=1):
         users = list(state.users(str(old), at))
-        if not users:
-            continue
         with state.gm.graph.inserting_after(op):
             item = state.gm.graph.call_function(operator.getitem, (op, i))
+        state.made[instr.results[i]] = item  # another site may read it; erased when nothing does
         for user, holder in users:
             user.replace_input_with(holder, item)
 

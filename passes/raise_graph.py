@@ -196,7 +196,7 @@ def _raise_node(build: Builder, node: fx.Node, raiser: Raiser | None) -> Arg:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         size = dim_of(value)
         return int(size) if size.is_Integer else str(size)
-    if raiser is not None and node.args:  # an operand given by keyword alone is rare, and stays opaque
+    if raiser is not None:
         said = raiser(build, node)
         if said is not None:
             return said

@@ -34,12 +34,20 @@ def _def(graph: Graph, arg: Arg) -> Instr | None:
 
 
 def uncast(graph: Graph, name: str) -> str:
-    """The value behind casts and copies."""
+    """The value behind copies and casts between floats, or between whole numbers and masks."""
     made = graph.defs.get(name)
-    while made is not None and made.word in ("cast", "same"):
+    while made is not None and (made.word == "same" or (made.word == "cast" and _keeps(graph, made))):
         name = made.uses[0]
         made = graph.defs.get(name)
     return name
+
+
+_FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
+
+
+def _keeps(graph: Graph, cast: Instr) -> bool:
+    """Whether a cast keeps numbers up to rounding: floats become floats, and what is whole stays as it is."""
+    return cast.types[0].dtype in _FLOATS or graph.types[cast.uses[0]].dtype not in _FLOATS
 
 
 def match_router(graph: Graph, weights: str, choice: str) -> RouterMatch | NoMatch:
@@ -86,7 +94,7 @@ def _weight_steps(graph: Graph, name: str, spec: RouterSpec) -> _Weights | NoMat
         behind = graph.defs.get(source)
         if behind is not None and behind.word in ("topk", "gather"):
             return _weight_steps(graph, source, replace(spec, softmax_over_k=True))
-    if made is not None and made.word == "sigmoid":
+    if made is not None and made.word == "sigmoid" and not (spec.softmax_over_k):
         source = uncast(graph, made.uses[0])
         if graph.types[source].shape == graph.types[name].shape and graph.defs.get(source) is not None:
             return _Weights(spec, source, ("sigmoid",)) if graph.defs[source].word == "topk" else _Weights(spec, name)
@@ -104,7 +112,12 @@ def _renormalization(graph: Graph, made: Instr) -> tuple[str, float, float] | No
         number = next((a for a in below.args if isinstance(a, int | float)), None)
         if number is None or len(below.uses) != 1:
             return NoMatch("weights are divided by something else than their sum", made.results[0])
-        eps, least = (eps + number, least) if below.word == "add" else (eps, float(number))
+        if below.word == "add" and least:
+            eps, least = eps + number, least
+        elif eps:
+            return NoMatch("the weights' sum is bounded before a number is added to it", made.results[0])
+        else:
+            eps, least = (number, least) if below.word == "add" else (eps, float(number))
         below = graph.defs.get(uncast(graph, below.uses[0]))
     if below is None or below.word != "reduce_sum" or below.attr("dims") != (1,) or not below.attr("keepdim"):
         return NoMatch("weights are divided by something else than their sum", made.results[0])
@@ -143,6 +156,8 @@ def _selection(graph: Graph, spec: RouterSpec, choice: str, score: str, k: int) 
         ranks = [len([d for d in graph.types[u].shape if d != 1]) for u in made.uses]
         if sorted(ranks) == [1, 2]:
             bias = made.uses[ranks.index(1)]
+            if graph.types[bias].shape[-1] != made.types[0].shape[1]:
+                return NoMatch(f"scores are shifted by {graph.types[bias]}, expected one number an expert", bias)
             choice = made.uses[ranks.index(2)]
             spec = replace(spec, selection_bias=True)
     if score and uncast(graph, score) != uncast(graph, choice):
@@ -166,15 +181,45 @@ def _groups(graph: Graph, choice: str, spec: RouterSpec) -> tuple[RouterSpec, st
     if not isinstance(source, Ref) or not isinstance(mask, Ref) or not isinstance(value, int | float):
         return NoMatch("scores are masked by something else than a number", choice)
     name = mask.name
-    made = graph.defs.get(uncast(graph, name))
+    made = graph.defs.get(_mask(graph, name))
     while made is not None and made.word in ("reshape", "expand", "cast", "repeat_interleave", "gt", "ne"):
-        made = graph.defs.get(uncast(graph, made.uses[0]))
+        wide, narrow = made.types[0].shape, graph.types[made.uses[0]].shape
+        if made.word == "expand" and (len(wide) != 3 or wide[:2] != narrow[:2]):
+            return NoMatch("a group's experts do not stand side by side", choice)
+        if made.word in ("gt", "ne") and made.args[1] not in (0, False):
+            return NoMatch(f"a group mask is compared with {made.args[1]}, expected 0", choice)
+        if made.word == "repeat_interleave" and made.attr("dim") != 1:
+            return NoMatch("a group mask is repeated along another axis than groups", choice)
+        made = graph.defs.get(_mask(graph, made.uses[0]))
     if made is None or made.word != "scatter" or made.attr("dim") != 1 or made.args[2] not in (1, 1.0, True):
         return NoMatch("scores are masked by something else than chosen groups", choice)
+    base = graph.defs.get(made.uses[0])
+    if base is None or base.word != "full" or base.attr("value") != 0.0:
+        return NoMatch("scores are masked by something else than chosen groups", choice)
     top = graph.defs.get(made.uses[1])
-    if top is None or top.word != "topk" or made.uses[1] != top.results[1]:
+    if top is None or not _largest(top, 1) or made.uses[1] != top.results[1]:
         return NoMatch("groups are not chosen by top-k", choice)
     return _group_scores(graph, replace(spec, masked_value=float(value)), source.name, top)
+
+
+def _mask(graph: Graph, name: str) -> str:
+    """The value behind casts and copies of a mask, which is 0 and 1 in any dtype."""
+    made = graph.defs.get(name)
+    while made is not None and made.word in ("cast", "same"):
+        name = made.uses[0]
+        made = graph.defs.get(name)
+    return name
+
+
+def _largest(instr: Instr, dim: int) -> bool:
+    return instr.word == "topk" and instr.attr("largest") is True and instr.attr("dim") == dim
+
+
+def _best(instr: Instr) -> bool:
+    """A group's best score: the maximum over axis 2."""
+    if instr.word == "reduce_amax":
+        return instr.attr("dims") == (2,) and not instr.attr("keepdim")
+    return instr.word == "max" and instr.attr("dim") == 2 and not instr.attr("keepdim")
 
 
 def _group_scores(graph: Graph, spec: RouterSpec, source: str, top: Instr) -> tuple[RouterSpec, str] | NoMatch:
@@ -183,9 +228,9 @@ def _group_scores(graph: Graph, spec: RouterSpec, source: str, top: Instr) -> tu
     kind = ""
     if scores is not None and scores.word == "reduce_sum" and scores.attr("dims") == (2,):
         best = graph.defs.get(scores.uses[0])
-        if best is not None and best.word == "topk" and best.attr("k") == 2 and best.attr("dim") == 2:
+        if best is not None and _largest(best, 2) and best.attr("k") == 2 and scores.uses[0] == best.results[0]:
             kind, scores = "top2_sum", best
-    elif scores is not None and (scores.word in ("reduce_amax", "max")):
+    elif scores is not None and _best(scores) and top.uses[0] == scores.results[0]:
         kind = "max"
     split = graph.defs.get(scores.uses[0]) if scores is not None and kind else None
     if split is None or split.word != "reshape" or uncast(graph, split.uses[0]) != uncast(graph, source):
@@ -214,7 +259,7 @@ def _score(graph: Graph, spec: RouterSpec, score: str, bias: str, k: int) -> Rou
             return NoMatch("softmax is over another axis than experts", score)
         fn, source = SCORES[made.word], made.uses[0]
     if spec.choose_by == "logits":
-        if fn != "logits":
+        if made is not None and made.word in (*SCORES, "sqrt"):
             return NoMatch("a score function of a score", score)
         fn = spec.score
     spec = replace(spec, score=fn, score_dtype=dtype)

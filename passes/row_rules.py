@@ -139,7 +139,7 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_pick(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """[p_0 … p_E−1][e]: an expert's own tensor."""
     tables, item = instr.args
-    if isinstance(lifter.lift(item), NoMatch) or not isinstance(tables, tuple):
+    if not isinstance(lifter.lift(item), Anchor) or not isinstance(tables, tuple):
         return NoMatch("picked at something else than the loop's expert", instr.results[0])
     names = tuple(t.name for t in tables if isinstance(t, Ref))
     return Expert(names, tuple(range(instr.types[0].rank)), False)
@@ -148,9 +148,10 @@ def rule_pick(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """The places where a loop's mask is true: tokens and slots. Of hit experts: the list of them."""
     mask = lifter.lift(instr.args[0])
-    if isinstance(mask, PerExpert) and mask.what == "hit":
+    if isinstance(mask, PerExpert) and mask.what in ("hit", "counts"):
         return replace(mask, what="hits")
-    if isinstance(mask, OneHot) and mask.anchor and set(mask.axes) in ({"t", "s"}, {"t"}):
+    whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
+    if isinstance(mask, OneHot) and mask.anchor and whole and set(mask.axes) in ({"t", "s"}, {"t"}):
         what = {"t": "token", "s": "slot"}[mask.axes[which]]
         return Ids(Space("loop", 0, mask.anchor), what, mask.choice)
     return (
@@ -188,6 +189,10 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if isinstance(inner, NoMatch):
             return inner
         if isinstance(inner, Rows):
+            if lifter.type(arg).rank != instr.types[0].rank:
+                return NoMatch(
+                    f"`{instr.word}` of {lifter.type(arg)} gives {instr.types[0]}: other rows", instr.results[0]
+                )
             if lead is not None and (lead.layout != inner.layout or not _compatible(lead.space, inner.space)):
                 return NoMatch(
                     f"`{instr.word}` of {lead.space.kind}/{lead.layout} and {inner.space.kind}/{inner.layout} rows",

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moec.graph import Arg, Ref
-from moec.passes import word_contract, word_views, words
+from moec.passes import updates, word_contract, word_views, words
 from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
 from moec.passes.words import BINARY, UNARY, key_of
 
@@ -21,6 +21,7 @@ TABLE: Mapping[str, Raiser] = {
     **dict.fromkeys(UNARY, words.raise_unary),
     **dict.fromkeys(BINARY, words.raise_binary),
     **_each("clamp clamp_min clamp_max", words.raise_clamp),
+    **_each("logical_not", words.raise_logical_not),
     **_each("square", words.raise_square),
     **_each("mish", words.raise_mish),
     **_each("hardswish", words.raise_hardswish),
@@ -74,23 +75,29 @@ TABLE: Mapping[str, Raiser] = {
 def raiser_of(node: fx.Node) -> Raiser | None:
     """How this node is said; an in-place spelling is its functional one followed by an update."""
     key = key_of(node)
+    if node.kwargs.get("out") is not None:
+        return updates.writes_out
+    if not node.args:  # operands given by keyword alone are rare, and stay opaque
+        return updates.writes_keyword if updates.is_update(node, key) else None
     if key == "getattr":
         return _raise_attribute
     if key == "setitem":
         return _in_place(word_views.raise_setitem)
     if key.startswith("moec."):
         return _raise_marker
+    if updates.has_inplace_flag(node):
+        return _in_place(_without_flag(TABLE.get(key, _opaque)))
     if key in TABLE:
-        inplace = node.kwargs.get("inplace") or (key in _INPLACE_SECOND and True in node.args[1:])
-        return _in_place(_without_flag(TABLE[key])) if inplace else TABLE[key]
-    if key.endswith("_") and not key.endswith("__") and node.args and isinstance(node.args[0], fx.Node):
-        return _in_place(TABLE.get(key.removesuffix("_"), _opaque))
+        return TABLE[key]
+    if updates.is_update(node, key):
+        return _in_place(TABLE.get(key.removesuffix("_"), _opaque)) if _one(node) else updates.writes_all
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _raise_custom
     return None
 
 
-_INPLACE_SECOND = frozenset({"silu", "relu", "relu6", "hardswish", "mish"})
+def _one(node: fx.Node) -> bool:
+    return isinstance(node.args[0], fx.Node)
 
 
 def _opaque(build: Builder, node: fx.Node) -> Arg | None:
@@ -133,6 +140,8 @@ def _raise_attribute(build: Builder, node: fx.Node) -> Arg | None:
     name = node.args[1]
     if name in ("T", "mT"):
         return word_views.raise_permute(build, node)
+    if isinstance(fake(node), torch.Tensor):  # x.real, x.data, x.grad
+        return None
     return words.raise_size(build, node)
 
 
@@ -153,12 +162,12 @@ def _raise_custom(build: Builder, node: fx.Node) -> Arg | None:
     if not overload._schema.is_mutable:
         return word_contract.raise_custom_grouped(build, node)
     said = opaque(build, node, "effect")
-    for spec, arg in zip(overload._schema.arguments, node.args, strict=False):
-        if spec.alias_info is not None and spec.alias_info.is_write and isinstance(arg, fx.Node):
-            build.mutate(arg, build.emit("changed", (build.value(arg),), type_of_fake(fake(arg))))
+    for base in updates.written(node, overload):
+        build.mutate(base, build.emit("changed", (build.value(base),), type_of_fake(fake(base))))
     return said
 
 
 def raise_fx(gm: fx.GraphModule) -> Raised:
-    """Dynamo's graph in canonical words."""
-    return raise_graph(gm, raiser_of)
+    """Dynamo's graph in canonical words; all opaque where a tensor changes its shape in place."""
+    reshaped = any(key_of(node) in updates.RESHAPING for node in gm.graph.nodes if node.op.startswith("call"))
+    return raise_graph(gm, (lambda node: None) if reshaped else raiser_of)

@@ -125,6 +125,8 @@ def raise_expand(build: Builder, node: fx.Node) -> Arg | None:
 def raise_repeat(build: Builder, node: fx.Node) -> Arg | None:
     """repeat(x, reps) and tile → repeat; the count along each axis in `reps`."""
     reps = node.args[1:]
+    if not reps:
+        return None
     reps = tuple(reps[0]) if len(reps) == 1 and isinstance(reps[0], (tuple, list)) else reps
     return build.emit("repeat", (build.value(node.args[0]),), type_of_fake(fake(node)), reps=tuple(map(_count, reps)))
 
@@ -151,6 +153,8 @@ def raise_repeat_interleave(build: Builder, node: fx.Node) -> Arg | None:
 def raise_cat(build: Builder, node: fx.Node) -> Arg | None:
     """cat and stack of tensors."""
     args = named(node, "tensors dim")
+    if not isinstance(args.get("dim", 0), int):
+        return None
     return build.emit(key_of(node), (build.value(args["tensors"]),), type_of_fake(fake(node)), dim=args.get("dim", 0))
 
 
@@ -197,7 +201,7 @@ def _index_parts(build: Builder, value: Arg, index: Any, result: Any) -> tuple[A
                 return None
             first, last = (axis if first < 0 else first), place
             at_item = build.value(item)
-            if not isinstance(at_item, Ref):
+            if not isinstance(at_item, Ref) or build.type_of(at_item).rank == 0 or build.type_of(at_item).dtype == "u8":
                 return None
             if build.type_of(at_item).dtype != "bool":
                 tensors.append(at_item)
@@ -301,7 +305,10 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     value = build.value(args["input"])
     if not isinstance(value, Ref):
         return None
-    parts = _index_parts(build, value, args["indices"], None)
+    index = args["indices"]
+    if isinstance(index, (tuple, list)) and None in index:  # a new axis in x[…] = v, a whole axis in index_put
+        return None
+    parts = _index_parts(build, value, index, None)
     if parts is None:
         return None
     basic, dim, tensors = parts

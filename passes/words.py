@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def key_of(node: fx.Node) -> str:
         space, _, name = target._qualified_op_name.partition("::")
         return name if space == "aten" else f"{space}.{name}"
     name = getattr(target, "__name__", str(target))
+    if isinstance(target, FunctionType) and not target.__module__.startswith("torch"):
+        return f"{target.__module__}.{name}"  # a user's function may be called `softmax` and be something else
     return RENAMED.get(name, name)
 
 
@@ -42,11 +45,19 @@ RENAMED: Mapping[str, str] = {
     "inv": "invert",
     "invert": "invert",
     "bitwise_not": "invert",
-    "logical_not": "invert",
     "itruediv": "div_",
     "iadd": "add_",
     "isub": "sub_",
     "imul": "mul_",
+    "ifloordiv": "floor_divide_",
+    "imod": "remainder_",
+    "ipow": "pow_",
+    "imatmul": "matmul",
+    "iand": "bitwise_and_",
+    "ior": "bitwise_or_",
+    "ixor": "bitwise_xor_",
+    "ilshift": "lshift_",
+    "irshift": "rshift_",
     "expit": "sigmoid",
     "clip": "clamp",
     "greater": "gt",
@@ -72,7 +83,12 @@ BINARY = frozenset(
 
 def named(node: fx.Node, names: str) -> dict[str, Any]:
     """The node's arguments by name, positional ones in the order given; absent ones are missing."""
-    return dict(zip(names.split(), node.args, strict=False)) | dict(node.kwargs)
+    keywords = {NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
+    return dict(zip(names.split(), node.args, strict=False)) | keywords
+
+
+NUMPY_NAMES: Mapping[str, str] = {"axis": "dim", "keepdims": "keepdim"}
+"""Keywords that torch takes in NumPy's spelling too."""
 
 
 def raise_unary(build: Builder, node: fx.Node) -> Arg | None:
@@ -81,7 +97,7 @@ def raise_unary(build: Builder, node: fx.Node) -> Arg | None:
     args = named(node, "input approximate")
     if key == "gelu" and args.get("approximate") == "tanh":
         key = "gelu_tanh"
-    if key == "softplus" and (set(args) - {"input"}):
+    if (key == "softplus" and set(args) != {"input"}) or set(args) - {"input", "approximate", "inplace"}:
         return None
     return build.emit(key, (build.value(args["input"]),), type_of_fake(fake(node)))
 
@@ -102,6 +118,15 @@ def raise_binary(build: Builder, node: fx.Node) -> Arg | None:
     if args.get("alpha", 1) != 1:
         y = build.emit("mul", (y, build.value(args["alpha"])), build.type_of(y))
     return build.emit(key, (x, y), result)
+
+
+def raise_logical_not(build: Builder, node: fx.Node) -> Arg | None:
+    """logical_not(mask) → invert; of numbers, whether they are 0."""
+    x, to = build.value(node.args[0]), type_of_fake(fake(node))
+    dtype = build.type_of(x).dtype
+    if dtype == "any":
+        return None
+    return build.emit("invert", (x,), to) if dtype == "bool" else build.emit("eq", (x, 0), to)
 
 
 def raise_clamp(build: Builder, node: fx.Node) -> Arg | None:
@@ -184,10 +209,12 @@ def raise_detach(build: Builder, node: fx.Node) -> Arg | None:
 def raise_softmax(build: Builder, node: fx.Node) -> Arg | None:
     """softmax(x, dim, dtype) → softmax(cast(x))."""
     values = (*node.args[1:], *node.kwargs.values())
+    if set(node.kwargs) - {"dim", "dtype", "_stacklevel", "half_to_float"}:
+        return None
     dims = [node.kwargs["dim"]] if "dim" in node.kwargs else [a for a in node.args[1:2] if isinstance(a, int)]
     if not dims or not isinstance(dims[0], int):
         return None
-    x = build.value(node.args[0] if node.args else node.kwargs["input"])
+    x = build.value(node.args[0])
     result = type_of_fake(fake(node))
     if any(isinstance(v, torch.dtype) for v in values):
         x = cast(build, x, result.dtype)
@@ -199,9 +226,9 @@ def raise_reduce(build: Builder, node: fx.Node) -> Arg | None:
     args = named(node, "input dim keepdim")
     x = build.value(args["input"])
     source, result = build.type_of(x), type_of_fake(fake(node))
-    if not isinstance(x, Ref) or result is ANY or set(args) - {"input", "dim", "axis", "keepdim", "dtype"}:
+    if not isinstance(x, Ref) or result is ANY or set(args) - {"input", "dim", "keepdim", "dtype"}:
         return None
-    dims = args.get("dim", args.get("axis"))
+    dims = args.get("dim")
     if isinstance(dims, int):
         dims = (dims,)
     axes = tuple(range(source.rank)) if not dims else tuple(sorted(d % source.rank for d in dims))
@@ -259,7 +286,7 @@ def raise_full(build: Builder, node: fx.Node) -> Arg | None:
         given: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
         fills = [a for a in given if isinstance(a, (int, float)) and not isinstance(a, bool)]
         fill: Any = node.kwargs.get("fill_value", fills[-1] if fills else None)
-        if fill is None:
+        if not isinstance(fill, (int, float)):  # a size or a tensor's item is a value, not a constant
             return None
         value = float(fill)
     return build.emit("full", (), type_of_fake(fake(node)), value=value)
