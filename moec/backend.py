@@ -21,7 +21,7 @@ from moec.graph import sweep
 from moec.options import Options
 from moec.passes import PASSES
 from moec.passes.lower import lower
-from moec.passes.raise_graph import fake
+from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.report import GraphReport, PassRecord, Reason, Report
@@ -81,10 +81,10 @@ class Backend:
             observers.append(recording(records))
         if self.options.verify:
             observers.append(verifying())
-        facts = facts_of(gm, self.options, nested)
+        facts = facts_of(gm, raised, self.options, nested)
         graph = run_pipeline(PASSES, graph, facts, observers)
         nodes = len(gm.graph.nodes)
-        lower(gm, raised, graph, self.options.kernels)
+        lower(gm, raised, graph, self.options.kernels, facts.grad)
         if self.report is None:
             return GraphReport((), (), nodes)
         sites = sites_of(raised, graph, misses, bool(facts.grad), self.options.kernels)
@@ -153,23 +153,28 @@ def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
 
 
-def facts_of(gm: fx.GraphModule, options: Options, nested: bool) -> Facts:
+def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool) -> Facts:
     """What passes may know besides the graph. Inside a higher-order op Dynamo does not say what needs a gradient."""
-    grad: set[str] = set()
     devices: dict[str, str] = {}
     not_plain: dict[str, str] = {}
-    tracked = torch.is_grad_enabled()
     for node in gm.graph.nodes:
         value = fake(node)
-        if not isinstance(value, torch.Tensor):
+        if node.op not in ("placeholder", "get_attr") or not isinstance(value, torch.Tensor):
             continue
-        if tracked and (value.requires_grad or nested):
-            grad.add(node.name)
-        if node.op in ("placeholder", "get_attr"):
-            devices[node.name] = value.device.type
-            if not _plain(value):
-                not_plain[node.name] = type(value).__name__ if value.layout is torch.strided else str(value.layout)
-    return Facts(options, frozenset(grad), devices, not_plain, torch.is_autocast_enabled("cpu"))
+        devices[node.name] = value.device.type
+        if not _plain(value):
+            not_plain[node.name] = type(value).__name__ if value.layout is torch.strided else str(value.layout)
+    grad = frozenset(
+        name
+        for name, carriers in raised.carriers.items()
+        if torch.is_grad_enabled() and (nested or any(_has_gradient(node) for node, _ in carriers))
+    )
+    return Facts(options, grad, devices, not_plain, torch.is_autocast_enabled("cpu"))
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    value = fake(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _plain(value: torch.Tensor) -> bool:

@@ -40,7 +40,7 @@ class Canonicalize:
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The canonical graph; rewrites counts removed and changed instructions."""
         folded = tuple(_fold_permutes(graph))
-        once = _number(folded)
+        once = _number(folded, facts.grad)
         outputs = tuple(once.names.get(name, name) for name in graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
@@ -84,22 +84,24 @@ class Numbered:
     names: Mapping[str, str]
 
 
-def twins(graph: Graph) -> Mapping[str, tuple[str, ...]]:
+def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
     """The other values that are the same as a value, in the graph before this pass."""
     found: dict[str, list[str]] = {}
-    for name, kept in _number(tuple(_fold_permutes(graph))).names.items():
+    for name, kept in _number(tuple(_fold_permutes(graph)), grad).names.items():
         found.setdefault(kept, []).append(name)
     return {name: tuple(others) for name, others in found.items()}
 
 
-def _number(instrs: tuple[Instr, ...]) -> Numbered:
+def _number(instrs: tuple[Instr, ...], grad: frozenset[str]) -> Numbered:
+    """Value numbering; a value that carries a gradient is not the same as its copy under no_grad."""
     seen: dict[tuple[object, ...], tuple[str, ...]] = {}
     names: dict[str, str] = {}
     kept: list[Instr] = []
     for instr in instrs:
         (instr,) = substitute((instr,), names)
         # repr keeps 1, 1.0 and True apart, which compare equal.
-        key = (instr.word, repr(instr.args), repr(instr.attrs), instr.types)
+        differentiable = not grad.isdisjoint(instr.results)
+        key = (instr.word, repr(instr.args), repr(instr.attrs), instr.types, differentiable)
         if instr.word not in UNIQUE and key in seen:
             names.update(zip(instr.results, seen[key], strict=True))
             continue

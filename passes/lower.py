@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,9 +69,11 @@ class Lowering:
                     yield user, node
 
 
-def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str) -> int:
-    """Rewrite `gm` in place to what `graph` says; returns the number of sites lowered."""
-    state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph))
+def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: frozenset[str]) -> int:
+    """Rewrite `gm` in place to what `graph` says, `grad` naming values with a gradient; the number of sites lowered."""
+    state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph, grad))
+    opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
+    unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
     groups: dict[str, list[Instr]] = {}
     new: list[Instr] = []
     for instr in graph.instrs:
@@ -84,7 +86,7 @@ def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str) -> int:
     for root, instrs in groups.items():
         _materialise(state, root, instrs)
     if groups:
-        _erase(state, groups)
+        _erase(state, groups, unused)
         gm.graph.lint()
         gm.recompile()
     return sum(i.word in SITES for instrs in groups.values() for i in instrs)
@@ -183,8 +185,11 @@ def _rewire(state: Lowering, root: str, origin: fx.Node) -> None:
         user.replace_input_with(holder, new)
 
 
-def _erase(state: Lowering, groups: Mapping[str, list[Instr]]) -> None:
-    """Remove the nodes that nothing needs any more."""
+def _erase(state: Lowering, groups: Mapping[str, list[Instr]], unused: Collection[fx.Node]) -> None:
+    """Remove the nodes that nothing needs any more.
+
+    `unused` were unused and not understood before, profiler marks say: they stay where all that they read stays.
+    """
     raised = state.raised.graph
     patched = raised.with_instrs(new for old in raised.instrs for new in groups.get(old.results[0], [old]))
     made = {name for instrs in groups.values() for instr in instrs for name in instr.results}
@@ -192,5 +197,6 @@ def _erase(state: Lowering, groups: Mapping[str, list[Instr]]) -> None:
     for node in reversed(list(state.gm.graph.nodes)):
         if node.op in ("placeholder", "output", "get_attr") or node.users or node.name in live:
             continue
-        if node in state.raised.order:
+        kept = node in unused and all(n.name in live or n.op == "placeholder" for n in node.all_input_nodes)
+        if node in state.raised.order and not kept:
             state.gm.graph.erase_node(node)

@@ -242,3 +242,14 @@ def test_an_optimizer_step_is_seen():
         run(x).square().sum().backward()
         optimizer.step()
     assert_close([run(x)], [layer(x)], 1e-5)
+
+
+def test_weights_computed_under_no_grad_too_keep_their_gradient():
+    class Logged(WhereLoop):
+        def forward(self, x):
+            with torch.no_grad():
+                self.load = self.route(x)[0].sum()
+            return super().forward(x)
+
+    layer, x = make(Logged), torch.randn(13, H)
+    assert_close(gradients(compiled(layer), layer, x), gradients(layer, layer, x), 1e-4)
