@@ -23,6 +23,7 @@ from moec.passes import PASSES
 from moec.passes.lower import lower
 from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
+from moec.passes.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.text import dump
@@ -92,7 +93,7 @@ class Backend:
 
     def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Hand what is not MoE to the compiler that the options name."""
-        if self.options.rest == "eager":
+        if self.options.rest == "eager" or nothing_to_compile(gm):
             return gm.forward
         if self.options.rest == "aot_eager":
             return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
@@ -170,6 +171,18 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
         if torch.is_grad_enabled() and (nested or any(_has_gradient(node) for node, _ in carriers))
     )
     return Facts(options, grad, devices, not_plain, torch.is_autocast_enabled("cpu"))
+
+
+_VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "size", "getitem"})
+
+
+def nothing_to_compile(gm: fx.GraphModule) -> bool:
+    """Whether only moec's own ops and views are left: another compiler would add time and memory and win nothing."""
+    calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+    sites = {n for n in calls if n.target in (torch.ops.moec.moe.default, torch.ops.moec.experts.default)}
+    # Nodes that lowering added carry no fake value; sizes are numbers.
+    free = (type(None), int, torch.SymInt)
+    return bool(sites) and all(n in sites or isinstance(fake(n), free) or key_of(n) in _VIEWS for n in calls)
 
 
 def _has_gradient(node: fx.Node) -> bool:
