@@ -67,11 +67,6 @@ def declined() -> tuple[NotRolled, ...]:
     return tuple(_installation().declined)
 
 
-def rolled_functions() -> tuple[str, ...]:
-    """The functions whose code was exchanged."""
-    return tuple(f"{f.__module__}.{f.__qualname__}" for f, _ in _installation().originals)
-
-
 def install_class(cls: type) -> None:
     """Switch rolling on for the functions that a class holds, its bases included."""
     for base in cls.__mro__:
