@@ -1,4 +1,4 @@
-"""Peak resident memory of one layer: eager beside moec (compile and run), each in a process of its own.
+"""Peak resident memory of one layer: eager, torch.compile by itself and moec (compile and run), a process each.
 
 python benchmarks/memory.py --layer A --dtype bf16 --tokens 64
 """
@@ -20,7 +20,8 @@ from rich.console import Console
 
 from moec.compare_view import plain_table
 
-WAYS = ("weights only", "eager", "moec", "inductor")
+DYNAMO = "Dynamo alone"  # torch.compile that compiles nothing: what any backend starts from
+WAYS = ("weights only", "eager", DYNAMO, "moec", "inductor")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def child(way: str, layer: str, dtype: str, tokens: int) -> Peak:
         plain = plain_layer(shape, DTYPES[dtype])
         x = torch.randn(tokens, shape.hidden).to(DTYPES[dtype])
         if way != "weights only":
-            call = plain if way == "eager" else torch.compile(plain, backend=way)
+            call = plain if way == "eager" else torch.compile(plain, backend="eager" if way == DYNAMO else way)
             for _ in range(2):
                 call(x)
     weights = sum(p.numel() * p.element_size() for p in plain.parameters())
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layer", default="A", choices=LAYERS)
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--ways", default="weights only,eager,moec")
+    parser.add_argument("--ways", default=f"weights only,eager,{DYNAMO},moec")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
