@@ -8,22 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 _LINE = 64
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of one call."""
-
-    T: int
-    H: int
-    F: int
-    E: int
-    k: int
 
 
 @dataclass(frozen=True)
@@ -41,13 +31,7 @@ class Plan:
 
     threads: int
     sizes: Sizes
-    chunk: int
-    few: tuple[int, int]
-    few_cols: tuple[int, int]
-    many_cols: tuple[int, int]
-    row_block: int
-    k_few: int
-    k_many: tuple[int, int]
+    tuning: Tuning
     x_direct: bool
     router_direct: bool
     ld_x: int
@@ -60,10 +44,10 @@ class Plan:
     @property
     def words(self) -> tuple[int, ...]:
         """The plan as the leading fields of `Args`."""
-        s = self.sizes
+        s, t = self.sizes, self.tuning
         return (
-            *(self.threads, s.T, s.H, s.F, s.E, s.k, self.chunk, *self.few),
-            *(*self.few_cols, *self.many_cols, self.row_block, self.k_few, *self.k_many),
+            *(self.threads, s.T, s.H, s.F, s.E, s.k, t.chunk, *t.few),
+            *(*t.few_cols, *t.many_cols, t.row_block, t.k_few, *t.k_many),
             *(int(self.x_direct), int(self.router_direct), self.ld_x, self.ld_h),
             *(*self.places, self.per_thread, self.at_tile),
         )
@@ -84,26 +68,22 @@ def _padded_ld(n: int, itemsize: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(spec: KernelSpec, sizes: Sizes, x: Rows, target: Target, threads: int) -> Plan:
-    """The plan of a call with x as `x` lies, on `threads` threads of `target`."""
+def make_plan(
+    spec: KernelSpec, sizes: Sizes, x: Rows, target: Target, threads: int, tuning: Tuning | None = None
+) -> Plan:
+    """The plan of a call with x as `x` lies, on `threads` threads of `target`; without `tuning`, with the default's."""
+    t = tuning or default_tuning(spec, sizes, target, threads)
     e, pairs = spec.experts, pairs_of_bf16(spec.experts, target)
     item = 2 if pairs else 4
-    layouts = (e.layout_in, e.layout_out)
-    few = tuple(_few_rows(layout, e.dtype, target) for layout in layouts)
-    hits = min(sizes.E, sizes.T * sizes.k)
-    few_cols = tuple(_few_cols(layout, hits, n, threads) for layout, n in zip(layouts, (sizes.F, sizes.H), strict=True))
-    many_cols = tuple(64 if layout == "nk" else 128 for layout in layouts)
-    row_block, k_few = 192, 1024
-    k_many = tuple(256 if layout == "nk" else 128 for layout in layouts)
     x_direct = _read_in_place(spec, sizes, x, pairs)
     router_direct = x.dtype == "f32" and x.contiguous and spec.router is not None and spec.router.compute == "f32"
     ld_x, ld_h = _padded_ld(sizes.H, item), _padded_ld(sizes.F, item)
-    chunk = _chunk(sizes)
-    tokens, n = min(sizes.T, chunk), min(sizes.T, chunk) * sizes.k
+    tokens = min(sizes.T, t.chunk)
+    n = tokens * sizes.k
     shared = not x_direct and not pairs and e.weight_on == "output" and _exact(x.dtype, spec)
     x_rows = 0 if x_direct else tokens if e.weight_on == "output" else n
     router = spec.router is not None
-    segments = min(sizes.E, n) + n // row_block + 1
+    segments = min(sizes.E, n) + n // t.row_block + 1
     sections = {
         "router_x": 0 if not router or router_direct or shared else tokens * ld_x * 4,
         "x": x_rows * ld_x * item,
@@ -126,33 +106,12 @@ def make_plan(spec: KernelSpec, sizes: Sizes, x: Rows, target: Target, threads: 
         end += _up(size, _LINE)
     if shared:
         places[0] = places[1]
-    at_tile, per_thread = _thread_bytes(spec, sizes, target, few, few_cols, many_cols, row_block, k_many)
+    at_tile, per_thread = _thread_bytes(sizes, target, t)
     return Plan(
-        threads=threads, sizes=sizes, chunk=chunk, few=(few[0], few[1]),
-        few_cols=(few_cols[0], few_cols[1]), many_cols=(many_cols[0], many_cols[1]), row_block=row_block,
-        k_few=k_few, k_many=(k_many[0], k_many[1]), x_direct=x_direct, router_direct=router_direct,
+        threads=threads, sizes=sizes, tuning=t, x_direct=x_direct, router_direct=router_direct,
         ld_x=ld_x, ld_h=ld_h,
         places=(*places, end), per_thread=per_thread, at_tile=at_tile, workspace_bytes=end + threads * per_thread,
     )  # fmt: skip
-
-
-def _few_rows(layout: str, dtype: str, target: Target) -> int:
-    """Up to how many rows an expert its weights are streamed as stored; above, packing pays.
-
-    Measured on AVX2 (dot_rows 3), one thread, H=2048, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48;
-    nk bf16 65/58 at 24, 63/70 at 36; kn f32 34/31 at 8, 36/41 at 16.
-    """
-    if layout == "kn":
-        return 8
-    return (13 if dtype == "f32" else 10) * target.dot_rows
-
-
-def _few_cols(layout: str, hits: int, columns: int, threads: int) -> int:
-    """Columns of a task that streams weights: as many as leave each thread eight tasks, for long runs of memory."""
-    for cols in (64, 32) if layout == "nk" else (256, 128, 64):
-        if hits * columns >= 8 * threads * cols:
-            return cols
-    return 16 if layout == "nk" else 64
 
 
 def _read_in_place(spec: KernelSpec, sizes: Sizes, x: Rows, pairs: bool) -> bool:
@@ -170,26 +129,11 @@ def _exact(dtype: str, spec: KernelSpec) -> bool:
     return all(w in (dtype, "f32") for w in wanted)
 
 
-def _chunk(sizes: Sizes) -> int:
-    """Tokens at a time: a workspace of about 128 MB, but enough rows an expert to reuse its weights."""
-    per_token = sizes.k * (sizes.H + sizes.F) * 4
-    return max((128 << 20) // max(per_token, 1), 128 * sizes.E // max(sizes.k, 1), 1)
-
-
-def _thread_bytes(
-    spec: KernelSpec,
-    sizes: Sizes,
-    target: Target,
-    few: tuple[int, ...],
-    few_cols: tuple[int, ...],
-    many_cols: tuple[int, ...],
-    row_block: int,
-    k_many: tuple[int, ...],
-) -> tuple[int, int]:
+def _thread_bytes(sizes: Sizes, target: Target, t: Tuning) -> tuple[int, int]:
     """Where a thread's tile of C begins, after its packed block or the router's scratch; and the whole share."""
     panel = target.lanes * target.tile_vectors
-    packed = (_up(2 * max(many_cols), panel) + panel) * (max(k_many) + 2) * 4
+    packed = (_up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
     scratch = _up(sizes.E * 4, _LINE) + sizes.E * 16
     at_tile = _up(max(packed, scratch), 4096)
-    tile = max(row_block * many_cols[0], max(few) * few_cols[0])
+    tile = max(t.row_block * t.many_cols[0], min(t.row_block, max(t.few)) * t.few_cols[0])
     return at_tile, at_tile + _up(2 * 4 * tile, 4096)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moec.codegen.build import build
 from moec.codegen.cpp import emit, header_texts
-from moec.codegen.plan import Plan, Rows, Sizes, make_plan
+from moec.codegen.plan import Plan, Rows, make_plan
+from moec.codegen.tuning import Sizes, Tuning
 from moec.errors import CodegenError
 from moec.options import Environment
 from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
@@ -91,8 +92,15 @@ class _Bound:
 class Kernel:
     """One built kernel. Calls are thread-safe; tensors must be on the CPU."""
 
-    def __init__(self, spec: KernelSpec, target: Target, router_dtype: torch.dtype, library: ctypes.CDLL) -> None:
-        self.spec, self.target, self.library = spec, target, library
+    def __init__(
+        self,
+        spec: KernelSpec,
+        target: Target,
+        router_dtype: torch.dtype,
+        library: ctypes.CDLL,
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.spec, self.target, self.library, self.tuning = spec, target, library, tuning
         self._router_dtype = router_dtype
         self._dtype = DTYPES[spec.experts.dtype]
         library.args_words.restype = ctypes.c_int64
@@ -102,10 +110,15 @@ class Kernel:
         self._bounds: dict[tuple[object, ...], _Bound] = {}
         self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
 
+    def tuned(self, tuning: Tuning | None) -> Kernel:
+        """The same kernel, all of whose plans have these numbers (None: the default's)."""
+        return Kernel(self.spec, self.target, self._router_dtype, self.library, tuning)
+
     def _make_plan(
         self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
     ) -> tuple[Plan, array[int]]:
-        plan = make_plan(self.spec, Sizes(*sizes), Rows(DTYPE_NAMES[dtype], row, contiguous), self.target, threads)
+        rows = Rows(DTYPE_NAMES[dtype], row, contiguous)
+        plan = make_plan(self.spec, Sizes(*sizes), rows, self.target, threads, self.tuning)
         return plan, array("q", plan.words)
 
     def _bound(self, params: Sequence[Tensor]) -> _Bound:

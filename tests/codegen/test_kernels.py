@@ -8,6 +8,7 @@ import torch
 from moe_reference import CLAMPED, layer, make_params, relative, routing
 
 from moec.codegen import twin
+from moec.codegen.tuning import Tuning
 from moec.runtime_cpu import load_kernel
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
@@ -162,22 +163,25 @@ def test_against_float64_and_independent_of_threads():
     assert torch.equal(results[0], results[2])
 
 
-def test_chunks_of_tokens_give_the_same_rows(monkeypatch):
-    """A call that is cut into chunks equals calls on each chunk."""
-    from moec.codegen import plan
-
-    spec = SPECS["swiglu"]
-    kernel, params = kernel_for(spec), make_params(spec.experts, 32, 16, 4)
-    weights, experts = routing("random", 101, 4, 2)
-    x = torch.randn(101, 32)
-    whole = kernel.experts(x, weights, experts, params)
-    plan.make_plan.cache_clear()
-    monkeypatch.setattr(plan, "_chunk", lambda sizes: 40)
-    try:
-        cut = kernel.experts(x, weights, experts, params)
-    finally:
-        plan.make_plan.cache_clear()
-    assert torch.allclose(cut, whole, atol=1e-5)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "few=39,39 few_cols=16,16 many_cols=64,64 row_block=192 k_few=1024 k_many=256,256 chunk=40",
+        "few=0,0 few_cols=64,32 many_cols=16,48 row_block=7 k_few=16 k_many=6,10 chunk=1000",
+        "few=1000,5 few_cols=128,16 many_cols=16,256 row_block=64 k_few=8 k_many=2,4 chunk=33",
+    ],
+)
+@pytest.mark.parametrize("name", ["swiglu", "oss_bf16", "plain_kn"])
+def test_tuning_changes_no_result(name, text):
+    """Whatever the numbers of the plan: calls cut into chunks, rows into blocks and columns into tasks are equal."""
+    spec = SPECS[name]
+    kernel, params = kernel_for(spec), make_params(spec.experts, 67, 37, 4)
+    tuned = kernel.tuned(Tuning.parse(text))
+    for T, kind in ((1, "random"), (13, "same"), (101, "random")):
+        weights, experts = routing(kind, T, 4, 2)
+        x = torch.randn(T, 67).to(DTYPES[spec.experts.dtype])
+        want = kernel.experts(x, weights, experts, params)
+        close(tuned.experts(x, weights, experts, params), want, spec.experts.dtype)
 
 
 def test_x_of_another_dtype_and_wide_experts_ids():

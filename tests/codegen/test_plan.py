@@ -19,7 +19,7 @@ def plan(T, spec=F32, H=2048, F=768, E=64, k=8, threads=2, x=None):
 @pytest.mark.parametrize("spec", [F32, BF16])
 def test_sections_do_not_overlap_and_are_aligned(T, spec):
     p = plan(T, spec)
-    tokens = min(T, p.chunk)
+    tokens = min(T, p.tuning.chunk)
     h, out, threads = p.places[-3], p.places[-2], p.places[-1]
     assert out - h >= tokens * 8 * p.ld_h * 4
     assert threads - out >= tokens * 8 * 2048 * 4
@@ -57,7 +57,7 @@ def test_router_and_experts_share_a_copy_of_x_only_if_neither_rounds_it():
 
 def test_workspace_is_bounded_for_long_inputs():
     short, long = plan(4096), plan(1_000_000)
-    assert long.chunk == short.chunk
+    assert long.tuning.chunk == short.tuning.chunk
     assert long.workspace_bytes < 400 << 20
 
 
