@@ -7,7 +7,6 @@ Commands import what they need when they run, so that `--help` does not wait for
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from moec.cli_cache import cache_app
+from moec.cli_io import console as _console
+from moec.cli_io import print_json as _print_json
 from moec.cli_options import parse_options
 from moec.errors import MoecError, OptionError, TargetError
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from moec.report import Report
 
 OK, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
-PIPED_WIDTH = 120
 
 app = typer.Typer(
     name="moec",
@@ -35,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(cache_app, name="cache")
 
 TargetArgument = Annotated[
     str,
@@ -171,18 +174,6 @@ def _explain(target: Target, options: dict[str, Any]) -> Report:
     from moec.backend import explain as explain_model
 
     return explain_model(target.model, *target.args, moec_options=options, **target.kwargs)
-
-
-def _console(stderr: bool = False) -> Console:
-    """A console as wide as the window; a fixed width where nobody looks through one."""
-    piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=stderr, width=PIPED_WIDTH if piped else None, highlight=False, emoji=False, soft_wrap=False)
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=2))
 
 
 # typer carries its own copy of click in new versions and uses the installed one in old ones: ask its own class.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from moec.target import processor_name
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,7 @@ def environment_line() -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     isa = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"{_processor()} · {threads} threads · {isa} · torch {torch.__version__} · load {load:.1f}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+    return f"{processor_name()} · {threads} threads · {isa} · torch {torch.__version__} · load {load:.1f}"
 
 
 def measure_ceilings(dtype: torch.dtype, read_bytes: int = 512 << 20, size: int = 2048) -> Ceilings:

@@ -9,16 +9,17 @@ import ctypes
 import threading
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from moec import tune_cache
 from moec.codegen.build import build
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.plan import Plan, Rows, make_plan
-from moec.codegen.tuning import Sizes, Tuning
+from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
 from moec.options import Environment
 from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
@@ -118,8 +119,29 @@ class Kernel:
         self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
     ) -> tuple[Plan, array[int]]:
         rows = Rows(DTYPE_NAMES[dtype], row, contiguous)
-        plan = make_plan(self.spec, Sizes(*sizes), rows, self.target, threads, self.tuning)
+        tuning = self.tuning or self._stored(Sizes(*sizes), threads)
+        plan = make_plan(self.spec, Sizes(*sizes), rows, self.target, threads, tuning)
         return plan, array("q", plan.words)
+
+    def _stored(self, sizes: Sizes, threads: int) -> Tuning | None:
+        """What was measured to be fastest here, or for the nearest sizes; None: nothing was, or the default is."""
+        entries = tune_cache.load()
+        if not entries:
+            return None
+        found = tune_cache.nearest(self.key(sizes, threads), self.made, entries)
+        tuning = found.tuning if found else None
+        chunk = default_tuning(self.spec, sizes, self.target, threads).chunk  # memory, which no other sizes can say
+        return replace(tuning, chunk=chunk) if tuning else None
+
+    def key(self, sizes: Sizes, threads: int) -> tune_cache.Key:
+        """What a measurement of this kernel at these sizes is kept under."""
+        s = sizes
+        return tune_cache.Key(str(self.spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, threads, self.target.isa)
+
+    @property
+    def made(self) -> tune_cache.Made:
+        """Where and from what this kernel was built."""
+        return tune_cache.made_here(str(self.spec), self.target)
 
     def _bound(self, params: Sequence[Tensor]) -> _Bound:
         """Where the parameters lie: worked out once for tensors that stay where they are."""

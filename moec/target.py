@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ class Target:
     bf16_pairs    bf16 is multiplied in pairs into fp32 sums, without conversion
     flags         what the compiler is told
     compiler      path of the C++ compiler; None: there is none
+    processor     its name, for people and for what was measured on it
     """
 
     isa: str
@@ -39,6 +42,7 @@ class Target:
     l1_bytes: int = 32 << 10
     l2_bytes: int = 512 << 10
     compiler: str | None = None
+    processor: str = ""
 
     @property
     def vector_bytes(self) -> int:
@@ -61,7 +65,7 @@ class Target:
 
 
 def _machine(target: Target) -> dict[str, Any]:
-    names = ("threads", "l1_bytes", "l2_bytes", "compiler")
+    names = ("threads", "l1_bytes", "l2_bytes", "compiler", "processor")
     return {name: getattr(target, name) for name in names}
 
 
@@ -114,7 +118,17 @@ def _host(wanted: str | None, cxx: str | None) -> Target:
         l1_bytes=int(capabilities.get("l1d_cache_size") or 32 << 10),
         l2_bytes=int(capabilities.get("l2_cache_size") or 512 << 10),
         compiler=find_compiler(cxx),
+        processor=processor_name(),
     )
+
+
+@lru_cache(maxsize=1)
+def processor_name() -> str:
+    """The processor as the operating system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def find_compiler(cxx: str | None) -> str | None:

@@ -1,0 +1,22 @@
+"""How commands print: a console, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+PIPED_WIDTH = 120
+
+
+def console(stderr: bool = False) -> Console:
+    """A console as wide as the window; a fixed width where nobody looks through one."""
+    piped = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=stderr, width=PIPED_WIDTH if piped else None, highlight=False, emoji=False, soft_wrap=False)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
