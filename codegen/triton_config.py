@@ -1,0 +1,114 @@
+"""GpuConfig: the numbers that a GPU kernel is specialised by, and the defaults for a target and sizes.
+
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from moec.codegen.plan import Sizes
+from moec.errors import CodegenError
+from moec.spec import KernelSpec
+
+VARIANTS = ("sorted", "decode")
+COMBINES = ("fused", "separate", "atomic")
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+
+
+class GpuFigures(Protocol):
+    """What the defaults ask of a target."""
+
+    @property
+    def name(self) -> str:
+        """sm_90, gfx942, …"""
+        ...
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory (LDS) that one block may use, in bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """The tile of the two grouped products, and how their results meet.
+
+    block_m     rows (pairs) of a tile; an expert's last tile may be partly empty
+    block_n     columns of a tile; of a gated projection half of them are a's, half b's
+    block_k     depth of one step of the inner loop
+    group_m     row tiles that share a pass over the columns, so that weights are reused in the L2 cache
+    variant     sorted: pairs are grouped by expert; decode: one token and slot at a time, nothing is sorted
+    combine     fused: the last blocks of the down projection's launch add each token's slots, in order;
+                separate: a launch of its own does, in the same order; atomic: fp32 atomics, in no order
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+    variant: str = "sorted"
+    combine: str = "fused"
+
+    def __post_init__(self) -> None:
+        """Raises CodegenError for a number that no kernel takes."""
+        for name in ("block_m", "block_n", "block_k"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise CodegenError(f"GpuConfig.{name}={value}: expected a power of two, at least 16")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise CodegenError(f"GpuConfig.num_warps={self.num_warps}: expected 1, 2, 4, 8 or 16")
+        if self.num_stages < 1 or self.group_m < 1:
+            raise CodegenError(f"GpuConfig: num_stages={self.num_stages}, group_m={self.group_m}; expected at least 1")
+        if self.variant not in VARIANTS or self.combine not in COMBINES:
+            raise CodegenError(
+                f"GpuConfig: variant={self.variant!r}, combine={self.combine!r}; "
+                f"expected one of {', '.join(VARIANTS)} and one of {', '.join(COMBINES)}"
+            )
+
+    def loop_bytes(self, dtype: str) -> int:
+        """Bytes of shared memory that the stages of the inner loop hold."""
+        return self.num_stages * self.block_k * (self.block_m + self.block_n) * _BYTES[dtype]
+
+
+def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None) -> GpuConfig:
+    """The configuration used where no tuning result is known."""
+    dtype = spec.experts.dtype
+    if _few_pairs(sizes):
+        return GpuConfig(16, 32, 256, num_warps=4, num_stages=1, variant="decode")
+    rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
+    return _fitting(_by_rows(rows, dtype, target), dtype, target)
+
+
+def _few_pairs(sizes: Sizes) -> bool:
+    """Whether so few pairs exist that an expert is rarely hit twice: then sorting them gains nothing."""
+    return sizes.T * sizes.k <= 32 and sizes.T <= max(1, sizes.E // (4 * sizes.k)) + 1
+
+
+def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
+    """By the mean number of rows of an expert that is hit."""
+    amd = target is not None and target.name.startswith("gfx")
+    if dtype == "f32":
+        return GpuConfig(32, 64, 32, 8, 4, 2) if rows > 16 else GpuConfig(16, 64, 32, 8, 4, 2)
+    if rows <= 16:
+        return GpuConfig(16, 128, 64, 1, 4, 2 if amd else 4)
+    if rows <= 48:
+        return GpuConfig(32, 128, 64, 4, 4, 2 if amd else 4)
+    if rows <= 128:
+        return GpuConfig(64, 128, 64, 8, 4, 2 if amd else 3)
+    if amd:
+        return GpuConfig(128, 256, 64, 8, 8, 2)
+    wide = target is not None and target.name in ("sm_90", "sm_100")
+    return GpuConfig(128, 256, 64, 8, 8, 3) if wide else GpuConfig(128, 128, 64, 8, 8, 3)
+
+
+def _fitting(config: GpuConfig, dtype: str, target: GpuFigures | None) -> GpuConfig:
+    """`config` with as many stages as the target's shared memory holds."""
+    limit = target.shared_bytes if target is not None else 96 << 10
+    stages = config.num_stages
+    while stages > 1 and config.loop_bytes(dtype) // config.num_stages * stages > limit:
+        stages -= 1
+    return config if stages == config.num_stages else GpuConfig(**{**config.__dict__, "num_stages": stages})

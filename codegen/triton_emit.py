@@ -1,0 +1,169 @@
+"""KernelSpec → Triton: a readable Python module of kernels for one spec, kept on disk and loaded from there.
+
+The kernels are templates beside this file (`*.triton.j2`): what the spec decides is decided in the text, sizes and
+tiles are `tl.constexpr` arguments (see `moec.codegen.triton_launch`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+
+from moec.codegen.cpp import check
+from moec.codegen.triton_phi import function, functions, number, used
+from moec.errors import BuildError
+from moec.options import Environment
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+
+TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
+_HEAD = '''"""moec: {spec}
+
+Generated. Letters: T tokens, H hidden, F expert width, E experts, K experts a token; a pair is one (token, slot).
+"""
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(-(2**31))  # a key below every value
+TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done
+QUEUE = tl.constexpr(1)
+DONE = tl.constexpr(2)
+'''
+_SCORES = {"sigmoid": ("sigmoid",), "softplus": ("softplus",), "sqrt_softplus": ("softplus",)}
+
+
+@lru_cache(maxsize=1024)
+def emit(spec: KernelSpec) -> str:
+    """The Triton module of `spec`. Raises CodegenError for a spec that has no kernel."""
+    check(spec)
+    e, r = spec.experts, spec.router
+    phi = e.phi
+    gated = e.ab_views == 2
+    needed = (*used([phi]), *(_SCORES.get(r.score, ()) if r else ()))
+    parts = [
+        _HEAD.format(spec=spec),
+        functions(dict.fromkeys(needed)),
+        function("phi", ("a", "b") if gated else ("a",), [phi], "The activation."),
+    ]
+    names = (*(("router",) if r else ()), "dispatch", "experts", "decode")
+    parts += [_template(name).render(_context(spec)) for name in names]
+    return "\n\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    return _environment().get_template(f"{name}.triton.j2")
+
+
+def _context(spec: KernelSpec) -> dict[str, Any]:
+    """What the templates read."""
+    s, r = spec.experts, spec.router
+    first = [g for g in s.param_groups if g not in ("out", "bias_out")]
+    return {
+        "s": s,
+        "r": r,
+        "types": TYPES,
+        "dtype": TYPES[s.dtype],
+        "number": number,
+        "aligned": 16,
+        "on_input": s.weight_on == "input",
+        "first": first,
+        "last": [g for g in s.param_groups if g in ("out", "bias_out")],
+        "matrices": [g for g in first if not g.startswith("bias_")],
+        "projections": _rows(s, "f_in", ""),
+        "biases": _rows(s, "f_in", "bias_") if s.bias_in else [],
+        "strides": _strides,
+        "stride_names": _stride_names,
+        **(_router_context(r) if r else {}),
+    }
+
+
+def _router_context(r: RouterSpec) -> dict[str, Any]:
+    choice = r.compute if r.choose_by == "logits" else r.score_dtype
+    return {
+        "choice_dtype": choice,
+        "weight_from_dtype": choice if r.weight_from == "choice" else r.score_dtype,
+        "block_groups": 1 << max(r.groups - 1, 0).bit_length(),
+    }
+
+
+def _rows(s: ExpertsSpec, f: str, prefix: str) -> list[tuple[str, str, str]]:
+    """(variable of φ, parameter group, its row for column f of h) of each projection, or of its bias."""
+    if s.gate == "separate":
+        return [("a", f"{prefix}a", f), ("b", f"{prefix}b", f)]
+    group = f"{prefix}ab"
+    if s.gate == "concat":
+        return [("a", group, f), ("b", group, f"({f} + F)")]
+    if s.gate == "interleaved":
+        return [("a", group, f"(2 * {f})"), ("b", group, f"(2 * {f} + 1)")]
+    return [("a", group, f)]
+
+
+def _axes(group: str) -> tuple[str, ...]:
+    return ("e", "n") if group.startswith("bias_") else ("e", "n", "k")
+
+
+def _strides(groups: Sequence[str]) -> str:
+    """The strides of parameter groups as constexpr arguments."""
+    return " ".join(f"stride_{g}_{axis}: tl.constexpr," for g in groups for axis in _axes(g))
+
+
+def _stride_names(groups: Sequence[str]) -> str:
+    return " ".join(f"stride_{g}_{axis}," for g in groups for axis in _axes(g))
+
+
+def load(spec: KernelSpec) -> ModuleType:
+    """The Triton module of `spec`, imported from a file that tools and people can read.
+
+    Raises CodegenError for a spec without kernels, BuildError where the file cannot be written.
+    """
+    from triton import knobs
+
+    return _load(spec, bool(knobs.runtime.interpret))
+
+
+@lru_cache(maxsize=1024)
+def _load(spec: KernelSpec, interpreted: bool) -> ModuleType:
+    """Kernels are decorated as the module is imported: for the interpreter or for a GPU, hence the key."""
+    source = emit(spec)
+    key = hashlib.sha256(source.encode()).hexdigest()[:32]
+    path = _written(Environment.read().cache_dir / "triton" / f"moec_{key}.py", source)
+    found = importlib.util.spec_from_file_location(f"moec_triton_{key}_{int(interpreted)}", path)
+    if found is None or found.loader is None:
+        raise BuildError(f"{path} cannot be imported as a Python module")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _written(path: Path, source: str) -> Path:
+    """`path` with `source` in it; what is there already is kept where it is the same."""
+    try:
+        if path.exists() and path.read_text() == source:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(source)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise BuildError(f"the Triton module {path} cannot be written: {error}; set MOEC_CACHE_DIR") from error
+    return path

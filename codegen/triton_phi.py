@@ -1,0 +1,124 @@
+"""Pointwise expressions as Triton: what each function of `moec.expr` is on float32 tensors.
+
+Half precision never reaches arithmetic: Triton's interpreter computes on its bit patterns, and sums want fp32 anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moec.codegen.statements import statements
+from moec.expr import POINTWISE, Call, Const, Expr, Var
+
+# Functions that Triton has, or that are an operator, by their text.
+_INLINE = {
+    "add": "({} + {})",
+    "sub": "({} - {})",
+    "mul": "({} * {})",
+    "div": "({} / {})",
+    "neg": "(-{})",
+    "exp": "tl.exp({})",
+    "log": "tl.log({})",
+    "sqrt": "tl.sqrt_rn({})",
+    "abs": "tl.abs({})",
+    "erf": "tl.erf({})",
+    "ge": "({} >= {}).to(tl.float32)",
+    "gt": "({} > {}).to(tl.float32)",
+}
+
+# The rest: arguments, body. NaN passes through comparisons as torch passes it.
+_FUNCTIONS = {
+    "sigmoid": ("x", "return 1.0 / (1.0 + tl.exp(-x))"),
+    "silu": ("x", "return x / (1.0 + tl.exp(-x))"),
+    "log1p": (
+        "x",
+        "one = 1.0 + x  # Higham: what 1 + x lost is made up for by the factor\n"
+        "return tl.where(one == 1.0, x, tl.log(one) * (x / tl.where(one == 1.0, 1.0, one - 1.0)))",
+    ),
+    "softplus": ("x", "return tl.where(x > 20.0, x, log1p(tl.exp(tl.where(x > 20.0, 20.0, x))))"),
+    "tanh": (
+        "x",
+        "square = x * x  # near zero the quotient loses digits\n"
+        "series = x * (1.0 - square * (0.33333333 - square * (0.13333333 - square * 0.053968254)))\n"
+        "e = tl.exp(-2.0 * tl.abs(x))\n"
+        "far = (1.0 - e) / (1.0 + e)\n"
+        "return tl.where(square < 0.01, series, tl.where(x < 0, -far, far))",
+    ),
+    "relu": ("x", "return tl.where(x <= 0, 0.0, x)"),
+    "gelu": ("x", "return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))"),
+    "gelu_tanh": ("x", "return 0.5 * x * (1.0 + tanh(0.7978845608028654 * x * (1.0 + 0.044715 * x * x)))"),
+    "clamp_min": ("x, low", "return tl.where(x < low, low, x)"),
+    "clamp_max": ("x, high", "return tl.where(x > high, high, x)"),
+    "maximum": ("x, y", "return tl.where((x > y) | (x != x), x, y)"),
+    "minimum": ("x, y", "return tl.where((x < y) | (x != x), x, y)"),
+}
+_CALLS = {"softplus": ("log1p",), "gelu_tanh": ("tanh",)}
+
+
+def number(value: float) -> str:
+    """A float as Triton reads it."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    return repr(float(value))
+
+
+def functions(names: Iterable[str]) -> str:
+    """Triton definitions of the pointwise functions named and of those they call."""
+    wanted: dict[str, None] = {}
+    for name in names:
+        wanted |= dict.fromkeys((*_CALLS.get(name, ()), name))
+    return "\n\n".join(_definition(name) for name in wanted if name in _FUNCTIONS)
+
+
+def _definition(name: str) -> str:
+    arguments, body = _FUNCTIONS[name]
+    lines = "\n".join(f"    {line}" for line in body.split("\n"))
+    return f"@triton.jit\ndef {name}({arguments}):\n{lines}\n"
+
+
+def function(name: str, arguments: Sequence[str], results: Sequence[Expr], doc: str) -> str:
+    """A Triton function of float32 tensors that returns `results`."""
+    lines, texts = [], []
+    for i, expr in enumerate(results):
+        named, text = statements(expr, _leaf, _call)
+        prefix = f"{'abcd'[i]}_" if len(results) > 1 else ""
+        renamed = _prefixed(named, text, prefix)
+        lines += [f"    {n} = {value}" for n, value in renamed[:-1]]
+        texts.append(renamed[-1][1])
+    body = "\n".join([*lines, f"    return {', '.join(texts)}"])
+    return f'@triton.jit\ndef {name}({", ".join(arguments)}):\n    """{doc}"""\n{body}\n'
+
+
+def used(exprs: Iterable[Expr]) -> tuple[str, ...]:
+    """The pointwise functions that occur in expressions, in the order of `POINTWISE`."""
+    found: set[str] = set()
+
+    def visit(e: Expr) -> None:
+        if isinstance(e, Call):
+            found.add(e.fn)
+            for arg in e.args:
+                visit(arg)
+
+    for expr in exprs:
+        visit(expr)
+    return tuple(name for name in POINTWISE if name in found)
+
+
+def _prefixed(named: Sequence[tuple[str, str]], text: str, prefix: str) -> list[tuple[str, str]]:
+    """Statements and result (last, nameless) with `prefix` before the names t0, t1, …"""
+    if not prefix:
+        return [*named, ("", text)]
+    import re
+
+    def rename(value: str) -> str:
+        return re.sub(r"\bt(\d+)\b", rf"{prefix}t\1", value)
+
+    return [*((rename(n), rename(v)) for n, v in named), ("", rename(text))]
+
+
+def _leaf(e: Expr) -> str:
+    return e.name if isinstance(e, Var) else number(e.value) if isinstance(e, Const) else ""
+
+
+def _call(fn: str, args: Sequence[str]) -> str:
+    return _INLINE[fn].format(*args) if fn in _INLINE else f"{fn}({', '.join(args)})"
