@@ -33,10 +33,24 @@ Generated. Letters: T tokens, H hidden, F expert width, E experts, K experts a t
 import triton
 import triton.language as tl
 
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))  # where bfloat16 is multiplied and rounded wrongly
 LEAST = tl.constexpr(-(2**31))  # a key below every value
 TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done
 QUEUE = tl.constexpr(1)
 DONE = tl.constexpr(2)
+
+
+@triton.jit
+def to_bf16(value):
+    """To bfloat16, to the nearest and even; the interpreter's own conversion cuts digits off."""
+    if value.dtype == tl.bfloat16:
+        return value
+    if INTERPRET:
+        value = value.to(tl.float32)
+        bits = value.to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value == value, near.to(tl.float32, bitcast=True), value)
+    return value.to(tl.bfloat16)
 '''
 _SCORES = {"sigmoid": ("sigmoid",), "softplus": ("softplus",), "sqrt_softplus": ("softplus",)}
 
@@ -84,6 +98,9 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "types": TYPES,
         "dtype": TYPES[s.dtype],
         "number": number,
+        "cast": _cast,
+        "rounded": _rounded,
+        "y_dtype": spec.y_dtype,
         "aligned": 16,
         "on_input": s.weight_on == "input",
         "first": first,
@@ -120,6 +137,18 @@ def _rows(s: ExpertsSpec, f: str, prefix: str) -> list[tuple[str, str, str]]:
 
 def _axes(group: str) -> tuple[str, ...]:
     return ("e", "n") if group.startswith("bias_") else ("e", "n", "k")
+
+
+def _cast(text: str, dtype: str) -> str:
+    """`text` converted to `dtype`."""
+    if dtype == "bf16":
+        return f"to_bf16({text})"
+    return f"{text if text.isidentifier() else f'({text})'}.to({TYPES[dtype]})"
+
+
+def _rounded(text: str, dtype: str) -> str:
+    """`text` as float32, rounded to what `dtype` can hold."""
+    return _cast(text, dtype) if dtype == "f32" else f"{_cast(text, dtype)}.to(tl.float32)"
 
 
 def _strides(groups: Sequence[str]) -> str:

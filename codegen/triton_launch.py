@@ -19,7 +19,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -104,21 +104,16 @@ def program(
     config: GpuConfig,
     operands: Operands | None = None,
     entry: str | None = None,
-    interpret: bool = False,
 ) -> Program:
-    """The launches and buffers of one forward call.
-
-    `entry`: moe (router and experts) or experts. `interpret`: for Triton's interpreter, whose products of half
-    precision are wrong: operands are converted to fp32 first, which changes no product.
-    """
+    """The launches and buffers of one forward call; `entry` is moe (router and experts) or experts."""
     entry = entry or ("moe" if spec.router else "experts")
     if entry == "moe" and spec.router is None:
         raise CodegenError(f"moec::moe needs a spec with a router, got {str(spec)!r}")
-    if sizes.T < 1 or not 0 < sizes.k <= sizes.E or sizes.k > 64 or sizes.E > 4096:
-        raise CodegenError(f"{sizes}: expected T ≥ 1, 1 ≤ k ≤ min(E, 64), E ≤ 4096")
+    if min(sizes.T, sizes.k, sizes.E, sizes.H, sizes.F) < 1 or (entry == "moe" and sizes.k > sizes.E):
+        raise CodegenError(f"{sizes}: expected T, H, F, E, k ≥ 1, and k ≤ E where a router chooses")
     if sizes.T * sizes.k >= _WIDE // 2:
         raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
-    at = _At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", interpret)
+    at = _At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe")
     if config.variant == "decode":
         return _decode(at)
     return _sorted(at)
@@ -133,7 +128,6 @@ class _At:
     config: GpuConfig
     operands: Operands
     routed: bool
-    interpret: bool
 
     @property
     def pairs(self) -> int:
@@ -259,7 +253,7 @@ def _router(at: _At) -> Launch:
         block_h = min(block_h, 32)
     consts = _consts(
         **_router_consts(at), **_choice_consts(at), BLOCK_T=block_t, BLOCK_H=block_h,
-        EVEN_H=s.H % block_h == 0, WIDE_X=at.wide_x, HALF=half, INTERPRET=at.interpret,
+        EVEN_H=s.H % block_h == 0, WIDE_X=at.wide_x, HALF=half,
     )  # fmt: skip
     arguments = (*_router_operands(at), *_choice(at), Argument("T", "i32", s.T), *consts)
     return Launch("router", (_ceil(s.T, block_t),), arguments, 8 if block_e > 256 else 4, 3)
@@ -297,7 +291,7 @@ def _gemm_consts(at: _At, depth: int) -> dict[str, int | bool]:
     block_k = min(c.block_k, max(16, _power(depth)))
     return {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": block_k, "GROUP_M": c.group_m,
-        "EVEN_K": depth % block_k == 0, "INTERPRET": at.interpret,
+        "EVEN_K": depth % block_k == 0,
     }  # fmt: skip
 
 
@@ -409,8 +403,3 @@ def _decode_down(at: _At) -> Launch:
         _pointer("y", at.spec.y_dtype), *consts,
     )  # fmt: skip
     return Launch("decode_down", (_ceil(s.H, block_n), s.T), arguments, c.num_warps, 1)
-
-
-def with_options(launch: Launch, num_warps: int, num_stages: int) -> Launch:
-    """`launch` with other compile options."""
-    return replace(launch, num_warps=num_warps, num_stages=num_stages)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from moec.errors import OptionError
 
-Engine = Literal["auto", "cpp", "eager"]
+Engine = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
 
 
@@ -19,7 +19,8 @@ Rest = Literal["inductor", "aot_eager", "eager"]
 class Options:
     """What a user may choose. Defaults never change a model's results.
 
-    kernels  auto: generated C++ where a compiler is at hand, else the eager twin; cpp, eager: that engine
+    kernels  auto: generated C++ on CPUs and Triton on GPUs where they can be built, else the eager twin;
+             cpp, triton, eager: that engine
     rest     who compiles what is not MoE: inductor, aot_eager or eager
     verify   check the graph's invariants between passes
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer

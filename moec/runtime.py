@@ -1,6 +1,6 @@
 """The ops that compiled graphs call: moec::moe, moec::experts and its gradient, over generated kernels or the twin.
 
-Importing this module registers them. `spec` is a KernelSpec's text; `engine` is auto, cpp or eager.
+Importing this module registers them. `spec` is a KernelSpec's text; `engine` is auto, cpp, triton or eager.
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 """
 
@@ -17,11 +17,13 @@ from torch import Tensor
 from moec.codegen import twin
 from moec.errors import BuildError, CodegenError
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
+from moec.runtime_triton import TritonKernel, load_triton
 from moec.spec import DTYPES, KernelSpec
 
 __all__ = ["kernel_source"]
 
 _LIB = torch.library.Library("moec", "FRAGMENT")
+_AnyKernel = Kernel | TritonKernel
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIB.define(
@@ -39,21 +41,21 @@ _LIB.define(
 )
 
 
-def _kernel(spec: str, engine: str, device: torch.device, router_dtype: torch.dtype | None) -> Kernel | None:
-    """The kernel for a call, or None for the twin. Engine 'cpp' raises where there is none."""
-    if engine == "eager" or device.type != "cpu":
-        if engine == "cpp" and device.type != "cpu":
-            raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
+def _kernel(spec: str, engine: str, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
+    """The kernel for a call, or None for the twin. An engine asked for by name raises where it has none."""
+    if engine == "eager":
         return None
-    if engine == "cpp":
-        return load_kernel(spec, router_dtype)
-    return _kernel_or_warning(spec, router_dtype)
+    if engine == "cpp" and device.type != "cpu":
+        raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
+    if engine == "auto":
+        return _kernel_or_warning(spec, device, router_dtype)
+    return load_triton(spec, device) if engine == "triton" else load_kernel(spec, router_dtype)
 
 
 @lru_cache(maxsize=1024)
-def _kernel_or_warning(spec: str, router_dtype: torch.dtype | None) -> Kernel | None:
+def _kernel_or_warning(spec: str, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
     try:
-        return load_kernel(spec, router_dtype)
+        return load_kernel(spec, router_dtype) if device.type == "cpu" else load_triton(spec, device)
     except (BuildError, CodegenError) as error:
         _warn_once(str(error))
         return None
@@ -61,7 +63,7 @@ def _kernel_or_warning(spec: str, router_dtype: torch.dtype | None) -> Kernel | 
 
 @lru_cache(maxsize=64)
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"moec: eager experts instead of a C++ kernel: {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"moec: eager experts instead of a kernel: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _moe(

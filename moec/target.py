@@ -1,4 +1,4 @@
-"""Target: what kernels are generated for. `Target.host()` is the only place where hardware is asked."""
+"""Target: what kernels are generated for. `Target.host()` and `gpu_figures` are the only places that ask hardware."""
 
 from __future__ import annotations
 
@@ -135,3 +135,20 @@ def find_compiler(cxx: str | None) -> str | None:
     """The path of the C++ compiler: the one named, else g++, clang++ or c++; None where there is none."""
     names = (cxx,) if cxx else ("g++", "clang++", "c++")
     return next(filter(None, map(shutil.which, names)), None)
+
+
+@dataclass(frozen=True)
+class GpuFigures:
+    """What defaults for a GPU's kernels depend on: its architecture (sm_90, gfx942) and a block's shared memory."""
+
+    name: str
+    shared_bytes: int
+
+
+@lru_cache(maxsize=64)
+def gpu_figures(device: torch.device) -> GpuFigures:
+    """The figures of a CUDA or ROCm device, from its driver."""
+    found = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return GpuFigures(found.gcnArchName.partition(":")[0], found.shared_memory_per_block)
+    return GpuFigures(f"sm_{found.major}{found.minor}", found.shared_memory_per_block_optin)

@@ -1,0 +1,231 @@
+"""A spec's Triton kernels as a Python object: launches worked out once per size, buffers allocated, kernels run in order.
+
+The same path serves a GPU and Triton's interpreter (TRITON_INTERPRET=1, tensors on the CPU). Nothing waits for the
+device and no allocation depends on data, so calls can be captured in a CUDA graph after a first call.
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_config import default_config
+from moec.codegen.triton_emit import load
+from moec.codegen.triton_launch import Program, program
+from moec.codegen.triton_operands import Operands, Strides, shape
+from moec.errors import CodegenError
+from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
+from moec.target import GpuFigures, gpu_figures
+
+_BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
+
+
+@lru_cache(maxsize=1024)
+def load_triton(spec: str, device: torch.device) -> TritonKernel:
+    """The Triton kernels of a spec for tensors on `device`.
+
+    Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
+    """
+    from triton import knobs
+
+    if device.type == "cpu" and not knobs.runtime.interpret:
+        raise CodegenError(
+            "kernels='triton' on CPU tensors runs in Triton's interpreter, which is off: "
+            "set TRITON_INTERPRET=1 before Python starts, or move the model to a GPU, or use kernels='auto'"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise CodegenError(f"kernels='triton' takes CUDA, ROCm or CPU tensors, got {device}; use kernels='eager'")
+    figures = gpu_figures(device) if device.type == "cuda" else None
+    return TritonKernel(KernelSpec.parse(spec), figures)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Parameters by group as kernels take them (a tensor, or a table of pointers), their strides, E, H, F."""
+
+    tensors: Mapping[str, Tensor]
+    strides: tuple[tuple[str, Strides], ...]
+    E: int
+    H: int
+    F: int
+    copied: bool
+
+
+class TritonKernel:
+    """The kernels of one spec on one device."""
+
+    def __init__(self, spec: KernelSpec, figures: GpuFigures | None) -> None:
+        self.spec, self.figures = spec, figures
+        self._dtype = DTYPES[spec.experts.dtype]
+        self._module = load(spec)
+        self._bounds: dict[tuple[object, ...], _Bound] = {}
+        self._program = lru_cache(maxsize=1024)(self._make_program)
+
+    def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
+        """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
+        return x.dtype in DTYPE_NAMES and all(p.dtype == self._dtype for p in params)
+
+    def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
+        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        if x.numel() == 0 or experts.shape[1] == 0:
+            return y.zero_()
+        if weights.dtype not in DTYPE_NAMES:
+            weights = weights.float()
+        bound = self._bound(params)
+        given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
+        operands = self._operands(x, bound, weights.dtype)
+        self._run(x, y, bound, given, operands, experts.shape[1], "experts")
+        return y
+
+    def moe(
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts."""
+        r = self.spec.router
+        if r is None:
+            raise CodegenError(f"moec::moe needs a spec with a router, got {str(self.spec)!r}; call moec::experts")
+        tokens, count = x.shape[0], router[0].shape[0]
+        if not 0 < k <= count:
+            raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
+        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        given = {
+            "logits": x.new_empty((tokens, count), dtype=DTYPES[r.compute]),
+            "weights": x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype]),
+            "experts": x.new_empty((tokens, k), dtype=torch.int64),
+        }
+        results = (y, given["logits"], given["weights"], given["experts"])
+        if x.numel() == 0:
+            return results
+        bound = self._bound(params)
+        if count != bound.E:
+            raise CodegenError(f"the router's matrix is {list(router[0].shape)}, but there are E={bound.E} experts")
+        matrix, *rest = (t if t.dtype in DTYPE_NAMES else t.float() for t in router)
+        given["router"] = matrix
+        if r.bias:
+            given["router_bias"] = rest.pop(0).contiguous()
+        if r.selection_bias:
+            given["selection"] = rest.pop(0).contiguous()
+        operands = self._operands(x, bound, DTYPES[r.weight_dtype], given)
+        self._run(x, y, bound, given, operands, k, "moe")
+        return results
+
+    def _operands(
+        self, x: Tensor, bound: _Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
+    ) -> Operands:
+        row, column = x.stride()
+        base = (DTYPE_NAMES[x.dtype], (row, column), bound.strides, DTYPE_NAMES[weights])
+        if router is None:
+            return Operands(*base)
+        matrix, empty = router["router"], x
+        first, second = matrix.stride()
+        bias, selection = router.get("router_bias", empty), router.get("selection", empty)
+        names = (DTYPE_NAMES[matrix.dtype], (first, second), DTYPE_NAMES[bias.dtype], DTYPE_NAMES[selection.dtype])
+        return Operands(*base, *names)
+
+    def _make_program(self, sizes: Sizes, operands: Operands, entry: str) -> Program:
+        config = default_config(self.spec, sizes, self.figures)
+        return program(self.spec, sizes, config, operands, entry)
+
+    def _run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        bound: _Bound,
+        given: Mapping[str, Tensor],
+        operands: Operands,
+        k: int,
+        entry: str,
+    ) -> None:
+        if x.shape[1] != bound.H:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
+        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+        made = self._program(sizes, operands, entry)
+        tensors = {"x": x, "y": y, **bound.tensors, **given}
+        for buffer in made.buffers:
+            tensors[buffer.name] = x.new_empty(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            for launch in made.launches:
+                kernel = getattr(self._module, launch.kernel)
+                args = [tensors[a.name] if a.type.startswith("*") else a.value for a in launch.arguments]
+                kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+    def _bound(self, params: Sequence[Tensor]) -> _Bound:
+        """Where the parameters lie: worked out once for tensors that stay where they are."""
+        first, last = params[0], params[-1]
+        key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
+        bound = self._bounds.get(key)
+        if bound is None or bound.copied or self.spec.experts.stacked:
+            bound = _bind(self.spec, params)
+            if not bound.copied and not self.spec.experts.stacked:
+                if len(self._bounds) >= 4096:
+                    self._bounds.clear()
+                self._bounds[key] = bound
+        return bound
+
+
+def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
+    """The parameter groups as kernels take them; raises CodegenError where shapes contradict each other."""
+    s = spec.experts
+    groups = s.param_groups
+    each = 1 if s.stacked else len(params) // len(groups)
+    count = params[0].shape[0] if s.stacked else each
+    out = params[each * groups.index("out")]
+    hidden, width = out.shape[-2:] if s.layout_out == "nk" else (out.shape[-1], out.shape[-2])
+    tensors: dict[str, Tensor] = {}
+    strides: list[tuple[str, Strides]] = []
+    copied = False
+    for i, group in enumerate(groups):
+        mine = params[i * each : (i + 1) * each]
+        _check_shape(spec, group, mine, count, hidden, width)
+        tensor, own, copy = _group(spec, group, mine)
+        tensors[group] = tensor
+        strides.append((group, own))
+        copied = copied or copy
+    return _Bound(tensors, tuple(strides), count, hidden, width, copied)
+
+
+def _transposed(spec: KernelSpec, group: str) -> bool:
+    """Whether a matrix is stored with its summed axis before its outputs."""
+    s = spec.experts
+    return not group.startswith("bias_") and (s.layout_out if group == "out" else s.layout_in) == "kn"
+
+
+def _check_shape(spec: KernelSpec, group: str, tensors: Sequence[Tensor], E: int, H: int, F: int) -> None:
+    wanted = shape(spec.experts, group, H, F)
+    wanted = wanted[::-1] if _transposed(spec, group) else wanted
+    wanted = (E, *wanted) if spec.experts.stacked else wanted
+    for t in tensors:
+        if t.shape != wanted:
+            raise CodegenError(f"parameter {group!r} is {list(t.shape)}, expected {list(wanted)} for {spec.experts}")
+
+
+def _group(spec: KernelSpec, group: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Strides, bool]:
+    """(the tensor or the table of pointers, strides, whether it is a copy) of one parameter group."""
+    first = tensors[0]
+    if spec.experts.stacked:
+        own = first.stride()
+        return first, (own[0], *_ordered(own[1:], _transposed(spec, group))), False
+    strides = (0, *_ordered(first.stride(), _transposed(spec, group)))
+    if all(t.stride() == first.stride() and t.data_ptr() % 16 == 0 for t in tensors):
+        return _table(tensors), strides, False
+    copies = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+    table, strides, _ = _group(spec, group, copies)
+    table._moec_alive = copies  # type: ignore[attr-defined]  # the table alone does not keep what it points to
+    return table, strides, True
+
+
+def _ordered(strides: Sequence[int], transposed: bool) -> Strides:
+    return tuple(reversed(strides)) if transposed else tuple(strides)
+
+
+def _table(tensors: Sequence[Tensor]) -> Tensor:
+    """The addresses of `tensors`, on their device."""
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=tensors[0].device)
