@@ -28,13 +28,17 @@ _SCORES = {
 def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
     """x[T, H] → logits[T, E] (compute dtype), weights[T, k] (weight dtype), experts[T, k] (int64).
 
+    A double-precision twin (x and W in fp64) stays so throughout.
     `router` is W[E, H], then bias[E] and selection_bias[E] where the spec has them.
     """
     rest = list(router[1:])
-    compute = DTYPES[spec.compute]
+    double = x.dtype == router[0].dtype == torch.float64
+    compute, score_dtype, weight_dtype = (
+        torch.float64 if double else DTYPES[name] for name in (spec.compute, spec.score_dtype, spec.weight_dtype)
+    )
     bias = rest.pop(0).to(compute) if spec.bias else None
     logits = nnf.linear(x.to(compute), router[0].to(compute), bias)
-    score = _SCORES[spec.score](logits, DTYPES[spec.score_dtype])
+    score = _SCORES[spec.score](logits, score_dtype)
     choice = logits if spec.choose_by == "logits" else score
     choice = choice + rest.pop(0) if spec.selection_bias else choice
     if spec.groups > 1:
@@ -49,7 +53,7 @@ def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tupl
         weights = weights / (total.clamp(min=spec.clamp_min) if spec.clamp_min else total)
     if spec.scale != 1.0:
         weights = weights * spec.scale
-    return logits, weights.to(DTYPES[spec.weight_dtype]), experts
+    return logits, weights.to(weight_dtype), experts
 
 
 def _keep_best_groups(choice: Tensor, spec: RouterSpec) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,15 @@ from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import settle
 from moec.describe import sites_of
-from moec.graph import sweep
-from moec.options import Options
+from moec.graph import Graph, sweep
+from moec.options import Environment, Options
 from moec.passes import PASSES
-from moec.passes.lower import lower
+from moec.passes.lower import groups_of, lower
 from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
 from moec.passes.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
+from moec.proof import Verdict, prove
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.text import dump
 from moec.verify import recording, verifying
@@ -32,6 +33,18 @@ from moec.verify import recording, verifying
 Compiled = Callable[..., Any]
 
 install.install()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the passes made of one graph, and what the proof says of each rewrite, by the value it replaces."""
+
+    graph: Graph
+    facts: Facts
+    misses: list[Miss]
+    records: list[PassRecord]
+    verdicts: Mapping[str, Verdict]
+    proof_seconds: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Backend:
         start = time.perf_counter()
         parts = [self.rewrite(each, nested=each is not gm) for each in _graphs(gm)]
         if self.report is not None:
-            self.report.seconds += time.perf_counter() - start
+            self.report.seconds += time.perf_counter() - start - sum(part.proof_seconds for part in parts)
             self.report.graph_reports.append(_whole(parts))
             self.report.not_rolled += [Reason(n.reason, location=f"{n.file}:{n.line}") for n in not_rolled]
         if regions(gm):  # a rolled loop that nothing understood still runs, as the loop it was
@@ -74,22 +87,52 @@ class Backend:
         start = time.perf_counter()
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
-        records: list[PassRecord] = []
-        misses: list[Miss] = []
-        observers: list[Observer] = [lambda step: misses.extend(step.outcome.misses)]
-        if self.trace:
-            records.append(PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)))
-            observers.append(recording(records))
-        if self.options.verify:
-            observers.append(verifying())
-        facts = facts_of(gm, raised, self.options, nested)
-        graph = run_pipeline(PASSES, graph, facts, observers)
+        first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
+        done = self._passes(gm, raised, graph, facts_of(gm, raised, self.options, nested))
         nodes = len(gm.graph.nodes)
-        lower(gm, raised, graph, self.options.kernels, facts.grad)
+        lower(gm, raised, done.graph, self.options.kernels, done.facts.grad)
         if self.report is None:
             return GraphReport((), (), nodes)
-        sites = sites_of(raised, graph, misses, bool(facts.grad), self.options.kernels)
-        return GraphReport(sites, tuple(records), nodes)
+        proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
+        grad = bool(done.facts.grad)
+        sites = sites_of(raised, done.graph, done.misses, grad, self.options.kernels, proofs)
+        records = (first, *done.records) if first is not None else ()
+        return GraphReport(sites, records, nodes, proof_seconds=done.proof_seconds)
+
+    def _passes(self, gm: fx.GraphModule, raised: Raised, graph: Graph, facts: Facts) -> Passed:
+        """Run the passes; again without the rewrites that the proof refuses, until it refuses none."""
+        seconds = 0.0
+        while True:
+            misses: list[Miss] = []
+            records: list[PassRecord] = []
+            observers: list[Observer] = [lambda step, misses=misses: misses.extend(step.outcome.misses)]
+            observers += [recording(records)] if self.trace else []
+            observers += [verifying()] if self.options.verify else []
+            result = run_pipeline(PASSES, graph, facts, observers)
+            start = time.perf_counter()
+            verdicts = self._prove(gm, raised, result, facts)
+            seconds += time.perf_counter() - start
+            refused = {root: why for root, why in self._refused(verdicts).items() if root not in facts.refused}
+            if not refused:
+                return Passed(result, facts, misses, records, verdicts, seconds)
+            facts = replace(facts, refused={**facts.refused, **refused})
+
+    def _prove(self, gm: fx.GraphModule, raised: Raised, graph: Graph, facts: Facts) -> Mapping[str, Verdict]:
+        if self.options.proof == "off":
+            return {root: Verdict("off") for root in groups_of(raised, graph)}
+        return prove(gm, raised, graph, facts.grad, Environment.read().cache_dir / "proofs")
+
+    def _refused(self, verdicts: Mapping[str, Verdict]) -> dict[str, str]:
+        """The rewrites that are not to be used, and why; a wrong one is a bug in moec, and is said aloud."""
+        refused: dict[str, str] = {}
+        for root, verdict in verdicts.items():
+            if verdict.status == "wrong":
+                refused[root] = f"the rewrite was tried and computes something else: {verdict.reason}"
+                note = f"moec: the layer at %{root} runs as it was written: {refused[root]}; please report it"
+                warnings.warn(note, RuntimeWarning, stacklevel=2)
+            elif verdict.status == "unproved" and self.options.proof == "strict":
+                refused[root] = f"the rewrite could not be tried, and proof is 'strict': {verdict.reason}"
+        return refused
 
     def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Hand what is not MoE to the compiler that the options name."""
@@ -146,6 +189,7 @@ def _whole(parts: Sequence[GraphReport]) -> GraphReport:
         tuple(record for part in parts for record in part.passes),
         sum(part.nodes for part in parts),
         tuple(note for part in parts for note in part.notes),
+        sum(part.proof_seconds for part in parts),
     )
 
 

@@ -19,12 +19,13 @@ from moec.spec import KernelSpec
 from moec.target import Target
 
 
-def sites_of(raised: Raised, graph: Graph, misses: list[Miss], training: bool, engine: str) -> tuple[report.Site, ...]:
+def sites_of(raised: Raised, graph: Graph, misses: list[Miss], training: bool, engine: str, proofs: Mapping[str, str] | None = None) -> tuple[report.Site, ...]:
     """The report's sites, found and nearly found, in execution order."""
     order = graph.position
+    proofs = proofs or {}
     apart = {m.value: m for m in misses}
     found = [
-        (order[i.results[0]], _fused(raised, graph, i, apart.get(i.results[0]), training, engine))
+        (order[i.results[0]], _fused(raised, graph, i, apart.get(i.results[0]), training, engine, proofs))
         for i in graph.instrs
         if i.word in SITES
     ]
@@ -37,7 +38,7 @@ def sites_of(raised: Raised, graph: Graph, misses: list[Miss], training: bool, e
     return tuple(site for _, site in sorted(found + declined, key=lambda pair: pair[0]))
 
 
-def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, training: bool, engine: str) -> report.Site:
+def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, training: bool, engine: str, proofs: Mapping[str, str]) -> report.Site:
     name = site_name(raised, instr.results[0])
     site = site_of(graph, instr, name, training)
     spec = KernelSpec.parse(str(instr.attr("spec")))
@@ -59,6 +60,7 @@ def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, train
         location=instr.loc,
         ir=dump_site(renamed(site, readable_names(raised))),
         spec=str(spec),
+        proof=proofs.get(instr.results[0].removesuffix(".routed"), ""),
     )
 
 

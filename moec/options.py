@@ -13,6 +13,7 @@ from moec.errors import OptionError
 
 Engine = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
+Proof = Literal["on", "strict", "off"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class Options:
              cpp, triton, eager: that engine
     rest     who compiles what is not MoE: inductor, aot_eager or eager
     verify   check the graph's invariants between passes
+    proof    try each distinct rewrite on random and adversarial routings before it is used; strict: a layer whose
+             rewrite cannot be tried is left as it is; off: rewrites are used as they are
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
     kernels: Engine = "auto"
     rest: Rest = "inductor"
     verify: bool = True
+    proof: Proof = "on"
     fuel: int = -1
 
     @staticmethod

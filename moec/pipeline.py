@@ -20,6 +20,7 @@ class Facts:
     devices      device type of each input value ('cpu', 'cuda', …)
     not_plain    inputs that are not plain dense tensors, and what they are
     autocast     True when the graph runs under autocast
+    refused      values whose rewrite was tried and computes something else, and the figures
     """
 
     options: Options = field(default_factory=Options)
@@ -27,6 +28,7 @@ class Facts:
     devices: Mapping[str, str] = field(default_factory=dict)
     not_plain: Mapping[str, str] = field(default_factory=dict)
     autocast: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def report_view(report: Report, width: int) -> RenderableType:
     parts.extend(_reasons(group) for group in groups if group.first.reasons)
     if not groups:
         parts.append(Text("no MoE layer was found: the model runs as it would with the rest compiler alone", "yellow"))
+    parts.extend(_proofs(report, groups))
     breaks = [f"{_brief(reason)}  at {short_place(where)}" for reason, where in report.graph_breaks]
     parts.extend(_bullets("graph breaks (one graph is the aim)", _counted(breaks)))
     parts.extend(_bullets("loops over experts that were not rolled", map(str, report.not_rolled)))
@@ -126,6 +127,15 @@ def _reasons(group: Alike) -> Text:
         text.append("\n")
     text.rstrip()
     return text
+
+
+def _proofs(report: Report, groups: Iterable[Alike]) -> Iterator[Text]:
+    """What is known about each rewrite, and what finding out has cost in this compile."""
+    lines = [(group, group.first.proof) for group in groups if group.first.proof]
+    if lines:
+        yield Text(f"rewrites ({report.proof_seconds:.2f} s):", "bold")
+    for group, proof in lines:
+        yield Text(f"  - {group.name}: {proof}", "" if proof.startswith("proved") else "yellow")
 
 
 def _brief(reason: str) -> str:

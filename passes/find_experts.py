@@ -45,6 +45,8 @@ class FindExperts:
             outcome = find_at(lifter, instr, facts)
             if isinstance(outcome, Found) and 0 <= facts.options.fuel <= len(found):
                 outcome = NoMatch("rewrite fuel is spent", depth=2)
+            if isinstance(outcome, Found) and instr.results[0] in facts.refused:
+                outcome = NoMatch(facts.refused[instr.results[0]], depth=9)
             if isinstance(outcome, Found):
                 found[instr.results[0]] = outcome
             elif outcome.depth >= 2:

@@ -39,11 +39,11 @@ class Lowering:
             return self.made[name]
         for same in (name, *self.twins.get(name, ())):
             for node, since in self.raised.carriers.get(same, ()):
-                if since <= at and self._holds(node, at) == same:
+                if since <= at and self.holds(node, at) == same:
                     return node
         raise KeyError(f"no node holds %{name} at position {at}")
 
-    def _holds(self, node: fx.Node, at: int) -> str:
+    def holds(self, node: fx.Node, at: int) -> str:
         """The value that `node` stands for at position `at`."""
         held, best = "", -1
         for name, since in self.histories[node]:
@@ -65,7 +65,7 @@ class Lowering:
         for node, since in self.raised.carriers.get(name, ()):
             for user in list(node.users):
                 at = self.raised.order.get(user, -1)
-                if at > max(after, since) and self._holds(node, at - 1) == name:
+                if at > max(after, since) and self.holds(node, at - 1) == name:
                     yield user, node
 
 
@@ -74,6 +74,18 @@ def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: f
     state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph, grad))
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
+    groups = groups_of(raised, graph)
+    for root, instrs in groups.items():
+        _materialise(state, root, instrs)
+    if groups:
+        _erase(state, groups, unused)
+        gm.graph.lint()
+        gm.recompile()
+    return sum(i.word in SITES for instrs in groups.values() for i in instrs)
+
+
+def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:
+    """What `graph` says anew: the value that is replaced → the instructions that make it, in order."""
     groups: dict[str, list[Instr]] = {}
     new: list[Instr] = []
     for instr in graph.instrs:
@@ -83,13 +95,7 @@ def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: f
         root = instr.results[0]
         if root in raised.carriers:
             groups[root], new = new, []
-    for root, instrs in groups.items():
-        _materialise(state, root, instrs)
-    if groups:
-        _erase(state, groups, unused)
-        gm.graph.lint()
-        gm.recompile()
-    return sum(i.word in SITES for instrs in groups.values() for i in instrs)
+    return groups
 
 
 def any_views(graph: Graph) -> frozenset[str]:
@@ -104,7 +110,13 @@ def _is_new(raised: Raised, instr: Instr) -> bool:
 
 def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
     """Nodes for new instructions, right after the FX node whose value they replace."""
-    anchor = origin = _root_node(state, root)
+    origin = root_node(state, root)
+    emit(state, instrs, origin, origin)
+    _rewire(state, root, origin)
+
+
+def emit(state: Lowering, instrs: list[Instr], anchor: fx.Node, origin: fx.Node) -> None:
+    """Nodes for `instrs` after `anchor`, with the place in the user's code of `origin`, whose value they replace."""
     at = state.raised.order[origin]
     for instr in instrs:
         with state.gm.graph.inserting_after(anchor):
@@ -112,10 +124,9 @@ def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
         if instr.word == "moe":  # at once: what comes next reads its first result
             _results(state, instr, at)
             anchor = state.made[instr.results[0]]
-    _rewire(state, root, origin)
 
 
-def _root_node(state: Lowering, root: str) -> fx.Node:
+def root_node(state: Lowering, root: str) -> fx.Node:
     """The node whose execution made the root value."""
     return next(node for node, since in state.raised.carriers[root] if state.raised.order[node] == since)
 

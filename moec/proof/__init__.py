@@ -1,0 +1,126 @@
+"""Each distinct rewrite is proved before it is used: the user's nodes and what replaces them give the same numbers.
+
+`prove` is asked once a graph. Layers of one structure are proved once, and the verdict is remembered on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import fx
+
+from moec.graph import Graph
+from moec.passes.raise_graph import Raised
+from moec.proof.compare import Difference, run_trial
+from moec.proof.copying import Unprovable
+from moec.proof.region import Carver, Pair
+from moec.proof.routings import SHORT, Trial, applies
+from moec.proof.sizes import Sizes, full, shrunk
+from moec.proof.store import Verdict, key_of, recall, remember
+
+SECONDS = 1.0
+"""How long the proof of one structure may take; what is left of the trials then is not run."""
+
+AFFORDABLE = 4_000_000
+"""Elements of the leaves up to which a region can be run in its own sizes."""
+
+__all__ = ["Verdict", "prove"]
+
+
+def prove(
+    gm: fx.GraphModule, raised: Raised, graph: Graph, grad: frozenset[str], folder: Path, seconds: float = SECONDS
+) -> dict[str, Verdict]:
+    """A verdict for each value that `graph` makes anew, before it is lowered into `gm`."""
+    carver = Carver(gm, raised, graph, grad)
+    known: dict[str, Verdict] = {}
+    return {root: _verdict(carver, root, folder, seconds, known) for root in carver.groups}
+
+
+def _verdict(carver: Carver, root: str, folder: Path, seconds: float, known: dict[str, Verdict]) -> Verdict:
+    try:
+        pair = carver.pair(root)
+        sizes = shrunk(pair)
+        key = key_of(pair, sizes, seconds)
+    except Unprovable as error:
+        return Verdict("unproved", reason=str(error))
+    found = known.get(key) if key else None
+    found = found or (recall(key, folder) if key else None)
+    if found is None:
+        found = _prove(pair, sizes, seconds)
+        if key and found.status != "unproved":
+            remember(key, folder, found)
+    known[key] = found
+    return found
+
+
+def _prove(pair: Pair, sizes: tuple[Sizes, ...], seconds: float) -> Verdict:
+    """In small sizes; where those do not work out, in its own."""
+    start = time.perf_counter()
+    tried = [sizes] if sizes else []
+    own = full(pair)
+    if _elements(pair, own) <= AFFORDABLE and own not in sizes:
+        tried.append((own,))
+    verdict = Verdict("unproved", reason="no small sizes keep the conditions under which the graph was captured")
+    for each in tried:
+        if _elements(pair, each[0]) > AFFORDABLE:
+            verdict = Verdict("unproved", reason="the region is too large to run, and its sizes cannot be made smaller")
+            continue
+        verdict = _try_all(pair, each, start, seconds)
+        if verdict.status == "proved":
+            break
+    return verdict
+
+
+def _elements(pair: Pair, sizes: Sizes) -> int:
+    total = 0
+    for leaf in pair.leaves:
+        count = 1
+        for dim in sizes.shape(leaf.type.shape):
+            count *= dim
+        total += count
+    return total
+
+
+def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float) -> Verdict:
+    done: list[str] = []
+    worst, missing = 0.0, ""
+    for trial in SHORT:
+        if not applies(trial, pair) or (done and time.perf_counter() - start > seconds):
+            continue
+        at = sizes[min(trial.tokens, len(sizes) - 1)]
+        try:
+            found = _run(pair, trial, at)
+        except Unprovable as error:
+            missing = missing or str(error)
+            continue
+        wrong = [d for d in found if d.wrong]
+        if wrong:
+            return _wrong(pair, trial, at, wrong, time.perf_counter() - start)
+        done.append(trial.routing)
+        worst = max([worst, *(d.error for d in found if trial.exact)])
+    spent = time.perf_counter() - start
+    if not done:
+        return Verdict("unproved", seconds=spent, reason=missing)
+    return Verdict("proved", tuple(done), worst, spent)
+
+
+def _run(pair: Pair, trial: Trial, sizes: Sizes) -> list[Difference]:
+    """In fp64 where every operator takes it, else in the model's own dtypes."""
+    try:
+        return run_trial(pair, trial, sizes)
+    except Unprovable:
+        if not trial.exact:
+            raise
+        return run_trial(pair, Trial(trial.routing, False, trial.tokens), sizes)
+
+
+def _wrong(pair: Pair, trial: Trial, sizes: Sizes, wrong: list[Difference], seconds: float) -> Verdict:
+    most = max(wrong, key=lambda d: float("inf") if d.error != d.error else d.error)
+    token = next((leaf for leaf in pair.leaves if leaf.role == "token"), pair.leaves[0])
+    what = "the output" if most.what == pair.root else most.what
+    reason = (
+        f"{what} differs by {most.error:.1e} of its largest value (allowed {most.allowed:.0e}), "
+        f"routing {trial.routing!r}, {sizes.shape(token.type.shape)[0]} tokens"
+    )
+    return Verdict("wrong", (trial.routing,), most.error, seconds, reason)

@@ -1,0 +1,186 @@
+"""A rewrite as two runnable graphs over the same leaves: the user's own nodes, and what moec puts in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
+
+from torch import fx
+
+from moec.capture.region import regions
+from moec.graph import Graph, Instr, Ref
+from moec.passes.canonicalize import twins
+from moec.passes.lower import Lowering, any_views, emit, groups_of, root_node
+from moec.passes.raise_graph import Raised
+from moec.proof.copying import Copy, Leaf, Source, Unprovable
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of the two graphs; `feeds` says which leaf each placeholder stands for."""
+
+    graph: fx.Graph
+    feeds: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One rewrite: two graphs that must return the same values, named by `outputs`.
+
+    distinct  whether a token's choices are known to be different experts
+    needs     the values that need a gradient
+    """
+
+    root: str
+    original: Half
+    replacement: Half
+    leaves: tuple[Leaf, ...]
+    outputs: tuple[str, ...]
+    site: Instr
+    distinct: bool
+    needs: frozenset[str]
+
+
+@dataclass
+class Carver:
+    """Makes the pair of each rewrite of one graph; what they share is worked out once."""
+
+    gm: fx.GraphModule
+    raised: Raised
+    graph: Graph
+    grad: frozenset[str]
+    source: Source = field(init=False)
+    groups: dict[str, list[Instr]] = field(init=False)
+    old_names: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        raised = self.raised
+        lowering = Lowering(self.gm, raised, "eager", any_views(raised.graph), twins(raised.graph, self.grad))
+        loops = regions(self.gm)
+        self.source = Source(lowering, {node.name: node for node in self.gm.graph.nodes}, loops)
+        self.groups = groups_of(raised, self.graph)
+        self.old_names = {
+            new: old
+            for instr in self.graph.instrs
+            if instr.word == "moe"
+            for new, old in zip(instr.results[1:], replaced_by(instr), strict=True)
+        }
+
+    def pair(self, root: str) -> Pair:
+        """The rewrite that replaces the value `root`; raises Unprovable."""
+        instrs = self.groups[root]
+        site = next((i for i in instrs if "spec" in dict(i.attrs)), None)
+        if site is None:
+            raise Unprovable("the rewrite has no instruction with a spec")
+        roles = _roles(site, instrs)
+        choice = next((self.old(name) for name, role in roles.items() if role == "choice"), "")
+        later = self._computed_from(choice, root)
+        derived = [self.old(name) for name in roles if self.old(name) in later and self.old(name) != choice]
+        cut = self._cut(roles, derived)
+        original, replacement = Copy(self.source, cut), Copy(self.source, cut)
+        for name in derived:  # computed from the choice, so both graphs compute it: as a leaf it would not fit
+            replacement.value(name, within=later)
+        original.cut.update(replacement.cut)
+        replaced = replaced_by(site)
+        outputs = (root, *replaced)
+        original.graph.output(tuple(original.value(name) for name in outputs))
+        self._emit(replacement, instrs, (root, *(site.results[1:] if replaced else ())))
+        leaves = {leaf.name: leaf for half in (replacement, original) for leaf in half.leaves.values()}
+        return Pair(
+            root,
+            Half(original.graph, original.feeds),
+            Half(replacement.graph, replacement.feeds),
+            tuple(leaves.values()),
+            outputs,
+            site,
+            self._distinct(choice),
+            self.grad,
+        )
+
+    def old(self, name: str) -> str:
+        """The user's own name of a value that a fused router returns."""
+        return self.old_names.get(name, name)
+
+    def _cut(self, roles: Mapping[str, str], derived: Iterable[str]) -> dict[str, Leaf]:
+        """The values, and those that are equal to them, at which the two graphs begin."""
+        found: dict[str, Leaf] = {}
+        for name, role in roles.items():
+            old = self.old(name)
+            if old not in derived:
+                holders = self.raised.carriers.get(old, ())
+                leaf = Leaf(old, role, self.raised.graph.types[old], holders[0][0] if holders else None)
+                found.update(dict.fromkeys((old, *self.source.lowering.twins.get(old, ())), leaf))
+        return found
+
+    def _computed_from(self, choice: str, root: str) -> frozenset[str]:
+        """The values between the choice and the root that are computed from the choice."""
+        if not choice:
+            return frozenset()
+        graph = self.raised.graph
+        found = {choice, *self.source.lowering.twins.get(choice, ())}
+        first = min(graph.position[name] for name in found)
+        for instr in graph.instrs[first + 1 : graph.position[root]]:
+            if not found.isdisjoint(instr.uses):
+                found.update(instr.results)
+        return frozenset(found)
+
+    def _distinct(self, choice: str) -> bool:
+        """Whether the choice comes from a top-k or a sort along experts, or is one expert a token."""
+        graph = self.raised.graph
+        if not choice or graph.types[choice].rank < 2 or graph.types[choice].shape[-1] == 1:
+            return True
+        made = graph.defs.get(choice)
+        while made is not None and made.word in ("cast", "same", "slice", "detach") and made.uses:
+            choice = made.uses[0]
+            made = graph.defs.get(choice)
+        return made is not None and made.word in ("topk", "sort") and choice == made.results[1]
+
+    def _emit(self, copy: Copy, instrs: list[Instr], outputs: tuple[str, ...]) -> None:
+        """The new instructions as nodes of `copy`, by the same code that lowers them into the user's graph."""
+        made = {name for instr in instrs for name in instr.results}
+        reads = dict.fromkeys(name for instr in instrs for name in instr.uses if name not in made)
+        operands = {name: copy.operand(self.old(name)) for name in reads}
+        holder = cast(fx.GraphModule, SimpleNamespace(graph=copy.graph))
+        sketch = Sketch(holder, self.raised, "eager", frozenset(), {}, operands=operands)
+        origin = root_node(self.source.lowering, instrs[-1].results[0])
+        emit(sketch, instrs, next(reversed(copy.graph.nodes)), origin)
+        copy.graph.output(tuple(sketch.made[name] for name in outputs))
+
+
+@dataclass
+class Sketch(Lowering):
+    """Lowering into a graph of its own, which nothing else reads."""
+
+    operands: Mapping[str, fx.Node] = field(default_factory=dict[str, fx.Node])
+
+    def node(self, name: str, at: int) -> fx.Node:
+        """The node of the sketch that holds `name`."""
+        return self.made[name] if name in self.made else self.operands[name]
+
+    def users(self, name: str, after: int) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Nothing."""
+        return iter(())
+
+
+def replaced_by(site: Instr) -> tuple[str, ...]:
+    """The router's values that a fused site returns too."""
+    value = dict(site.attrs).get("replaces")
+    return tuple(map(str, value)) if isinstance(value, tuple) else ()
+
+
+def _roles(site: Instr, instrs: list[Instr]) -> dict[str, str]:
+    """The values that the new instructions read and do not make, with what the site takes them for."""
+    made = {name for instr in instrs for name in instr.results}
+    roles: dict[str, str] = {}
+    order = ("token", "router", "param") if site.word == "moe" else ("token", "weight", "choice", "param")
+    for role, arg in zip(order, site.args, strict=False):
+        for ref in arg if isinstance(arg, tuple) else (arg,):
+            if isinstance(ref, Ref) and ref.name not in made:
+                roles.setdefault(ref.name, role)
+    for name in (name for instr in instrs for name in instr.uses if name not in made):
+        roles.setdefault(name, "given")
+    return roles
+
+
