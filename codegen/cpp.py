@@ -5,16 +5,20 @@ The work is in the headers beside this file; `kernel_headers` lists them in the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from moec.codegen.plan import pairs_of_bf16
 from moec.errors import CodegenError
-from moec.expr import Call, Const, Expr, Var, variables
+from moec.expr import Call, Const, Expr, Var, derivative, variables
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
-HEADERS = ("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "router.hpp", "moe.hpp")
+HEADERS = (
+    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "router.hpp", "moe.hpp"),
+    *("outer.hpp", "backward_args.hpp", "backward.hpp"),
+)
 _TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
 _CHOICES = {
     "gate": ("none", "concat", "interleaved", "separate"),
@@ -45,22 +49,38 @@ def emit(spec: KernelSpec, target: Target, router_weight: str = "f32") -> str:
     Raises CodegenError for a spec that has no C++ form.
     """
     check(spec)
-    parts = [
+    router = () if spec.router is None else (_router(spec.router, router_weight),)
+    return _unit(spec, target, "moe.hpp", (_experts(spec, target), *router), _entries(spec))
+
+
+def emit_backward(spec: KernelSpec, target: Target) -> str:
+    """The translation unit of the experts' gradients for `spec` on `target`; its arithmetic is fp32 everywhere.
+
+    Raises CodegenError for a spec that has no C++ form.
+    """
+    check(spec)
+    size = "MOEC_EXPORT int64_t args_words() { return sizeof(BackwardArgs) / 8; }"
+    run = "MOEC_EXPORT void backward(const BackwardArgs* args) { run_backward<Kernel>(*args); }"
+    return _unit(spec, target, "backward.hpp", (_experts_backward(spec),), (size, run))
+
+
+def _unit(spec: KernelSpec, target: Target, header: str, parts: Sequence[str], entries: Sequence[str]) -> str:
+    lines = [
         f"// moec: {spec}",
         f"// {target.isa}: {target.lanes} lanes",
         *(f"#define MOEC_{name} {value}" for name, value in _macros(target)),
-        '#include "moe.hpp"',
+        f'#include "{header}"',
         "",
         "namespace {",
         "using namespace moec;",
         "",
-        _experts(spec, target),
-        *(() if spec.router is None else (_router(spec.router, router_weight),)),
+        *parts,
         "}  // namespace",
         "",
-        *_entries(spec),
+        '#define MOEC_EXPORT extern "C" __attribute__((visibility("default")))',
+        *entries,
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def check(spec: KernelSpec) -> None:
@@ -88,8 +108,8 @@ def expression(expr: Expr) -> str:
     return f"{expr.fn}({', '.join(map(expression, expr.args))})"
 
 
-def _statements(expr: Expr) -> list[str]:
-    """The body of φ: subexpressions that occur twice are named, so that each is computed once."""
+def _statements(exprs: Mapping[str, Expr]) -> list[str]:
+    """One line for each `target` = expression (`return`: no `=`); what occurs twice is named and computed once."""
     counts: dict[Expr, int] = {}
 
     def count(e: Expr) -> None:
@@ -98,7 +118,8 @@ def _statements(expr: Expr) -> list[str]:
             for arg in e.args:
                 count(arg)
 
-    count(expr)
+    for expr in exprs.values():
+        count(expr)
     names: dict[Expr, str] = {}
     lines: list[str] = []
 
@@ -113,8 +134,10 @@ def _statements(expr: Expr) -> list[str]:
             lines.append(f"const vf {names[e]} = {body};")
         return names[e]
 
-    result = text(expr)
-    return [*lines, f"return {result};"]
+    for into, expr in exprs.items():
+        result = text(expr)
+        lines.append(f"{into} {result};")
+    return lines
 
 
 def _number(value: float) -> str:
@@ -142,18 +165,34 @@ def _flag(value: bool) -> str:
 def _experts(spec: KernelSpec, target: Target) -> str:
     e: ExpertsSpec = spec.experts
     op = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
-    second = "vf b" if "b" in variables(e.phi) else "vf"
-    first = "vf a" if "a" in variables(e.phi) else "vf"
-    body = "\n".join(f"    {line}" for line in _statements(e.phi))
+    body = _statements({"return": e.phi})
+    return _kernel(spec, (f"using Op = {op};", f"using Y = {_TYPES[spec.y_dtype]};"), "vf phi", "", (e.phi,), body)
+
+
+def _experts_backward(spec: KernelSpec) -> str:
+    """h = φ(a, b) with both of its slopes: ∂φ/∂a and, where there is a b, ∂φ/∂b."""
+    e: ExpertsSpec = spec.experts
+    outputs = {"h =": e.phi, "da =": derivative(e.phi, "a")}
+    outputs["db ="] = derivative(e.phi, "b") if e.ab_views == 2 else Const(0.0)
+    types = (f"using Op = Fma<{_TYPES[e.dtype]}>;",)
+    return _kernel(spec, types, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs))
+
+
+def _kernel(
+    spec: KernelSpec, types: Sequence[str], name: str, more: str, read: Sequence[Expr], body: Sequence[str]
+) -> str:
+    e = spec.experts
+    used = frozenset[str]().union(*map(variables, read))
+    first, second = ("vf a" if "a" in used else "vf"), ("vf b" if "b" in used else "vf")
+    head, lines = "\n".join(f"  {line}" for line in types), "\n".join(f"    {line}" for line in body)
     return f"""struct Kernel {{
-  using Op = {op};
-  using Y = {_TYPES[spec.y_dtype]};
+{head}
   static constexpr Gate gate = Gate::{e.gate};
   static constexpr Layout layout_in = Layout::{e.layout_in}, layout_out = Layout::{e.layout_out};
   static constexpr bool bias_in = {_flag(e.bias_in)}, bias_out = {_flag(e.bias_out)};
   static constexpr bool weight_on_input = {_flag(e.weight_on == "input")};
-  static MOEC_INLINE vf phi({first}, {second}) {{
-{body}
+  static MOEC_INLINE {name}({first}, {second}{more}) {{
+{lines}
   }}
 }};
 """
@@ -178,7 +217,6 @@ def _router(r: RouterSpec, weight: str) -> str:
 
 def _entries(spec: KernelSpec) -> list[str]:
     kinds = {"moe": "Router", "experts": "void"} if spec.router else {"experts": "void"}
-    export = '#define MOEC_EXPORT extern "C" __attribute__((visibility("default")))'
     size = "MOEC_EXPORT int64_t args_words() { return sizeof(Args) / 8; }"
     runs = (f"MOEC_EXPORT void {name}(const Args* args) {{ run<Kernel, {r}>(*args); }}" for name, r in kinds.items())
-    return [export, size, *runs]
+    return [size, *runs]

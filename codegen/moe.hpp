@@ -237,8 +237,7 @@ class Layer {
           if constexpr (K::bias_in && two) vb += some(bias_b + c, part);
         }
         const vf v = K::phi(va, vb);
-        if (part == L) store(h + r * a.ld_h + c, v);
-        else store_n(h + r * a.ld_h + c, v, part);
+        store_some(h + r * a.ld_h + c, v, part);
       }
       if (sizeof(A) == 2 && j + n == a.F && a.F % 2) h[r * a.ld_h + n] = {};
     }
@@ -253,17 +252,6 @@ class Layer {
 
   const W* at(const Experts& w, int64_t e, int64_t j) const {
     return w.of<W>(e) + (K::layout_in == Layout::nk ? j * w.ld : j);
-  }
-
-  template <class T>
-  static MOEC_INLINE vf some(const T* p, int64_t n) { return n == L ? load(p) : load_n(p, n); }
-
-  // n numbers that alternate between a and b.
-  template <class T>
-  static MOEC_INLINE void split(const T* p, int64_t n, vf& va, vf& vb) {
-    const vf lo = n >= L ? load(p) : load_n(p, n), hi = n == 2 * L ? load(p + L) : load_n(p + L, n > L ? n - L : 0);
-    va = pick<EVEN>(lo, hi);
-    vb = pick<ODD>(lo, hi);
   }
 
   // y[t] = Σ_s w[t, s] · (out[position of (t, s)] + bias_out), slot by slot.
@@ -284,8 +272,7 @@ class Layer {
           sum += K::weight_on_input ? v : weight[p] * v;
         }
         typename K::Y* const to = y + (t0 + t) * a.H + j;
-        if (part == L) store(to, sum);
-        else store_n(to, sum, part);
+        store_some(to, sum, part);
       }
     }
   }

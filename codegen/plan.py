@@ -12,8 +12,8 @@ from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
-_LINE = 64
+BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+LINE = 64
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ def pairs_of_bf16(spec: ExpertsSpec, target: Target) -> bool:
     return target.bf16_pairs and spec.dtype == "bf16"
 
 
-def _up(n: int, to: int) -> int:
+def up(n: int, to: int) -> int:
+    """n rounded up to a multiple."""
     return -(-n // to) * to
 
 
-def _padded_ld(n: int, itemsize: int) -> int:
+def padded_ld(n: int, itemsize: int) -> int:
     """A row length that is whole cache lines and never a multiple of 4 KiB, so that rows do not evict each other."""
-    return _up(n, _LINE // itemsize) + _LINE // itemsize
+    return up(n, LINE // itemsize) + LINE // itemsize
 
 
 @lru_cache(maxsize=4096)
@@ -77,7 +78,7 @@ def make_plan(
     item = 2 if pairs else 4
     x_direct = _read_in_place(spec, sizes, x, pairs)
     router_direct = x.dtype == "f32" and x.contiguous and spec.router is not None and spec.router.compute == "f32"
-    ld_x, ld_h = _padded_ld(sizes.H, item), _padded_ld(sizes.F, item)
+    ld_x, ld_h = padded_ld(sizes.H, item), padded_ld(sizes.F, item)
     tokens = min(sizes.T, t.chunk)
     n = tokens * sizes.k
     shared = not x_direct and not pairs and e.weight_on == "output" and _exact(x.dtype, spec)
@@ -103,7 +104,7 @@ def make_plan(
     end = 0
     for size in sections.values():
         places.append(end)
-        end += _up(size, _LINE)
+        end += up(size, LINE)
     if shared:
         places[0] = places[1]
     at_tile, per_thread = _thread_bytes(sizes, target, t)
@@ -132,8 +133,8 @@ def _exact(dtype: str, spec: KernelSpec) -> bool:
 def _thread_bytes(sizes: Sizes, target: Target, t: Tuning) -> tuple[int, int]:
     """Where a thread's tile of C begins, after its packed block or the router's scratch; and the whole share."""
     panel = target.lanes * target.tile_vectors
-    packed = (_up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
-    scratch = _up(sizes.E * 4, _LINE) + sizes.E * 16
-    at_tile = _up(max(packed, scratch), 4096)
+    packed = (up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
+    scratch = up(sizes.E * 4, LINE) + sizes.E * 16
+    at_tile = up(max(packed, scratch), 4096)
     tile = max(t.row_block * t.many_cols[0], min(t.row_block, max(t.few)) * t.few_cols[0])
-    return at_tile, at_tile + _up(2 * 4 * tile, 4096)
+    return at_tile, at_tile + up(2 * 4 * tile, 4096)

@@ -100,7 +100,7 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
     into, out = e.layout_in, e.layout_out
     hits = min(sizes.E, sizes.T * sizes.k)
     return Tuning(
-        few=(_few_rows(into, e.dtype, target), _few_rows(out, e.dtype, target)),
+        few=(few_rows(into, e.dtype, target), few_rows(out, e.dtype, target)),
         few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.H, threads)),
         many_cols=(64 if into == "nk" else 128, 64 if out == "nk" else 128),
         row_block=192,
@@ -110,7 +110,7 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
     )
 
 
-def _few_rows(layout: str, dtype: str, target: Target) -> int:
+def few_rows(layout: str, dtype: str, target: Target) -> int:
     """Up to how many rows an expert its weights are streamed as stored; above, packing pays.
 
     Measured on AVX2 (dot_rows 3), one thread, H=2048, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48;

@@ -147,7 +147,9 @@ MOEC_INLINE V shuffle(V a, V b, std::integer_sequence<int, I...>) { return __bui
 
 // Where position `at` of the result comes from in the concatenation of a and b. UNPACK kinds stay within 128 bits, as
 // the x86 instructions do; BLOCK kinds move whole 128-bit blocks.
-enum Kind { UNPACK1_LO, UNPACK1_HI, UNPACK2_LO, UNPACK2_HI, BLOCKS_LO, BLOCKS_HI, BLOCKS_EVEN, BLOCKS_ODD, EVEN, ODD };
+enum Kind {
+  UNPACK1_LO, UNPACK1_HI, UNPACK2_LO, UNPACK2_HI, BLOCKS_LO, BLOCKS_HI, BLOCKS_EVEN, BLOCKS_ODD, EVEN, ODD, ZIP_LO, ZIP_HI
+};
 constexpr int source(Kind kind, int at) {
   const int block = at / 4, q = at % 4, half = L > 4 ? L / 8 : 1;
   switch (kind) {
@@ -160,6 +162,8 @@ constexpr int source(Kind kind, int at) {
       return (block >= half) * L + (block % half + (kind == BLOCKS_HI) * half) * 4 + q;
     case BLOCKS_EVEN:
     case BLOCKS_ODD: return (2 * block + (kind == BLOCKS_ODD)) * 4 + q;
+    case ZIP_LO:
+    case ZIP_HI: return (at & 1) * L + at / 2 + (kind == ZIP_HI) * (L / 2);
     default: return 2 * at + (kind == ODD);
   }
 }
@@ -204,6 +208,28 @@ MOEC_INLINE void transpose(vf (&r)[L]) {
       r[12 + i] = pick<BLOCKS_ODD>(hi, hi2);
     }
   }
+}
+
+// The first n numbers at p; the others are zero.
+template <class T>
+MOEC_INLINE vf some(const T* p, int64_t n) { return n == L ? load(p) : load_n(p, n); }
+template <class T>
+MOEC_INLINE void store_some(T* p, vf v, int64_t n) {
+  if (n == L) store(p, v);
+  else store_n(p, v, n);
+}
+
+// n numbers that alternate between a and b, apart and together.
+template <class T>
+MOEC_INLINE void split(const T* p, int64_t n, vf& va, vf& vb) {
+  const vf lo = n >= L ? load(p) : load_n(p, n), hi = n == 2 * L ? load(p + L) : load_n(p + L, n > L ? n - L : 0);
+  va = pick<EVEN>(lo, hi);
+  vb = pick<ODD>(lo, hi);
+}
+template <class T>
+MOEC_INLINE void join(T* p, vf va, vf vb, int64_t n) {
+  store_some(p, pick<ZIP_LO>(va, vb), n < L ? n : L);
+  if (n > L) store_some(p + L, pick<ZIP_HI>(va, vb), n - L);
 }
 
 // The sums of four vectors, as four floats.

@@ -25,7 +25,7 @@ from moec.options import Environment
 from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
 from moec.target import Target
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0, 0, 0)
 _NO_ROUTER = (0,) * 8
 
@@ -67,7 +67,7 @@ def _workspaces() -> threading.local:
     return threading.local()
 
 
-def _workspace(size: int) -> int:
+def workspace(size: int) -> int:
     """The 4096-aligned address of at least `size` bytes that stay this thread's."""
     store = _workspaces()
     held: Tensor | None = getattr(store, "tensor", None)
@@ -79,7 +79,7 @@ def _workspace(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Bound:
+class Bound:
     """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any."""
 
     words: tuple[int, ...]
@@ -108,7 +108,7 @@ class Kernel:
         self._words = int(library.args_words())
         self._call_experts = self._function("experts")
         self._call_moe = self._function("moe") if spec.router else None
-        self._bounds: dict[tuple[object, ...], _Bound] = {}
+        self._bounds: dict[tuple[object, ...], Bound] = {}
         self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
 
     def tuned(self, tuning: Tuning | None) -> Kernel:
@@ -143,13 +143,13 @@ class Kernel:
         """Where and from what this kernel was built."""
         return tune_cache.made_here(str(self.spec), self.target)
 
-    def _bound(self, params: Sequence[Tensor]) -> _Bound:
+    def _bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the parameters lie: worked out once for tensors that stay where they are."""
         first, last = params[0], params[-1]
         key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
         bound = self._bounds.get(key)
         if bound is None:
-            bound = _bind(self.spec, params)
+            bound = bind(self.spec, params)
             if not bound.copied:
                 if len(self._bounds) >= 4096:
                     self._bounds.clear()
@@ -163,14 +163,14 @@ class Kernel:
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        return x.dtype in _CODES and all(p.dtype == self._dtype for p in params)
+        return x.dtype in CODES and all(p.dtype == self._dtype for p in params)
 
     def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
         """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
         y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
-        if weights.dtype not in _CODES:
+        if weights.dtype not in CODES:
             weights = weights.float()
         weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
         self._run(self._call_experts, x, y, weights, experts, params, 0, _NO_ROUTER)
@@ -194,10 +194,10 @@ class Kernel:
             return y, logits, weights, experts
         w = router[0].to(self._router_dtype)
         w = w if w.stride(1) == 1 else w.contiguous()
-        rest = [b if b.dtype in _CODES and b.is_contiguous() else b.float().contiguous() for b in router[1:]]
+        rest = [b if b.dtype in CODES and b.is_contiguous() else b.float().contiguous() for b in router[1:]]
         bias = rest.pop(0) if r.bias else None
         selection = rest.pop(0) if r.selection_bias else None
-        words = (w.data_ptr(), _CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
+        words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
         self._run(self._call_moe, x, y, weights, experts, params, logits.data_ptr(), words)
         return y, logits, weights, experts
 
@@ -220,8 +220,8 @@ class Kernel:
         sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1])
         plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
         words = words[:]
-        words.extend((_workspace(plan.workspace_bytes), x.data_ptr(), _CODES[x.dtype], row, column, y.data_ptr()))
-        words.extend((experts.data_ptr(), weights.data_ptr(), _CODES[weights.dtype], *bound.words, logits))
+        words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
+        words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, logits))
         words.extend(router)
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
@@ -229,10 +229,10 @@ class Kernel:
 
 
 def _vector(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), _CODES[t.dtype])
+    return (0, 0) if t is None else (t.data_ptr(), CODES[t.dtype])
 
 
-def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
+def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     """Where each parameter group lies: a base and a stride when stacked, a table of pointers when not."""
     s = spec.experts
     groups = s.param_groups
@@ -248,7 +248,7 @@ def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
     a, b = _pair(found, "", s.gate, width, out.element_size(), s.layout_in == "nk")
     bias_a, bias_b = _pair(found, "bias_", s.gate, width, out.element_size(), False)
     words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", _ABSENT))
-    return _Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
+    return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
 
 
 def _check_shapes(s: ExpertsSpec, params: Sequence[Tensor], count: int, E: int, H: int, F: int) -> None:

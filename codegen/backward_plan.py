@@ -1,0 +1,140 @@
+"""The plan of a backward call: tiles, groups of experts, the layout of the workspace, and what forward should save.
+
+Pure: no torch, no hardware, no I/O.
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
+from moec.codegen.tuning import Sizes, few_rows
+from moec.spec import ExpertsSpec, KernelSpec
+from moec.target import Target
+
+_GROUP_BYTES = 32 << 20  # of activations and slopes at a time: what a cache or two hold
+_ROW_BLOCK = 192
+_OUTER_COLS, _OUTER_ROWS, _OUTER_PANELS = 256, 256, 4
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """The numbers a backward kernel is called with, in the order and with the meaning of `BackwardArgs`."""
+
+    threads: int
+    sizes: Sizes
+    group: int
+    few: tuple[int, int, int]
+    k_many: tuple[int, int, int]
+    k_few: int
+    cols: int
+    x_cols: int
+    outer: tuple[int, int, int]
+    x_direct: bool
+    g_direct: bool
+    ld: tuple[int, int, int]
+    places: tuple[int, ...]
+    thread_places: tuple[int, ...]
+    workspace_bytes: int
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """The plan as the leading fields of `BackwardArgs`."""
+        s = self.sizes
+        return (
+            *(self.threads, s.T, s.H, s.F, s.E, s.k, self.group, *self.few, *self.k_many),
+            *(self.k_few, _ROW_BLOCK, self.cols, self.x_cols, *self.outer),
+            *(int(self.x_direct), int(self.g_direct), *self.ld, *self.places, *self.thread_places),
+        )
+
+
+def views(spec: ExpertsSpec) -> int:
+    """Slopes of a row by F: those of a and, where there is one, b."""
+    return spec.ab_views
+
+
+def group_pairs(spec: KernelSpec, H: int, F: int) -> int:
+    """Pairs that are taken together, unless one expert has more."""
+    return max(_GROUP_BYTES // (4 * ((views(spec.experts) + 1) * F + H)), 1)
+
+
+def saves_activations(spec: KernelSpec, H: int, F: int, k: int) -> bool:
+    """Whether forward keeps the projections a and b of each pair for backward, by bytes a token.
+
+    They replace 2 or 1 of the 8 or 6 products of a training step, so they are kept wherever the layer stays under 60 %
+    of what autograd keeps of the same layer in plain torch: x[H] and the results of each step (projections, φ's parts,
+    h, the down projection) of each pair. Independent of T, which may be unknown.
+    """
+    v, item = views(spec.experts), BYTES[spec.experts.dtype]
+    kept = k * v * F * item
+    working = 3 * H * 4  # copies of x and of y's gradient, sums of x's
+    eager = k * (2 * H + 2 * v * F) * item
+    return kept + working <= 0.6 * eager
+
+
+@lru_cache(maxsize=4096)
+def make_backward_plan(
+    spec: KernelSpec, sizes: Sizes, x: Rows, g: Rows, most: int, target: Target, threads: int
+) -> BackwardPlan:
+    """The plan of a call with x and y's gradient as they lie; `most` bounds the pairs of one expert."""
+    e = spec.experts
+    back = {"nk": "kn", "kn": "nk"}
+    layouts = (e.layout_in, back[e.layout_out], back[e.layout_in])
+    few = [few_rows(layout, e.dtype, target) for layout in layouts]
+    k_many = [256 if layout == "nk" else 128 for layout in layouts]
+    cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
+    outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)
+    x_direct, g_direct = _in_place(spec, sizes, x), _in_place(spec, sizes, g, gradient=True)
+    ld = (padded_ld(sizes.H, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4))
+    n = sizes.T * sizes.k
+    rows = min(n, max(group_pairs(spec, sizes.H, sizes.F), most))
+    x_rows = 0 if x_direct else sizes.T if e.weight_on == "output" else rows
+    hits = min(sizes.E, n)
+    sections = (
+        x_rows * ld[0] * 4,
+        0 if g_direct else sizes.T * ld[0] * 4,
+        sizes.T * sizes.H * 4 if x.dtype != "f32" else 0,
+        *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
+        *(hits * 32, (hits + n // _ROW_BLOCK + 1) * 40, (hits + 1) * 64),
+        *(n * 8, n * 8, n * 8, n * 8),
+        *(rows * ld[1] * 4, rows * ld[2] * 4, rows * sizes.H * 4),
+    )
+    places: list[int] = []
+    end = 0
+    for size in sections:
+        places.append(end)
+        end += up(size, LINE)
+    end = up(end, 4096)
+    thread = _thread_places(spec, sizes, target, cols, x_cols, max(k_many), outer)
+    return BackwardPlan(
+        threads=threads, sizes=sizes, group=group_pairs(spec, sizes.H, sizes.F), few=(few[0], few[1], few[2]),
+        k_many=(k_many[0], k_many[1], k_many[2]), k_few=1024, cols=cols, x_cols=x_cols, outer=outer,
+        x_direct=x_direct, g_direct=g_direct, ld=ld, places=(*places, end), thread_places=thread,
+        workspace_bytes=end + threads * thread[0],
+    )  # fmt: skip
+
+
+def _in_place(spec: KernelSpec, sizes: Sizes, rows: Rows, gradient: bool = False) -> bool:
+    """Whether rows can be read where they are: floats that nothing rounds, and not apart by what evicts each other."""
+    rounded = not gradient and (spec.experts.dtype != "f32" or spec.experts.weight_on == "input")
+    if rounded or not rows.contiguous or rows.dtype != "f32":
+        return False
+    return sizes.T < 16 or rows.stride * 4 % 1024 != 0
+
+
+def _thread_places(
+    spec: KernelSpec, sizes: Sizes, target: Target, cols: int, x_cols: int, k_many: int, outer: tuple[int, int, int]
+) -> tuple[int, int, int, int, int]:
+    """(bytes, at_tile, at_b, at_c, at_rows) of a thread: products and blocks of gradients take turns in it."""
+    panel, lanes = target.lanes * target.tile_vectors, target.lanes
+    m, n, k = outer
+    packed = (up(2 * max(cols, x_cols), panel) + panel) * (k_many + 2) * 4
+    at_tile = up(max(packed, sizes.H * 4), 4096)
+    tile = _ROW_BLOCK * max(up(cols, lanes) * (1 + views(spec.experts)), up(x_cols, lanes)) * 4
+    at_b = up(m * (k + lanes) * 4, 4096)
+    at_c = at_b + up((k + 1) * _OUTER_PANELS * panel * 4, 4096)
+    blocks = at_c + (0 if spec.experts.dtype == "f32" else m * n * 4)
+    at_rows = up(max(at_tile + tile, blocks), 4096)
+    return at_rows + up(max(m, _ROW_BLOCK) * 8, 4096), at_tile, at_b, at_c, at_rows
