@@ -51,6 +51,7 @@ struct Args {
   void* weights;     // [T, k], likewise
   int64_t weights_dtype;
   Experts a, b, out, bias_a, bias_b, bias_out;
+  char* saved;       // [T·k, a then b] in the parameters' dtype: projections of each pair for backward; null: not kept
   void* logits;      // [T, E] out, in the router's compute dtype; the rest is for `moe` only
   Matrix router;
   Vector router_bias, selection_bias;

@@ -236,11 +236,20 @@ class Layer {
           if constexpr (K::bias_in) va += some(bias_a + c, part);
           if constexpr (K::bias_in && two) vb += some(bias_b + c, part);
         }
+        if (a.saved) save(s.row + r, j + c, part, va, vb);
         const vf v = K::phi(va, vb);
         store_some(h + r * a.ld_h + c, v, part);
       }
       if (sizeof(A) == 2 && j + n == a.F && a.F % 2) h[r * a.ld_h + n] = {};
     }
+  }
+
+  // Numbers [j, j + n) of a and b of a sorted pair, kept for backward.
+  MOEC_COLD void save(int64_t row, int64_t j, int64_t n, vf va, vf vb) const {
+    constexpr int64_t views = K::gate == Gate::none ? 1 : 2;
+    W* const to = reinterpret_cast<W*>(a.saved) + (t0 * a.k + pair[row]) * views * a.F + j;
+    store_some(to, va, n);
+    if constexpr (views == 2) store_some(to + a.F, vb, n);
   }
 
   void project_out(const Segment& s, int64_t j, int64_t n) {

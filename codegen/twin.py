@@ -142,11 +142,19 @@ def _phi_inputs(rows: Tensor, at: Expert, wide: torch.dtype) -> dict[str, Tensor
     return env
 
 
-def experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: KernelSpec) -> Tensor:
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    params: Sequence[Tensor],
+    spec: KernelSpec,
+    saved: Tensor | None = None,
+) -> Tensor:
     """x[T, H], weights[T, k], experts[T, k] → y[T, H] in y_dtype.
 
     Projections run in the weights' dtype, the activation and the sum over slots in fp32 (fp64 for fp64 weights).
-    A slot whose expert is outside [0, E) contributes nothing.
+    A slot whose expert is outside [0, E) contributes nothing. `saved`[T·k, F or 2F] is given the projections of each
+    pair, a then b, for a kernel's backward.
     """
     s, dtype = spec.experts, params[0].dtype
     wide = _wide(dtype)
@@ -155,7 +163,10 @@ def experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor
         at, w = expert(params, s, e), weights[tokens, slots].to(wide).unsqueeze(-1)
         rows = x[tokens]
         rows = (rows.to(wide) * w).to(dtype) if s.weight_on == "input" else rows.to(dtype)
-        h = evaluate(s.phi, _phi_inputs(rows, at, wide)).to(dtype)
+        env = _phi_inputs(rows, at, wide)
+        if saved is not None:
+            saved[tokens * experts.shape[1] + slots] = torch.cat(list(env.values()), -1).to(saved.dtype)
+        h = evaluate(s.phi, env).to(dtype)
         out = nnf.linear(h, at.w_out, at.b_out).to(wide)
         y.index_add_(0, tokens, out if s.weight_on == "input" else out * w)
     return y.to(y_dtype(spec, dtype))
@@ -184,7 +195,7 @@ def experts_backward(
     dx = torch.zeros(x.shape, dtype=wide, device=x.device) if needs[0] else None
     dw = torch.zeros(weights.shape, dtype=wide, device=x.device) if needs[1] else None
     dparams = [
-        torch.zeros_like(p) if n else p.new_empty((0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)
+        p.new_zeros(p.shape) if n else p.new_empty((0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)
     ]
     for e, tokens, slots in _hits(experts, num_experts(params, s)):
         rows, w, g = x[tokens].to(wide), weights[tokens, slots].to(wide).unsqueeze(-1), grad[tokens].to(wide)

@@ -90,7 +90,7 @@ class Backend:
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
         done = self._passes(gm, raised, graph, facts_of(gm, raised, self.options, nested))
         nodes = len(gm.graph.nodes)
-        lower(gm, raised, done.graph, self.options.kernels, done.facts.grad)
+        lower(gm, raised, done.graph, self.options.kernels, done.facts.grad, self.options.save_activations)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
@@ -219,11 +219,13 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
 
 _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "size", "getitem"})
 
+_SITE_OPS = (torch.ops.moec.moe.default, torch.ops.moec.experts.default, torch.ops.moec.experts_training.default)
+
 
 def nothing_to_compile(gm: fx.GraphModule) -> bool:
     """Whether only moec's own ops and views are left: another compiler would add time and memory and win nothing."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
-    sites = {n for n in calls if n.target in (torch.ops.moec.moe.default, torch.ops.moec.experts.default)}
+    sites = {n for n in calls if n.target in _SITE_OPS}
     # Nodes that lowering added carry no fake value; sizes are numbers.
     free = (type(None), int, torch.SymInt)
     return bool(sites) and all(n in sites or isinstance(fake(n), free) or key_of(n) in _VIEWS for n in calls)

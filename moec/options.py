@@ -13,6 +13,7 @@ from moec.errors import OptionError
 
 Engine = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
+Save = Literal["auto", "always", "never"]
 Proof = Literal["on", "strict", "off"]
 
 
@@ -26,6 +27,8 @@ class Options:
     verify   check the graph's invariants between passes
     proof    try each distinct rewrite on random and adversarial routings before it is used; strict: a layer whose
              rewrite cannot be tried is left as it is; off: rewrites are used as they are
+    save_activations  in training, forward keeps each pair's projections for backward: auto (where the memory model
+             says that it pays), always, never (computed again)
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -34,6 +37,7 @@ class Options:
     verify: bool = True
     proof: Proof = "on"
     fuel: int = -1
+    save_activations: Save = "auto"
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:

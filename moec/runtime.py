@@ -1,5 +1,7 @@
 """The ops that compiled graphs call: moec::moe, moec::experts and its gradient, over generated kernels or the twin.
 
+`save` is an option's value: whether moec::experts_training keeps projections for the backward pass.
+
 Importing this module registers them. `spec` is a KernelSpec's text; `engine` is auto, cpp, triton or eager.
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 """
@@ -15,10 +17,12 @@ import torch
 from torch import Tensor
 
 from moec.codegen import twin
+from moec.codegen.backward_plan import saves_activations
 from moec.errors import BuildError, CodegenError
+from moec.runtime_backward import BackwardKernel, load_backward
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
 from moec.runtime_triton import TritonKernel, load_triton
-from moec.spec import DTYPES, KernelSpec
+from moec.spec import DTYPES, KernelSpec, out_sizes
 
 __all__ = ["kernel_source"]
 
@@ -34,9 +38,14 @@ _LIB.define(
 _LIB.define(
     "experts(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine) -> Tensor", tags=_TAGS
 )
+_LIB.define(  # experts where a gradient is wanted: also what its backward is to be given, empty where that is nothing
+    "experts_training(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine, str save)"
+    " -> (Tensor y, Tensor saved)",
+    tags=_TAGS,
+)
 _LIB.define(
-    "experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor[])",
+    "experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor experts, Tensor[] params, Tensor saved, str spec,"
+    " str engine, bool[] needs) -> (Tensor, Tensor, Tensor[])",
     tags=_TAGS,
 )
 
@@ -70,7 +79,7 @@ def _moe(
     x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str, engine: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = _kernel(spec, engine, x.device, router[0].dtype)
-    if kernel is not None and kernel.takes(x, params):
+    if kernel is not None and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
         return kernel.moe(x, router, params, k)
     parsed = KernelSpec.parse(spec)
     if parsed.router is None:
@@ -81,9 +90,32 @@ def _moe(
 
 def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str) -> Tensor:
     kernel = _kernel(spec, engine, x.device, None)
-    if kernel is not None and kernel.takes(x, params):
+    if kernel is not None and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
         return kernel.experts(x, weights, experts, params)
     return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+
+
+def _experts_training(
+    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str
+) -> tuple[Tensor, Tensor]:
+    saved = _saved(x, experts, params, spec, engine, save)
+    if saved.numel() == 0:
+        return _experts(x, weights, experts, params, spec, engine), saved
+    kernel = _kernel(spec, engine, x.device, None)
+    if isinstance(kernel, Kernel) and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
+        return kernel.experts(x, weights, experts, params, saved), saved
+    return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
+
+
+def _saved(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str) -> Tensor:
+    """Room for what the backward pass is given: [T·k, F or 2F] where its kernel reads projections, else empty."""
+    parsed = KernelSpec.parse(spec)
+    s, k = parsed.experts, experts.shape[1]
+    hidden, width = out_sizes(s, params)
+    has_kernel = x.device.type == "cpu" and engine in ("auto", "cpp") and params[0].dtype == DTYPES[s.dtype]
+    keep = save == "always" or (save == "auto" and saves_activations(parsed, hidden, width, k))
+    rows, columns = (x.shape[0] * k, s.ab_views * width) if has_kernel and keep else (0, 0)
+    return params[0].new_empty((rows, columns))
 
 
 def _experts_backward(
@@ -92,10 +124,43 @@ def _experts_backward(
     weights: Tensor,
     experts: Tensor,
     params: Sequence[Tensor],
+    saved: Tensor,
     spec: str,
+    engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    kernel = _backward_kernel(spec, engine) if x.device.type == "cpu" else None
+    if kernel is not None and _takes(kernel.takes(grad, x, params), spec, engine, (grad, x, *params)):
+        return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
     return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
+
+
+def _backward_kernel(spec: str, engine: str) -> BackwardKernel | None:
+    """The kernel of the gradients, or None for the twin: kernels for gradients exist in C++."""
+    if engine == "cpp":
+        return load_backward(spec)
+    return _backward_or_warning(spec) if engine == "auto" else None
+
+
+@lru_cache(maxsize=1024)
+def _backward_or_warning(spec: str) -> BackwardKernel | None:
+    try:
+        return load_backward(spec)
+    except (BuildError, CodegenError) as error:
+        _warn_once(str(error))
+        return None
+
+
+def _takes(takes: bool, spec: str, engine: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel runs; raises CodegenError where it cannot and an engine was asked for by name."""
+    if not takes and engine != "auto":
+        found = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        wanted = KernelSpec.parse(spec).experts.dtype
+        raise CodegenError(
+            f"engine {engine!r} has kernels for x in f32, bf16 or f16 and parameters in {wanted}, got {found}; "
+            "use engine 'auto', which computes other dtypes in plain PyTorch"
+        )
+    return takes
 
 
 def _moe_fake(
@@ -119,40 +184,63 @@ def _experts_fake(
     return x.new_empty(x.shape, dtype=twin.y_dtype(KernelSpec.parse(spec), params[0].dtype))
 
 
+def _experts_training_fake(
+    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str
+) -> tuple[Tensor, Tensor]:
+    y = _experts_fake(x, weights, experts, params, spec, engine)
+    return y, _saved(x, experts, params, spec, engine, save)
+
+
 def _experts_backward_fake(
     grad: Tensor,
     x: Tensor,
     weights: Tensor,
     experts: Tensor,
     params: Sequence[Tensor],
+    saved: Tensor,
     spec: str,
+    engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     return (
         x.new_empty(x.shape if needs[0] else 0),
         weights.new_empty(weights.shape if needs[1] else 0),
-        [torch.empty_like(p) if n else p.new_empty((0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)],
+        [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)],
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, experts, params, spec, _ = inputs
-    ctx.spec, ctx.count = spec, len(params)
-    ctx.save_for_backward(x, weights, experts, *params)
+    x, weights, experts, params, *texts = inputs
+    _keep(ctx, x, weights, experts, params, x.new_empty(0), texts)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weights, experts, *params = ctx.saved_tensors
+def _save_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, experts, params, *texts = inputs
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, x, weights, experts, params, output[1], texts)
+
+
+def _keep(
+    ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor, texts: list[str]
+) -> None:
+    ctx.texts, ctx.count = texts, len(params)
+    ctx.save_for_backward(x, weights, experts, saved, *params)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    x, weights, experts, saved, *params = ctx.saved_tensors
+    spec, engine = ctx.texts[:2]
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[1], *_param_needs(wants[3], ctx.count)]
-    dx, dweights, dparams = torch.ops.moec.experts_backward(grad, x, weights, experts, params, ctx.spec, needs)
+    dx, dweights, dparams = torch.ops.moec.experts_backward(
+        grad, x, weights, experts, params, saved, spec, engine, needs
+    )
     return (
         dx if needs[0] else None,
         dweights if needs[1] else None,
         None,
         [d if n else None for d, n in zip(dparams, needs[2:], strict=True)],
-        None,
-        None,
+        *(None for _ in ctx.texts),
     )
 
 
@@ -164,9 +252,11 @@ def _param_needs(wants: Any, count: int) -> list[bool]:
 _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("moe", _moe, _moe_fake),
     ("experts", _experts, _experts_fake),
+    ("experts_training", _experts_training, _experts_training_fake),
     ("experts_backward", _experts_backward, _experts_backward_fake),
 )
 for _name, _real, _fake in _OPS:
     _LIB.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moec::{_name}", _fake, lib=_LIB)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

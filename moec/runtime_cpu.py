@@ -165,15 +165,21 @@ class Kernel:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
         return x.dtype in CODES and all(p.dtype == self._dtype for p in params)
 
-    def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
+    def experts(
+        self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
+    ) -> Tensor:
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H].
+
+        `saved`[T·k, F or 2F] in the parameters' dtype is given the projections of each pair: a, then b.
+        """
         y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
         if weights.dtype not in CODES:
             weights = weights.float()
         weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
-        self._run(self._call_experts, x, y, weights, experts, params, 0, _NO_ROUTER)
+        kept = 0 if saved is None else saved.data_ptr()
+        self._run(self._call_experts, x, y, weights, experts, params, (kept, 0), _NO_ROUTER)
         return y
 
     def moe(
@@ -198,7 +204,7 @@ class Kernel:
         bias = rest.pop(0) if r.bias else None
         selection = rest.pop(0) if r.selection_bias else None
         words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
-        self._run(self._call_moe, x, y, weights, experts, params, logits.data_ptr(), words)
+        self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words)
         return y, logits, weights, experts
 
     def _run(
@@ -209,7 +215,7 @@ class Kernel:
         weights: Tensor,
         experts: Tensor,
         params: Sequence[Tensor],
-        logits: int,
+        saved_and_logits: tuple[int, int],
         router: tuple[int, ...],
     ) -> None:
         bound = self._bound(params)
@@ -221,7 +227,7 @@ class Kernel:
         plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
         words = words[:]
         words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
-        words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, logits))
+        words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, *saved_and_logits))
         words.extend(router)
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")

@@ -8,6 +8,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -113,6 +114,13 @@ class KernelSpec:
     def parse(text: str) -> KernelSpec:
         """The spec that prints as `text`; raises ParseError."""
         return _parse(text)
+
+
+def out_sizes(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """(H, F), from the tensors of a spec's parameter groups."""
+    groups = s.param_groups
+    out = params[groups.index("out") * (1 if s.stacked else len(params) // len(groups))]
+    return tuple(out.shape[-2:] if s.layout_out == "nk" else out.shape[:-3:-1])
 
 
 def _fields_text(name: str, spec: RouterSpec | ExpertsSpec) -> str:

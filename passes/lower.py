@@ -23,6 +23,7 @@ class Lowering:
     viewed  values written into a storage that is seen under several shapes
     made    values that have a new FX node
     twins   values computed a second time, by the name of the first: a node may hold only one of them by now
+    grad    values with a gradient: experts that read one keep for its backward pass what the option `save` says
     """
 
     gm: fx.GraphModule
@@ -30,6 +31,8 @@ class Lowering:
     engine: str
     viewed: frozenset[str]
     twins: Mapping[str, tuple[str, ...]]
+    grad: frozenset[str] = frozenset()
+    save: str = "auto"
     made: dict[str, fx.Node] = field(default_factory=dict)
     _histories: dict[fx.Node, list[tuple[str, int]]] = field(default_factory=dict)
 
@@ -69,9 +72,11 @@ class Lowering:
                     yield user, node
 
 
-def lower(gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: frozenset[str]) -> int:
+def lower(
+    gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: frozenset[str], save: str = "auto"
+) -> int:
     """Rewrite `gm` in place to what `graph` says, `grad` naming values with a gradient; the number of sites lowered."""
-    state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph, grad))
+    state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph, grad), grad, save)
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
     groups = groups_of(raised, graph)
@@ -164,7 +169,11 @@ def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
         return state.gm.graph.call_function(torch.ops.moec.moe.default, args)
     weights, choice = nodes(tuple(routing))
     args = (token, weights, choice, nodes(params), spec, state.engine)
-    return state.gm.graph.call_function(torch.ops.moec.experts.default, args)
+    if state.grad.isdisjoint(instr.uses):
+        return state.gm.graph.call_function(torch.ops.moec.experts.default, args)
+    kept = state.gm.graph.call_function(torch.ops.moec.experts_training.default, (*args, state.save))
+    with state.gm.graph.inserting_after(kept):
+        return state.gm.graph.call_function(operator.getitem, (kept, 0))
 
 
 def _results(state: Lowering, instr: Instr, at: int) -> None:
