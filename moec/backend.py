@@ -16,7 +16,7 @@ from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import settle
-from moec.describe import sites_of
+from moec.describe import describe
 from moec.graph import Graph, sweep
 from moec.options import Environment, Options
 from moec.passes import PASSES
@@ -94,10 +94,9 @@ class Backend:
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
-        grad = bool(done.facts.grad)
-        sites = sites_of(raised, done.graph, done.misses, grad, self.options.kernels, proofs)
+        said = describe(raised, done.graph, done.misses, done.facts, proofs)
         records = (first, *done.records) if first is not None else ()
-        return GraphReport(sites, records, nodes, proof_seconds=done.proof_seconds)
+        return GraphReport(said.sites, records, nodes, proof_seconds=done.proof_seconds, regions=said.regions)
 
     def _passes(self, gm: fx.GraphModule, raised: Raised, graph: Graph, facts: Facts) -> Passed:
         """Run the passes; again without the rewrites that the proof refuses, until it refuses none."""
@@ -190,6 +189,7 @@ def _whole(parts: Sequence[GraphReport]) -> GraphReport:
         sum(part.nodes for part in parts),
         tuple(note for part in parts for note in part.notes),
         sum(part.proof_seconds for part in parts),
+        tuple(region for part in parts for region in part.regions),
     )
 
 

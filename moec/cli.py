@@ -96,6 +96,9 @@ def inspect(
     passes: Annotated[bool, typer.Option("--passes", help="What each pass changed, as diffs.")] = False,
     source: Annotated[bool, typer.Option("--source", help="The source of the generated kernels.")] = False,
     ir: Annotated[bool, typer.Option("--ir/--no-ir", help="The IR of each layer.")] = True,
+    candidates: Annotated[
+        bool, typer.Option("--candidates", help="Every region that may be an MoE layer, also the rejected.")
+    ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write one self-contained page.", show_default=False)
     ] = None,
@@ -116,7 +119,7 @@ def inspect(
         _print_json(inspect_data(report, passes, source))
         return OK
     console = _console()
-    for part in inspect_view(report, console.width, ir=ir, passes=passes, source=source):
+    for part in inspect_view(report, console.width, ir=ir, passes=passes, source=source, candidates=candidates):
         console.print(part, soft_wrap=isinstance(part, Text))
     return OK
 

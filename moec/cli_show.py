@@ -12,12 +12,17 @@ from rich.text import Text
 
 from moec.errors import CodegenError
 from moec.report import Report
-from moec.view import alike, ir_view, pass_diff, passes_view, report_view, steps
+from moec.view import alike, ir_view, pass_diff, passes_view, regions_table, report_view, steps
 
 
-def inspect_view(report: Report, width: int, ir: bool, passes: bool, source: bool) -> Iterator[RenderableType]:
+def inspect_view(
+    report: Report, width: int, ir: bool, passes: bool, source: bool, candidates: bool
+) -> Iterator[RenderableType]:
     """The parts of the page, in reading order."""
     yield report_view(report, width)
+    if candidates:
+        yield Rule("candidates", align="left")
+        yield regions_table(report) if report.regions else Text("nothing looks like an MoE layer", "dim")
     if ir and report.sites:
         yield Rule("IR", align="left")
         for group in alike(report.sites):

@@ -3,42 +3,82 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
 from moec import ir, report
 from moec.graph import Graph, Instr
+from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
+from moec.passes.near_miss import NearMiss, banks_text, chosen_text, counts_of, near_misses
 from moec.passes.raise_graph import Raised
 from moec.passes.sites import experts_text, router_text, site_of
-from moec.pipeline import Miss
+from moec.pipeline import Facts, Miss
 from moec.site_text import dump_site
 from moec.spec import KernelSpec
 from moec.target import Target
 
 
-def sites_of(raised: Raised, graph: Graph, misses: list[Miss], training: bool, engine: str, proofs: Mapping[str, str] | None = None) -> tuple[report.Site, ...]:
-    """The report's sites, found and nearly found, in execution order."""
-    order = graph.position
+@dataclass(frozen=True)
+class Described:
+    """What people read about one graph: its MoE layers, and every region that was looked at."""
+
+    sites: tuple[report.Site, ...]
+    regions: tuple[report.Region, ...]
+
+
+def describe(
+    raised: Raised, graph: Graph, misses: Sequence[Miss], facts: Facts, proofs: Mapping[str, str] | None = None
+) -> Described:
+    """The sites of a graph, found and nearly found, and its candidates, in execution order."""
     proofs = proofs or {}
-    apart = {m.value: m for m in misses}
-    found = [
-        (order[i.results[0]], _fused(raised, graph, i, apart.get(i.results[0]), training, engine, proofs))
-        for i in graph.instrs
-        if i.word in SITES
-    ]
     roots = {i.results[0].removesuffix(".routed") for i in graph.instrs if i.word in SITES}
-    declined = [
-        (order.get(m.value, len(order)), _declined(raised, m))
-        for m in misses
-        if m.value.removesuffix(".routed") not in roots
-    ]
-    return tuple(site for _, site in sorted(found + declined, key=lambda pair: pair[0]))
+    left = [m for m in misses if m.value.removesuffix(".routed") not in roots]
+    candidates, near = near_misses(graph, facts, left)
+    order = graph.position
+    found = [(order[i.results[0]], site) for i, site in _fused_sites(raised, graph, misses, facts, proofs)]
+    found += [(order.get(n.miss.value, len(order)), _declined(raised, n)) for n in near]
+    sites = tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
+    missed = {id(n.candidate): n for n in near}
+    return Described(sites, tuple(_region(raised, c, missed.get(id(c))) for c in candidates))
 
 
-def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, training: bool, engine: str, proofs: Mapping[str, str]) -> report.Site:
+def _fused_sites(
+    raised: Raised, graph: Graph, misses: Sequence[Miss], facts: Facts, proofs: Mapping[str, str]
+) -> Iterator[tuple[Instr, report.Site]]:
+    apart = {m.value: m for m in misses}
+    for instr in graph.instrs:
+        if instr.word in SITES:
+            why = apart.get(instr.results[0])
+            yield instr, _fused(raised, graph, instr, why, bool(facts.grad), facts.options.kernels, proofs)
+
+
+def _region(raised: Raised, candidate: Candidate, near: NearMiss | None) -> report.Region:
+    """A candidate for people."""
+    status = {"open": "declined"}.get(candidate.status, candidate.status) if near is None else "declined"
+    why = candidate.why if near is None else near.miss.why.reason
+    place = candidate.combine or candidate.last
+    return report.Region(
+        name=site_name(raised, candidate.root),
+        status=status,
+        chosen=chosen_text(candidate) if candidate.selections else "–",
+        experts=banks_text(candidate) if candidate.banks else "–",
+        why=why,
+        location=place.loc,
+    )
+
+
+def _fused(
+    raised: Raised,
+    graph: Graph,
+    instr: Instr,
+    apart: Miss | None,
+    training: bool,
+    engine: str,
+    proofs: Mapping[str, str],
+) -> report.Site:
     name = site_name(raised, instr.results[0])
     site = site_of(graph, instr, name, training)
     spec = KernelSpec.parse(str(instr.attr("spec")))
@@ -64,19 +104,21 @@ def _fused(raised: Raised, graph: Graph, instr: Instr, apart: Miss | None, train
     )
 
 
-def _declined(raised: Raised, miss: Miss) -> report.Site:
+def _declined(raised: Raised, near: NearMiss) -> report.Site:
+    experts, top_k = counts_of(near.candidate)
     return report.Site(
-        name=site_name(raised, miss.value),
+        name=site_name(raised, near.miss.value),
         status="declined",
         form="",
-        router="",
-        experts="",
-        num_experts=0,
-        top_k=0,
+        router=chosen_text(near.candidate) if near.candidate.selections else "",
+        experts=banks_text(near.candidate),
+        num_experts=experts,
+        top_k=top_k,
         capacity="",
         kernels=(),
-        reasons=(_reason(raised, miss),),
-        location=miss.loc,
+        reasons=(_reason(raised, near.miss),),
+        location=(near.candidate.combine or near.candidate.last).loc or near.miss.loc,
+        checks=near.checks,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -13,16 +13,22 @@ class NoMatch:
     at      name of the value looked at
     depth   how far the match had come; the deepest miss is the nearest one
     hint    what the user could change, if anything
+    held    the predicates that had held before, in order, each with the value seen
     """
 
     reason: str
     at: str = ""
     depth: int = 0
     hint: str = ""
+    held: tuple[str, ...] = ()
 
     def deeper(self, by: int = 1) -> NoMatch:
         """This miss as seen from one step further out."""
-        return NoMatch(self.reason, self.at, self.depth + by, self.hint)
+        return replace(self, depth=self.depth + by)
+
+    def after(self, *held: str) -> NoMatch:
+        """This miss with what had held before it."""
+        return replace(self, held=(*held, *self.held))
 
 
 def nearest(misses: list[NoMatch]) -> NoMatch:

@@ -24,8 +24,36 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Check:
+    """One predicate of a match: what must hold, whether it did, the value seen, and where in the user's code."""
+
+    predicate: str
+    held: bool
+    value: str = ""
+    location: str = ""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a graph that was looked at as a possible MoE layer, whatever came of it.
+
+    status  fused | declined | rejected: something is chosen or has an axis of experts, but it is no MoE layer
+    """
+
+    name: str
+    status: str
+    chosen: str
+    experts: str
+    why: str
+    location: str = ""
+
+
+@dataclass(frozen=True)
 class Site:
-    """One MoE layer found or nearly found, in execution order."""
+    """One MoE layer found or nearly found, in execution order.
+
+    checks   of a declined layer: the predicates in order; all but the last held
+    """
 
     name: str
     status: str  # fused | declined
@@ -41,6 +69,12 @@ class Site:
     ir: str = ""
     spec: str = ""
     proof: str = ""  # proved in 0.12 s: …| proved remembered: … | unproved: why | off
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def held(self) -> int:
+        """How many predicates held: the more, the nearer a declined layer is to being fused."""
+        return sum(check.held for check in self.checks)
 
 
 @dataclass(frozen=True)
@@ -62,6 +96,7 @@ class GraphReport:
     nodes: int
     notes: tuple[str, ...] = ()
     proof_seconds: float = 0.0
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(repr=False)
@@ -89,6 +124,17 @@ class Report:
         return sum(graph.proof_seconds for graph in self.graph_reports)
 
     @property
+    def regions(self) -> list[Region]:
+        """All regions that were looked at, in execution order."""
+        return [region for graph in self.graph_reports for region in graph.regions]
+
+    @property
+    def near_misses(self) -> list[Site]:
+        """The declined layers, the one closest to being fused first."""
+        declined = [site for site in self.sites if site.status != "fused"]
+        return sorted(declined, key=lambda site: -site.held)
+
+    @property
     def complete(self) -> bool:
         """True when something was found and all of it is fused, in one graph."""
         whole = self.graphs == 1 and not self.graph_breaks and not self.not_rolled
@@ -104,6 +150,7 @@ class Report:
             "proof_seconds": self.proof_seconds,
             "complete": self.complete,
             "sites": [asdict(s) for s in self.sites],
+            "candidates": [asdict(r) for r in self.regions],
             "notes": [note for graph in self.graph_reports for note in graph.notes],
             "passes": [
                 {"graph": i, **_pass_dict(record, texts)}

@@ -80,9 +80,12 @@ def report_view(report: Report, width: int) -> RenderableType:
     groups = alike(report.sites)
     if groups:
         parts.append(sites_table(groups, wide=width >= WIDE))
-    parts.extend(_reasons(group) for group in groups if group.first.reasons)
+    parts.extend(_reasons(group) for group in groups if group.first.reasons and group.first.status == "fused")
+    parts.extend(ladder(group) for group in alike(report.near_misses))
     if not groups:
         parts.append(Text("no MoE layer was found: the model runs as it would with the rest compiler alone", "yellow"))
+        looked = [f"{r.chosen}: {r.why}  at {short_place(r.location)}" for r in report.regions if r.chosen != "–"]
+        parts.extend(_bullets("looked at", _counted(looked)))
     parts.extend(_proofs(report, groups))
     breaks = [f"{_brief(reason)}  at {short_place(where)}" for reason, where in report.graph_breaks]
     parts.extend(_bullets("graph breaks (one graph is the aim)", _counted(breaks)))
@@ -136,6 +139,35 @@ def _proofs(report: Report, groups: Iterable[Alike]) -> Iterator[Text]:
         yield Text(f"rewrites ({report.proof_seconds:.2f} s):", "bold")
     for group, proof in lines:
         yield Text(f"  - {group.name}: {proof}", "" if proof.startswith("proved") else "yellow")
+
+
+def ladder(group: Alike) -> Text:
+    """A declined layer: which predicates held, the first that failed, the value seen, and what to change."""
+    site = group.first
+    text = Text.assemble((f"{group.name}: ", "bold"), f"not fused, {_count(site.held, 'predicate')} held")
+    for check in site.checks:
+        mark, style = ("✓", "green") if check.held else ("✗", "yellow")
+        text.append(f"\n  {mark} ", style).append(check.predicate)
+        text.append(f": {check.value}" if check.value else "")
+        text.append(f"\n      at {short_place(check.location)}" if check.location else "", "dim")
+    for reason in site.reasons:
+        if not site.checks:
+            text.append(f"\n  ✗ {reason.predicate}").append(f": {reason.value}" if reason.value else "")
+            text.append(f"\n      at {short_place(reason.location)}" if reason.location else "", "dim")
+        text.append(f"\n    to change it: {reason.hint}" if reason.hint else "", "cyan")
+    return text
+
+
+def regions_table(report: Report) -> Table:
+    """Every region that was looked at, fused, declined or rejected."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for name in ("region", "status", "chosen", "experts", "why"):
+        table.add_column(name, overflow="fold", no_wrap=name == "status")
+    for region in report.regions:
+        name = Text(region.name).append(f"\n{short_place(region.location)}" if region.location else "", "dim")
+        status = Text(region.status, STATUS_STYLE.get(region.status, "dim"))
+        table.add_row(name, status, Text(region.chosen), Text(region.experts), Text(region.why))
+    return table
 
 
 def _brief(reason: str) -> str:

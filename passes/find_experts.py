@@ -58,13 +58,24 @@ class FindExperts:
 
 
 def find_at(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
-    """The experts whose rows come together in `instr`."""
+    """The experts whose rows come together in `instr`; a miss says which predicates had held before it."""
+    held: list[str] = []
+    found = _find(lifter, instr, facts, held)
+    return found.after(*held) if isinstance(found, NoMatch) else found
+
+
+def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found | NoMatch:
+    """The stages of a match, in order; `held` gets a line for each that holds (see `near_miss.STAGES`)."""
     total = combined(lifter, instr)
     if isinstance(total, NoMatch):
         return total
+    held.append(f"each token sums its experts' rows (form: {total.form})")
     body = match_body(lifter.graph, total.rows.row)
     if isinstance(body, NoMatch):
         return body.deeper(2)
+    held.append(
+        f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}"
+    )
     beyond = lifter.beyond.get(total.rows.space.key)
     if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
         return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", instr.results[0], 6)
@@ -72,9 +83,11 @@ def find_at(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         end = lifter.graph.defs[total.rows.space.key].args[1]
         if end != body.num_experts:
             return NoMatch(f"the loop visits {end} of {body.num_experts} experts", instr.results[0], 6)
+    held.append("every expert is visited")
     routed = _routing(lifter, total, body)
     if isinstance(routed, NoMatch):
         return routed.deeper(6)
+    held.append("each row has one chosen expert and one weight")
     prelude, weights, choice = routed
     blocked = _obstacle(facts, body)
     if blocked is not None:

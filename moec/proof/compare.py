@@ -84,7 +84,9 @@ def _run(
     module = executable(half, sizes, exact, engine)
     fresh = {name: leaf.detach().clone().requires_grad_(name in needs) for name, leaf in leaves.items()}
     inputs = [fresh[half.feeds[n.name]] for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = [leaf.clone() if leaf.requires_grad else leaf for leaf in inputs]  # an update in place of a leaf is an error
+    inputs = [
+        leaf.clone() if leaf.requires_grad else leaf for leaf in inputs
+    ]  # an update in place of a leaf is an error
     try:
         outputs = list(module(*inputs))
         grads = _gradients(outputs, [fresh[name] for name in needs])

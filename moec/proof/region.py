@@ -182,5 +182,3 @@ def _roles(site: Instr, instrs: list[Instr]) -> dict[str, str]:
     for name in (name for instr in instrs for name in instr.uses if name not in made):
         roles.setdefault(name, "given")
     return roles
-
-

@@ -102,7 +102,9 @@ def _half_text(half: Half, index: Mapping[str, int], sizes: tuple[Sizes, ...]) -
         if target is None:
             return None
         args = (node.args, dict(node.kwargs))
-        lines.append(f"{numbers[node]} {node.op} {target} {map_aggregate(sizes[0].argument(args) if sizes else args, say)}")
+        lines.append(
+            f"{numbers[node]} {node.op} {target} {map_aggregate(sizes[0].argument(args) if sizes else args, say)}"
+        )
     return "\n".join(lines)
 
 

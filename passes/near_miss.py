@@ -1,0 +1,211 @@
+"""Say how near each candidate that is not fused came: what held, what failed first, the value seen, what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from moec.graph import Graph, Instr
+from moec.match import NoMatch
+from moec.passes.banks import Bank
+from moec.passes.candidates import Candidate, candidates_of
+from moec.passes.combine import COMBINING
+from moec.passes.find_experts import Found, find_at
+from moec.passes.lift import Lifter
+from moec.passes.row_rules import RULES
+from moec.pipeline import Facts, Miss
+from moec.report import Check
+
+BEFORE = (
+    "rows reach their experts by index operations",
+    "from the choice to the experts' first product use only index, gather, sort, one_hot, cumsum and masks",
+)
+BEHIND = (
+    "each token sums its experts' rows",
+    "put rows back with index_add or an index, sum them over a token's choices; move what stands here behind the sum",
+)
+STAGES: tuple[tuple[str, str], ...] = (
+    BEHIND,
+    (
+        "an expert is matrices and pointwise functions",
+        "keep normalisations, convolutions and values shared between tokens out of the experts, "
+        "or apply them before the choice or behind the sum",
+    ),
+    ("every expert is visited", "let the loop run over all experts, or over those that have tokens"),
+    (
+        "each row has one chosen expert and one weight",
+        "give experts and weights as two tensors [tokens, k] made by one top-k",
+    ),
+    (
+        "kernels exist for it",
+        "hold tokens and parameters as plain f32, bf16 or f16 tensors on the CPU, outside autocast",
+    ),
+)
+"""The predicates of `find_experts`, in its order, and what to change where one fails."""
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A candidate that was not fused; `miss` is what the matcher said, if it came so far."""
+
+    candidate: Candidate
+    checks: tuple[Check, ...]
+    miss: Miss
+
+    @property
+    def hint(self) -> str:
+        """What to change."""
+        return self.miss.why.hint
+
+
+def near_misses(
+    graph: Graph, facts: Facts, misses: Iterable[Miss]
+) -> tuple[tuple[Candidate, ...], tuple[NearMiss, ...]]:
+    """All candidates, and the open ones with their reasons. A miss that belongs to none of them is no MoE layer's."""
+    candidates = candidates_of(graph)
+    best: dict[int, Miss] = {}
+    for miss in misses:
+        at = _owner(graph, candidates, miss.value)
+        if at is None:
+            continue
+        if at not in best or (len(miss.why.held), miss.why.depth) > (len(best[at].why.held), best[at].why.depth):
+            best[at] = miss
+    near: list[NearMiss] = []
+    for number, candidate in enumerate(candidates):
+        if candidate.status == "open" or number in best:
+            near.append(_near(graph, facts, candidate, best.get(number)))
+    return candidates, tuple(near)
+
+
+def _owner(graph: Graph, candidates: tuple[Candidate, ...], value: str) -> int | None:
+    """The candidate whose rows come together in `value`: of those it depends on, the last to begin."""
+    if value not in graph.position:
+        return None
+    behind = _behind(graph, value)
+    owners = [
+        (graph.position[bank.instrs[0]], number)
+        for number, candidate in enumerate(candidates)
+        for bank in candidate.banks
+        if not bank.fused and not behind.isdisjoint(bank.instrs)
+    ]
+    return max(owners)[1] if owners else None
+
+
+def _behind(graph: Graph, value: str) -> set[str]:
+    pending, seen = [value], {value}
+    while pending:
+        made = graph.defs.get(pending.pop())
+        if made is not None:
+            new = [name for name in (*made.uses, *made.results) if name not in seen]
+            seen.update(new)
+            pending.extend(name for name in new if name not in made.results)
+    return seen
+
+
+def _near(graph: Graph, facts: Facts, candidate: Candidate, miss: Miss | None) -> NearMiss:
+    """The ladder of one candidate, up to the first predicate that fails."""
+    evidence = evidence_of(candidate)
+    held = [check for check, _ in evidence if check.held]
+    failed = next(((check, hint) for check, hint in evidence if not check.held), None)
+    if miss is None and failed is not None:
+        check, hint = failed
+        why = NoMatch(check.value, hint=hint)
+        return NearMiss(candidate, (*held, check), Miss(candidate.root, check.location, why))
+    why = miss.why if miss is not None else _ask(graph, facts, candidate)
+    predicate, hint = _stage(graph, candidate, why)
+    why = why if why.hint else replace(why, hint=hint)
+    made = graph.defs.get(why.at)
+    loc = (made.loc if made is not None else "") or (miss.loc if miss is not None else "") or _place(candidate).loc
+    checks = (*held, *(Check(text, True) for text in why.held), Check(predicate, False, why.reason, loc))
+    return NearMiss(candidate, checks, Miss(miss.value if miss is not None else candidate.root, loc, why))
+
+
+def _stage(graph: Graph, candidate: Candidate, why: NoMatch) -> tuple[str, str]:
+    """The predicate that failed: by how far the matcher came, at first by which side of the experts it stumbled on."""
+    if why.held or why.at not in graph.position:
+        return STAGES[min(len(why.held), len(STAGES) - 1)]
+    products = [
+        name for bank in candidate.banks for name in (bank.instrs if bank.kind != "loop" else _products(graph, bank))
+    ]
+    after = not _behind(graph, why.at).isdisjoint(products)
+    before = any(why.at in _behind(graph, name) for name in products)
+    if after and before:
+        return STAGES[1]
+    return BEHIND if after else BEFORE
+
+
+def _products(graph: Graph, bank: Bank) -> tuple[str, ...]:
+    """A loop's products: what reads its parameters."""
+    names = [n for n in bank.instrs if n in graph.defs]
+    taken = {n for n in names if graph.defs[n].word in ("take", "pick")}
+    return tuple(n for n in names if not taken.isdisjoint(graph.defs[n].uses))
+
+
+def _ask(graph: Graph, facts: Facts, candidate: Candidate) -> NoMatch:
+    """The matcher's own words where its pass did not think the candidate worth a mention."""
+    if candidate.combine is None or candidate.combine.word not in COMBINING:
+        word = candidate.combine.word if candidate.combine is not None else "nothing"
+        return NoMatch(f"`{word}` is not a sum over a token's experts", candidate.root)
+    found = find_at(Lifter(graph, RULES), candidate.combine, facts)
+    return NoMatch("rewrite fuel is spent") if isinstance(found, Found) else found
+
+
+def _place(candidate: Candidate) -> Instr:
+    """The instruction that stands for the candidate in the user's code."""
+    return candidate.combine or candidate.last
+
+
+def evidence_of(candidate: Candidate) -> tuple[tuple[Check, str], ...]:
+    """What can be seen of an MoE layer without understanding it; with each predicate what to change where it fails."""
+    chosen, banks, combine = candidate.selections, candidate.banks, candidate.combine
+    return (
+        (
+            Check("experts are chosen", bool(chosen), chosen_text(candidate), chosen[-1].loc if chosen else ""),
+            "a layer in which every expert counts for every token, only by weights, has nothing to leave out: "
+            "it runs as it was written",
+        ),
+        (Check("experts have parameters of their own", bool(banks), banks_text(candidate)), ""),
+        (
+            Check(
+                "experts' rows come together",
+                combine is not None,
+                f"`{combine.word}`" if combine is not None else "no sum, index_add or scatter behind the experts",
+                combine.loc if combine is not None else candidate.last.loc,
+            ),
+            "add the experts' rows to their tokens with index_add, or sum them over the axis of choices",
+        ),
+    )
+
+
+def chosen_text(candidate: Candidate) -> str:
+    """How experts are chosen: `top-2 of 8`."""
+    if not candidate.selections:
+        return "nothing is chosen: no top-k, sort, argmax or threshold meets these products"
+    texts = dict.fromkeys(_choice_text(candidate, instr) for instr in candidate.selections)
+    return ", ".join(list(texts)[:3])
+
+
+def _choice_text(candidate: Candidate, instr: Instr) -> str:
+    if instr.word == "topk":
+        axis = instr.types[0].shape[int(str(instr.attr("dim")))] if instr.types[0].rank else 1
+        source = candidate.types.get(instr.uses[0])
+        count = source.shape[int(str(instr.attr("dim")))] if source is not None and source.rank else "?"
+        return f"top-{axis} of {count}"
+    return str(dict(instr.attrs).get("target", instr.word))
+
+
+def banks_text(candidate: Candidate) -> str:
+    """What the experts compute with: `8 experts, loop: f32[24, 16], f32[16, 24]`."""
+    if not candidate.banks:
+        return "no product has parameters that differ by choice"
+    count = next((bank.experts for bank in candidate.banks if bank.experts), "")
+    kinds = ", ".join(dict.fromkeys(bank.kind for bank in candidate.banks))
+    shapes = ", ".join(list(dict.fromkeys(shape for bank in candidate.banks for shape in bank.params))[:4])
+    return f"{f'{count} experts, ' if count else ''}{kinds}{f': {shapes}' if shapes else ''}"
+
+
+def counts_of(candidate: Candidate) -> tuple[int, int]:
+    """E and k where they can be seen, else 0."""
+    experts = next((int(bank.experts) for bank in candidate.banks if bank.experts.isdigit()), 0)
+    tops = [i.types[0].shape[int(str(i.attr("dim")))] for i in candidate.selections if i.word == "topk"]
+    return experts, int(tops[-1]) if tops and tops[-1].is_Integer else 0
