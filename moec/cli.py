@@ -20,6 +20,7 @@ from moec.cli_cache import cache_app
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
 from moec.cli_options import parse_options
+from moec.cli_tune import tune_command
 from moec.errors import MoecError, OptionError, TargetError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cache_app, name="cache")
+app.command("tune")(tune_command)
 
 TargetArgument = Annotated[
     str,

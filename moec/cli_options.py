@@ -65,10 +65,11 @@ def demo_size(tokens: str, dtype: str, hidden: int, width: int, experts: int, to
         raise OptionError(f"--top-k {top_k} is more than --experts {experts}; choose at most as many as there are")
     if budget <= 0:
         raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
-    return DemoSize(_tokens(tokens), dtype, hidden, width, experts, top_k, budget)
+    return DemoSize(token_counts(tokens), dtype, hidden, width, experts, top_k, budget)
 
 
-def _tokens(text: str) -> tuple[int, ...]:
+def token_counts(text: str) -> tuple[int, ...]:
+    """`1,8,64` → (1, 8, 64); raises OptionError."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise OptionError(f"--tokens {text!r} is not a list of positive numbers; for example --tokens 1,8,64")

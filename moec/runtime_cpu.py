@@ -266,6 +266,14 @@ def _check_shapes(s: ExpertsSpec, params: Sequence[Tensor], count: int, E: int, 
                 raise CodegenError(f"parameter {group!r} is {list(p.shape)}, expected {list(wanted)} for {s}")
 
 
+def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
+    """The shape of each parameter in the order in which an op takes them."""
+    each = [shape for _, shape in _shapes(spec.experts, sizes.H, sizes.F)]
+    if spec.experts.stacked:
+        return [(sizes.E, *shape) for shape in each]
+    return [shape for shape in each for _ in range(sizes.E)]
+
+
 @lru_cache(maxsize=1024)
 def _shapes(s: ExpertsSpec, H: int, F: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """(group, one expert's shape) of each parameter group."""

@@ -23,6 +23,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSED = {
     "moec demo": ["moec", "demo", "--help"],
     "moec doctor": ["moec", "doctor", "--help"],  # test_cli_doctor runs it
+    "moec tune examples/01_compile.py:make --budget 60": ["moec", "tune", "--help"],  # test_tune runs short ones
+    'moec tune "experts{dtype=bf16} -> bf16" --sizes H=2048,F=768,E=64,k=8 --tokens 1,64,512 --budget 120': [
+        "moec",
+        "tune",
+        "--help",
+    ],
     "python benchmarks/layer.py --quick": ["python", "benchmarks/layer.py", "--help"],  # test_benchmarks runs tiny ones
     "python benchmarks/compile_time.py --parts stacked --stacked 8,32": [
         "python",
@@ -74,7 +80,7 @@ def test_moec_command(command, tmp_path, monkeypatch, capsys):
     if command.startswith(("moec cache", "moec tune")):  # never the user's own results
         monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
         (tmp_path / "tuned.jsonl").touch()
-    for name in ("report.html", "tuned.jsonl", "both.jsonl"):
+    for name in ("report.html", "tuned.jsonl", "both.jsonl", "tuned.png"):
         command = command.replace(name, str(tmp_path / name))
     words = shlex.split(command)
     assert cli.run(words[1:]) == cli.OK, capsys.readouterr().err

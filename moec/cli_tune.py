@@ -1,0 +1,165 @@
+"""`moec tune`: what to tune, from a model or a kernel spec, with a progress bar; and the report of what was tuned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.cli_io import console, print_json
+from moec.errors import OptionError, TargetError
+
+if TYPE_CHECKING:
+    from moec.tune import Result
+    from moec.tune_worker import Job
+
+
+def tune_command(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET|SPEC|report",
+            help="A model (file.py:callable), a kernel spec with --sizes, or `report`: what was found so far.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[float, typer.Option(help="Seconds of measuring, shared by all layers and token counts.")] = 60.0,
+    tokens: Annotated[str, typer.Option(help="Token counts to tune for, separated by commas.")] = "1,8,64,512",
+    profile: Annotated[
+        str, typer.Option(help="How tokens are spread over experts: uniform, zipf, zipf:1.2, or a JSON file of counts.")
+    ] = "uniform",
+    sizes: Annotated[str, typer.Option(help="Sizes of a SPEC's layer.")] = "H=2048,F=768,E=64,k=8",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> int:
+    """Measure the candidates of each layer's kernels and keep the fastest; stopped or killed, it continues later."""
+    if what == "report":
+        return _report(plot, json)
+    if budget <= 0:
+        raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
+    jobs = _jobs(what, tokens, profile, sizes)
+    results = _run(jobs, budget / len(jobs))
+    if plot is not None:
+        _draw([(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)], plot)
+    if json:
+        print_json([{**asdict(r.entry), "resumed": r.resumed, "measured": _count(r)} for r in results])
+        return 0
+    from moec.tune_view import report_table
+
+    found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
+    console().print(report_table(found))
+    return 0
+
+
+def _run(jobs: Sequence[Job], budget: float) -> list[Result]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from moec.tune import tune
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    results: list[Result] = []
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        for job in jobs:
+            s = job.sizes
+            task = bar.add_task(f"H={s.H} F={s.F} E={s.E} k={s.k} T={s.T}", total=budget, note="starting")
+
+            def show(spent: float, measured: int, task: Any = task) -> None:
+                bar.update(task, completed=min(spent, budget), note=f"{measured} measurements")
+
+            result = tune(job, budget, progress=show)
+            results.append(result)
+            resumed = f", {result.resumed} from before" if result.resumed else ""
+            bar.update(task, completed=budget, note=f"{_count(result)} measurements{resumed}")
+    return results
+
+
+def _count(result: Result) -> int:
+    return sum(len(s.seconds) for s in result.decision.standings)
+
+
+def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
+    """Every distinct layer at every number of tokens. Raises TargetError or OptionError."""
+    import torch
+
+    from moec.cli_options import token_counts
+    from moec.codegen.tuning import Sizes
+    from moec.tune_worker import Job, shares
+
+    counts = token_counts(tokens)
+    layers = _layers_of_spec(what, sizes) if "experts{" in what else _layers_of_model(what)
+    for _, (_, _, experts, _) in layers:
+        shares(profile, experts)
+    threads = torch.get_num_threads()
+    return [Job(spec, Sizes(T, *numbers), threads, profile) for spec, numbers in layers for T in counts]
+
+
+def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, int, int]]]:
+    from moec.codegen.cpp import check
+    from moec.errors import CodegenError, ParseError
+    from moec.spec import KernelSpec
+
+    try:
+        spec = KernelSpec.parse(text)
+        check(spec)
+    except (ParseError, CodegenError) as error:
+        raise TargetError(f"SPEC {text!r}: {error}") from error
+    found = dict(re.findall(r"([HFEk])=(\d+)", sizes))
+    if not re.fullmatch(r"([HFEk]=\d+,?){4}", sizes) or set(found) != set("HFEk"):
+        raise OptionError(f"--sizes {sizes!r}: expected all of H, F, E and k, such as H=2048,F=768,E=64,k=8")
+    numbers = {name: int(value) for name, value in found.items()}
+    if min(numbers.values()) < 1 or numbers["k"] > numbers["E"]:
+        raise OptionError(f"--sizes {sizes!r}: expected numbers above 0, and k at most E")
+    return [(str(spec), (numbers["H"], numbers["F"], numbers["E"], numbers["k"]))]
+
+
+def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int]]]:
+    import torch
+
+    from moec.backend import explain
+    from moec.loading import load
+    from moec.site_parse import parse_site
+
+    loaded = load(target)
+    with console(stderr=True).status(f"compiling {target}"), torch.no_grad():
+        report = explain(loaded.model, *loaded.args, **loaded.kwargs)
+    found: dict[tuple[str, tuple[int, int, int, int]], None] = {}
+    for site in report.sites:
+        if site.status != "fused":
+            continue
+        body = parse_site(site.ir)
+        try:
+            found[site.spec, (int(body.x_type.shape[1]), int(body.body.width), site.num_experts, site.top_k)] = None
+        except TypeError as error:
+            raise TargetError(f"layer {site.name!r}: its sizes are not known numbers ({error})") from error
+    if not found:
+        raise TargetError(f"target {target!r}: no MoE layer was fused; `moec explain {target}` says why")
+    return list(found)
+
+
+def _report(path: Path | None, json: bool) -> int:
+    from moec.tune import finished
+    from moec.tune_view import report_data, report_table
+
+    searches = finished()
+    if path is not None:
+        _draw(searches, path)
+    if json:
+        print_json(report_data(searches))
+    elif searches:
+        console().print(report_table(searches))
+    else:
+        console().print("nothing was tuned yet: moec tune TARGET", highlight=False)
+    return 0
+
+
+def _draw(searches: Sequence[Any], path: Path) -> None:
+    from moec.tune_view import plot
+
+    console(stderr=True).print(f"wrote {plot(searches, path)}", highlight=False, markup=False)

@@ -1,0 +1,101 @@
+"""Successive halving as a conversation: it asks for a measurement of one candidate, is told, and in the end decides.
+
+Pure: the same answers give the same questions and the same decision, which is what makes a killed search resumable.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+MARGIN = 0.03  # the default is kept unless it is beaten by this share of its time
+_ENOUGH = 24  # measurements of each of the last two
+_FEWEST = 3  # measurements on which a candidate may win
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement of a candidate: seconds a call, what it cost in all, and what went wrong (empty: nothing)."""
+
+    candidate: int
+    seconds: float
+    spent: float
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A candidate in the end: its measurements, or what went wrong."""
+
+    candidate: int
+    seconds: tuple[float, ...]
+    failed: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median seconds a call; infinity where there is none."""
+        return statistics.median(self.seconds) if self.seconds and not self.failed else float("inf")
+
+    @property
+    def spread(self) -> float:
+        """Slowest less fastest, in seconds."""
+        return max(self.seconds) - min(self.seconds) if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Candidates in order, best first; `winner` is 0, the default, unless another beat it by the margin."""
+
+    winner: int
+    standings: tuple[Standing, ...]
+
+    def standing(self, candidate: int) -> Standing:
+        """How one candidate did."""
+        return next(s for s in self.standings if s.candidate == candidate)
+
+
+def search(count: int, budget: float) -> Generator[int, Record, Decision]:
+    """Ask for measurements of candidates 0 (the default) to `count` - 1 until `budget` seconds are spent.
+
+    Rounds: all are measured in turns, the slower half is left out, the rest is measured twice as often. The default
+    stays to the end, so that it and its rivals are measured side by side.
+    """
+    seconds: dict[int, list[float]] = {c: [] for c in range(count)}
+    failed: dict[int, str] = {}
+    alive, turns, spent = list(range(count)), 1, 0.0
+    while spent < budget and alive:
+        for _ in range(turns):
+            for candidate in alive:
+                if candidate in failed or spent >= budget:
+                    continue
+                record = yield candidate
+                spent += record.spent
+                if record.failed:
+                    failed[candidate] = record.failed
+                else:
+                    seconds[candidate].append(record.seconds)
+        alive = [c for c in alive if c not in failed]
+        last = len(alive) <= 2
+        if last and all(len(seconds[c]) >= _ENOUGH for c in alive):
+            break
+        alive = alive if last else _faster_half(alive, seconds)
+        turns = turns if last else 2 * turns
+    return decide(tuple(Standing(c, tuple(seconds[c]), failed.get(c, "")) for c in range(count)))
+
+
+def _faster_half(alive: Sequence[int], seconds: dict[int, list[float]]) -> list[int]:
+    measured = sorted((c for c in alive if seconds[c]), key=lambda c: (statistics.median(seconds[c]), c))
+    kept = measured[: max(2, (len(measured) + 1) // 2)]
+    if 0 in measured and 0 not in kept:
+        kept[-1] = 0
+    return sorted(kept)
+
+
+def decide(standings: Sequence[Standing]) -> Decision:
+    """The winner: the best of those measured often enough if it beats the default by the margin, else the default."""
+    order = tuple(sorted(standings, key=lambda s: (s.median, s.candidate)))
+    default = next(s for s in standings if s.candidate == 0)
+    rivals = [s for s in order if s.candidate and len(s.seconds) >= _FEWEST and s.median < float("inf")]
+    beaten = bool(rivals) and rivals[0].median < (1 - MARGIN) * default.median
+    return Decision(rivals[0].candidate if beaten else 0, order)

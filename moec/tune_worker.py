@@ -1,0 +1,190 @@
+"""The process in which candidates run: a crash or a hang costs the candidate at hand and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.codegen import twin
+from moec.codegen.tuning import Sizes, Tuning
+from moec.errors import OptionError
+from moec.runtime_cpu import load_kernel, param_shapes
+from moec.spec import DTYPES, KernelSpec
+
+_LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}  # relative error to the twin in fp32
+_SAMPLE = 0.004  # seconds of one measurement: short calls are repeated
+_ROUTINGS = 8  # different choices of experts in turn, or few tokens would find their weights in cache
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tuned: a layer at one number of tokens, with `threads` threads and routing by `profile`."""
+
+    spec: str
+    sizes: Sizes
+    threads: int
+    profile: str = "uniform"
+
+
+def shares(profile: str, experts: int) -> Tensor:
+    """Each expert's share[E] of the tokens: `uniform`, `zipf` or `zipf:1.2`, or a JSON file with a list of E counts.
+
+    Raises OptionError where the profile is none of these.
+    """
+    name, _, exponent = profile.partition(":")
+    if profile == "uniform":
+        return torch.full((experts,), 1.0 / experts)
+    if name == "zipf":
+        try:
+            weights = torch.arange(1, experts + 1).double() ** -float(exponent or 1.2)
+        except ValueError:
+            raise OptionError(f"profile {profile!r}: expected a number after zipf, such as zipf:1.2") from None
+        return (weights / weights.sum()).float()
+    try:
+        counts = torch.tensor(json.loads(Path(profile).read_text()), dtype=torch.float64)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        known = "expected uniform, zipf, zipf:1.2 or a JSON file with a list of counts"
+        raise OptionError(f"profile {profile!r}: {known} ({error})") from error
+    if counts.shape != (experts,) or not bool((counts >= 0).all()) or not float(counts.sum()) > 0:
+        raise OptionError(f"profile {profile!r} has shape {list(counts.shape)}; expected {experts} counts, one above 0")
+    return (counts / counts.sum()).float()
+
+
+def profile_name(profile: str, experts: int) -> str:
+    """The profile as results name it; a file's counts are part of the name, since the file may change."""
+    share = shares(profile, experts)
+    if profile.partition(":")[0] in ("uniform", "zipf"):
+        return profile
+    return f"{Path(profile).stem}-{hashlib.sha256(str(share.tolist()).encode()).hexdigest()[:8]}"
+
+
+def routing(job: Job, seed: int) -> Tensor:
+    """experts[T, k]: distinct experts for each token, drawn by the profile's shares."""
+    s = job.sizes
+    generator = torch.Generator().manual_seed(seed)
+    noise = -torch.log(-torch.log(torch.rand(s.T, s.E, generator=generator).clamp(1e-9, 1 - 1e-7)))
+    return (shares(job.profile, s.E).clamp(min=1e-12).log() + noise).topk(s.k).indices
+
+
+class Bench:
+    """One layer with random weights, ready to be timed."""
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        self.spec, s = KernelSpec.parse(job.spec), job.sizes
+        dtype = DTYPES[self.spec.experts.dtype]
+        self.kernel = load_kernel(job.spec, dtype)
+        torch.manual_seed(0)
+        self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in param_shapes(self.spec, s)]
+        self.x = torch.randn(s.T, s.H).to(dtype)
+        self.weights = torch.full((s.T, s.k), 1.0 / s.k)
+        self.routings = [routing(job, seed) for seed in range(_ROUTINGS)]
+
+    def measure(self, text: str) -> float:
+        """Seconds a call."""
+        kernel = self.kernel.tuned(Tuning.parse(text))
+        kernel.experts(self.x, self.weights, self.routings[-1], self.params)
+        taken: list[float] = []
+        while sum(taken) < _SAMPLE or len(taken) < 2:
+            start = time.perf_counter()
+            kernel.experts(self.x, self.weights, self.routings[len(taken) % _ROUTINGS], self.params)
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    def check(self, text: str) -> str:
+        """What is wrong with the results (empty: nothing), against the twin."""
+        kernel = self.kernel.tuned(Tuning.parse(text))
+        got = kernel.experts(self.x, self.weights, self.routings[0], self.params).float()
+        want = twin.experts(self.x, self.weights, self.routings[0], self.params, self.spec).float()
+        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+        limit = _LIMITS[self.spec.experts.dtype]
+        return "" if error <= limit else f"relative error {error:.2g} to the eager twin, expected at most {limit:g}"
+
+
+def serve(pipe: Connection, job: Job) -> None:
+    """Answer questions (word, text) by ("ok" | "failed", value) until the pipe closes."""
+    _end_with_parent()
+    bench: Bench | None = None
+    while True:
+        try:
+            word, text = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            bench = bench or Bench(job)
+            answer: Any = 0.0 if word == "start" else getattr(bench, word)(text)
+            pipe.send(("ok", answer))
+        except Exception as error:
+            pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+
+
+def _end_with_parent() -> None:
+    """A candidate that hangs must not outlive a parent that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Worker:
+    """The parent's end: questions with a time limit; a process that crashed or hung is replaced by a new one."""
+
+    def __init__(self, job: Job, serving: Callable[[Connection, Job], None] = serve, patience: float = 60.0) -> None:
+        self._job, self._serving, self._patience = job, serving, patience
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def ask(self, word: str, text: str = "") -> tuple[str, Any]:
+        """("ok", answer) or ("failed", reason); starting the process is not part of the time limit."""
+        if self._pipe is None:
+            started = self._start()
+            if started[0] != "ok" or word == "start":
+                return started
+        return self._question(word, text, self._patience)
+
+    def _start(self) -> tuple[str, Any]:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(target=self._serving, args=(child, self._job), daemon=True)
+        self._process.start()
+        child.close()
+        return self._question("start", "", 10 * self._patience)
+
+    def _question(self, word: str, text: str, patience: float) -> tuple[str, Any]:
+        assert self._pipe is not None
+        try:
+            self._pipe.send((word, text))
+            if self._pipe.poll(patience):
+                return self._pipe.recv()
+            reason = f"no answer within {patience:.0f} s"
+        except (EOFError, OSError):
+            self._process.join(1)
+            reason = f"the process ended with code {self._process.exitcode}"
+        self.close()
+        return "failed", reason
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
