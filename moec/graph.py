@@ -129,9 +129,35 @@ WATCHERS = frozenset({"assert", "end"})
 """Words that have no result of interest and live only as long as what they look at."""
 
 
+SKIPS = frozenset({"skip", "skip_size"})
+"""Words that end an iteration of a rolled loop; they live as long as their loop does."""
+
+
 def sweep(graph: Graph) -> Graph:
     """The graph without instructions that nothing needs."""
-    live = set(graph.outputs)
+    skips = {i.results[0]: i for i in graph.instrs if i.word in SKIPS}
+    pinned: set[str] = set()
+    while True:
+        swept = _swept(graph, pinned)
+        more = {name for name, skip in skips.items() if loop_of(graph, skip) in swept.defs} - pinned
+        if not more:
+            return swept
+        pinned |= more
+
+
+def loop_of(graph: Graph, skip: Instr) -> str:
+    """The item of the loop whose iteration a skip ends."""
+    made = skip
+    while made.word not in ("anchor", "anchor_range"):
+        (item,) = made.uses[:1]
+        if item not in graph.defs:
+            return item
+        made = graph.defs[item]
+    return made.results[0]
+
+
+def _swept(graph: Graph, pinned: set[str]) -> Graph:
+    live = set(graph.outputs) | pinned
     kept: list[Instr] = []
     for instr in reversed(graph.instrs):
         if instr.word in EFFECTS or not live.isdisjoint(instr.results):

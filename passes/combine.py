@@ -89,7 +89,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
             return found
     if not isinstance(index, Ids) or index.what != "token" or not isinstance(added, Rows):
         return NoMatch("adds something else than rows to tokens", instr.results[0])
-    if (index.space.kind, index.space.key, index.layout) != (added.space.kind, added.space.key, added.layout):
+    a, b = index.space, added.space
+    if (a.kind, a.key, a.order, index.layout) != (b.kind, b.key, b.order, added.layout):
         return NoMatch("rows and tokens are in different orders", instr.results[0])
     if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
         return NoMatch("the last of a token's rows overwrites the others", instr.results[0])

@@ -46,6 +46,10 @@ class Lifter:
                 self.memo[arg.name] = found.deeper() if isinstance(found, NoMatch) else found
         return self.memo[arg.name]
 
+    def lift_result(self, instr: Instr) -> Lift:
+        """What the first result of an instruction is in terms of rows."""
+        return self.lift(Ref(instr.results[0]))
+
     def type(self, arg: Arg) -> Type:
         """The type of a value; `any` for a literal."""
         return self.graph.types[arg.name] if isinstance(arg, Ref) else Type("any")

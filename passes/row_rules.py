@@ -153,7 +153,7 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
     if isinstance(mask, OneHot) and mask.anchor and whole and set(mask.axes) in ({"t", "s"}, {"t"}):
         what = {"t": "token", "s": "slot"}[mask.axes[which]]
-        return Ids(Space("loop", 0, mask.anchor), what, mask.choice)
+        return Ids(Space("loop", 0, mask.anchor, "".join(mask.axes)), what, mask.choice)
     return (
         mask
         if isinstance(mask, NoMatch)
@@ -210,7 +210,7 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def _compatible(a: Space, b: Space) -> bool:
-    return a.kind == b.kind and a.key == b.key and (a.k == b.k or 0 in (a.k, b.k))
+    return (a.kind, a.key, a.order) == (b.kind, b.key, b.order) and (a.k == b.k or 0 in (a.k, b.k))
 
 
 def _merge(a: Rows | None, b: Rows) -> Rows:

@@ -16,11 +16,14 @@ class Space:
 
     slots   all pairs, t·k + s           sorted  all pairs, ordered by expert (key: the permutation's name)
     loop    the pairs of one expert (key: the loop's anchor)        dense   all (expert, token) pairs, chosen or not
+
+    order: of a loop's pairs, the axes of the mask that selects them, outermost first, or the sort's permutation
     """
 
     kind: str
     k: int = 0
     key: str = ""
+    order: str = ""
 
 
 @dataclass(frozen=True)
