@@ -130,19 +130,23 @@ WATCHERS = frozenset({"assert", "end"})
 
 
 SKIPS = frozenset({"skip", "skip_size"})
-"""Words that end an iteration of a rolled loop; they live as long as their loop does."""
+"""Words that end an iteration of a rolled loop."""
 
 
 def sweep(graph: Graph) -> Graph:
-    """The graph without instructions that nothing needs."""
-    skips = {i.results[0]: i for i in graph.instrs if i.word in SKIPS}
+    """The graph without instructions that nothing needs. Skips live as long as their loop, a turn as its number."""
+    bound = {i.results[0]: _lives_with(graph, i) for i in graph.instrs if i.word in SKIPS or i.word == "turn"}
     pinned: set[str] = set()
     while True:
         swept = _swept(graph, pinned)
-        more = {name for name, skip in skips.items() if loop_of(graph, skip) in swept.defs} - pinned
+        more = {name for name, other in bound.items() if other in swept.defs} - pinned
         if not more:
             return swept
         pinned |= more
+
+
+def _lives_with(graph: Graph, instr: Instr) -> str:
+    return instr.uses[0] if instr.word == "turn" else loop_of(graph, instr)
 
 
 def loop_of(graph: Graph, skip: Instr) -> str:

@@ -25,6 +25,7 @@ UNIQUE = frozenset(
         "anchor",
         "anchor_range",
         "carry",
+        "carry_int",
         "size",
     }
 )

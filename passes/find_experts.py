@@ -16,6 +16,7 @@ from moec.passes.body import BodyMatch, match_body
 from moec.passes.combine import COMBINING, Combined, combined
 from moec.passes.lift import Lifter
 from moec.passes.row_rules import RULES
+from moec.passes.runs import full_run
 from moec.passes.skips import only_idle_skipped
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
@@ -77,16 +78,17 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     held.append(
         f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}"
     )
-    skipped = only_idle_skipped(lifter, total.rows.space.key) if total.rows.space.kind == "loop" else None
+    anchor = total.rows.anchor or (total.rows.space.key if total.rows.space.kind == "loop" else "")
+    skipped = only_idle_skipped(lifter, anchor) if anchor else None
     if skipped is not None:
         return skipped.deeper(6)
-    beyond = lifter.beyond.get(total.rows.space.key)
+    beyond = lifter.beyond.get(anchor)
     if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
         return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", instr.results[0], 6)
-    if total.form == "loop":
-        end = lifter.graph.defs[total.rows.space.key].args[1]
-        if end != body.num_experts:
-            return NoMatch(f"the loop visits {end} of {body.num_experts} experts", instr.results[0], 6)
+    if anchor:
+        left_out = full_run(lifter, anchor, body.num_experts, total.rows.choice)
+        if left_out is not None:
+            return left_out.deeper(6)
     held.append("every expert is visited")
     routed = _routing(lifter, total, body)
     if isinstance(routed, NoMatch):

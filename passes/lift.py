@@ -229,9 +229,11 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
     if ids.what == "flat" and isinstance(inner, Rows | Ids) and inner.space.kind == "slots" and inner.layout == "flat":
         if isinstance(inner, Ids):
             return replace(inner, space=replace(ids.space, k=inner.space.k))
-        return Rows(replace(ids.space, k=inner.space.k), inner.row, ids.layout, inner.choice)
+        space = replace(ids.space, k=inner.space.k)
+        return Rows(space, inner.row, ids.layout, inner.choice, anchor=inner.anchor)
     if ids.what == "inverse" and isinstance(inner, Rows) and inner.space.key == ids.space.key:
-        return Rows(Space("slots", inner.space.k), inner.row, "flat", inner.choice or ids.choice, "sorted")
+        choice = inner.choice or ids.choice
+        return Rows(Space("slots", inner.space.k), inner.row, "flat", choice, "sorted", inner.anchor)
     return NoMatch(f"rows indexed by {ids.what} positions of {ids.space.kind}", instr.results[0])
 
 

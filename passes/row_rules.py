@@ -27,6 +27,7 @@ from moec.passes.rows import (
     Space,
     Token,
 )
+from moec.passes.runs import with_runs
 
 
 def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -315,53 +316,56 @@ def _dot(lifter: Lifter, instr: Instr, a: Rows, b: Lift, letters: tuple[str, str
     return replace(a, row=Dot(a.row, weight, right.index(shared[0])))
 
 
-RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(POINTWISE, rule_pointwise),
-    "pow": rule_pointwise,
-    "rsqrt": rule_pointwise,
-    "reshape": base.rule_reshape,
-    "permute": base.rule_permute,
-    "cast": base.rule_cast,
-    "same": base.rule_same,
-    "index": base.rule_index,
-    "sort": base.rule_sort,
-    "floor_divide": base.rule_floor_divide,
-    "remainder": base.rule_remainder,
-    "mod": base.rule_remainder,
-    "index_put": base.rule_index_put,
-    "scatter": base.rule_index_put,
-    "repeat_interleave": base.rule_repeat_interleave,
-    "expand": base.rule_expand,
-    "repeat": base.rule_repeat,
-    "counts": lambda lifter, instr, which: _counts(lifter, instr),
-    "cumsum": per_expert("offsets", "counts"),
-    "one_hot": rule_one_hot,
-    "reduce_sum": rule_reduce,
-    "reduce_any": rule_reduce,
-    "eq": rule_compare,
-    "ne": rule_compare,
-    "gt": rule_compare,
-    "ge": rule_compare,
-    "invert": rule_invert,
-    "anchor": rule_anchor,
-    "anchor_range": rule_anchor,
-    "skip": rule_skip,
-    "skip_size": rule_skip,
-    "take": rule_take,
-    "pick": rule_pick,
-    "where_indices": rule_where_indices,
-    "nonzero": rule_where_indices,
-    "slice": rule_slice,
-    "contract": rule_contract,
-    "grouped": rule_grouped,
-}
+RULES: Mapping[str, Rule] = with_runs(
+    {
+        **dict.fromkeys(POINTWISE, rule_pointwise),
+        "pow": rule_pointwise,
+        "rsqrt": rule_pointwise,
+        "reshape": base.rule_reshape,
+        "permute": base.rule_permute,
+        "cast": base.rule_cast,
+        "same": base.rule_same,
+        "index": base.rule_index,
+        "sort": base.rule_sort,
+        "floor_divide": base.rule_floor_divide,
+        "remainder": base.rule_remainder,
+        "mod": base.rule_remainder,
+        "index_put": base.rule_index_put,
+        "scatter": base.rule_index_put,
+        "repeat_interleave": base.rule_repeat_interleave,
+        "expand": base.rule_expand,
+        "repeat": base.rule_repeat,
+        "counts": lambda lifter, instr, which: _counts(lifter, instr),
+        "cumsum": per_expert("offsets", "counts"),
+        "one_hot": rule_one_hot,
+        "reduce_sum": rule_reduce,
+        "reduce_any": rule_reduce,
+        "eq": rule_compare,
+        "ne": rule_compare,
+        "gt": rule_compare,
+        "ge": rule_compare,
+        "invert": rule_invert,
+        "anchor": rule_anchor,
+        "anchor_range": rule_anchor,
+        "skip": rule_skip,
+        "skip_size": rule_skip,
+        "take": rule_take,
+        "pick": rule_pick,
+        "where_indices": rule_where_indices,
+        "nonzero": rule_where_indices,
+        "slice": rule_slice,
+        "contract": rule_contract,
+        "grouped": rule_grouped,
+    }
+)
 
 
 def _counts(lifter: Lifter, instr: Instr) -> Lift:
     """How many rows each expert has."""
     inner = lifter.lift(instr.args[0])
     if isinstance(inner, Ids) and inner.what == "expert":
-        return PerExpert("counts", inner.choice)
+        size = instr.types[0].shape[0]
+        return PerExpert("counts", inner.choice, int(size) if size.is_Integer else None)
     return (
         inner if isinstance(inner, NoMatch) else NoMatch("counts something else than experts' rows", instr.results[0])
     )

@@ -110,6 +110,7 @@ class Rows:
 
     choice  the value e[T, k] that says which experts the rows go to, once known
     via     the space the rows were computed in, when they have been put back in token order since
+    anchor  the loop that computed them an expert at a time, when they have been put together since
     """
 
     space: Space
@@ -117,6 +118,7 @@ class Rows:
     layout: str = "flat"
     choice: str = ""
     via: str = ""
+    anchor: str = ""
 
     @property
     def lead(self) -> int:
@@ -152,11 +154,38 @@ class OneHot:
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """The loop's expert plus a number."""
+
+    name: str
+    by: int
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A number of the loop's expert e: count | start | end of its rows in expert order; before: end of e − 1, for e ≥ 1."""
+
+    anchor: str
+    choice: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """The places of the loop's expert's rows in expert order."""
+
+    anchor: str
+    choice: str
+
+
+@dataclass(frozen=True)
 class PerExpert:
-    """A number per expert made from the choices: counts | offsets | hit (whether any) | hits (which are hit)."""
+    """A number per expert made from the choices: counts | hit (whether any) | hits (which are hit); of its rows in
+    expert order: offsets (their ends) | starts | bounds (starts, then the number of rows)."""
 
     what: str
     choice: str
+    bins: int | None = None  # how many experts were counted, where it could be fewer than there are
 
 
 @dataclass(frozen=True)
@@ -184,7 +213,7 @@ class Idle:
     idle: bool = True
 
 
-Lifted = Rows | Ids | Anchor | OneHot | PerExpert | Masked | Gates | Idle | Expert
+Lifted = Rows | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert
 
 
 def strip(row: Row) -> Row:

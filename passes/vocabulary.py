@@ -63,6 +63,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("gather take_along_dim", word_views.raise_gather),
     **_each("scatter scatter_add index_add index_copy", word_views.raise_scatter),
     **_each("index_put", word_views.raise_index_put),
+    **_each("scatter_reduce", word_views.raise_scatter_reduce),
     **_each("one_hot", word_views.raise_one_hot),
     **_each("linear", word_contract.raise_linear),
     **_each("matmul mm bmm", word_contract.raise_matmul),
@@ -149,7 +150,8 @@ def _raise_marker(build: Builder, node: fx.Node) -> Arg | None:
     """moec's own ops (the marks of rolled loops) are words already."""
     args = tuple(build.value(a) for a in (*node.args, *node.kwargs.values()))
     if key_of(node) == "moec.yield_":
-        build.emit("end", (args[2],), type_of_fake(fake(node)))
+        running = isinstance(node.args[0], fx.Node) and key_of(node.args[0]) == "moec.carry_int"
+        build.emit("turn" if running else "end", args if running else (args[2],), type_of_fake(fake(node)))
         return args[1]
     return build.emit(key_of(node).removeprefix("moec."), args, type_of_fake(fake(node)))
 

@@ -299,6 +299,17 @@ def raise_scatter(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit(key, operands, type_of_fake(fake(node)), dim=args["dim"] % build.type_of(value).rank)
 
 
+def raise_scatter_reduce(build: Builder, node: fx.Node) -> Arg | None:
+    """scatter_reduce(x, dim, i, src, 'sum') → scatter_add."""
+    args = named(node, "input dim index src reduce include_self")
+    if args.get("reduce") != "sum" or args.get("include_self", True) is not True or "src" not in args:
+        return None
+    value = build.value(args["input"])
+    operands = (value, build.value(args["index"]), build.value(args["src"]))
+    dim = args["dim"] % build.type_of(value).rank
+    return build.emit("scatter_add", operands, type_of_fake(fake(node)), dim=dim)
+
+
 def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     """x[i…] = v and index_put(x, (i…), v, accumulate) → index_put(x, v, i…)."""
     args = named(node, "input indices values accumulate")
@@ -308,7 +319,7 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     index = args["indices"]
     if isinstance(index, (tuple, list)) and None in index:  # a new axis in x[…] = v, a whole axis in index_put
         return None
-    parts = _index_parts(build, value, index, None)
+    parts = _index_parts(build, value, index, _written_rows(index, fake(args["values"]) if isinstance(args["values"], fx.Node) else None))
     if parts is None:
         return None
     basic, dim, tensors = parts
@@ -318,6 +329,15 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit(
         "index_put", operands, build.type_of(value), dim=dim, accumulate=bool(args.get("accumulate", False))
     )
+
+
+def _written_rows(index: Any, values: Any) -> Any:
+    """What is written at the places of one mask, when it has a row for each of them."""
+    single = index if isinstance(index, fx.Node) else index[0] if len(index) == 1 else None
+    mask = fake(single) if isinstance(single, fx.Node) else None
+    if not isinstance(mask, torch.Tensor) or not isinstance(values, torch.Tensor) or values.dim() == 0:
+        return None
+    return None if dim_of(values.shape[0]).is_Integer else values
 
 
 def raise_one_hot(build: Builder, node: fx.Node) -> Arg | None:

@@ -315,9 +315,10 @@ def raise_counts(build: Builder, node: fx.Node) -> Arg | None:
     """bincount(ids, minlength) and histc(ids, E, 0, E − 1) → counts(ids): how often each of E ids occurs."""
     if key_of(node) == "bincount":
         args = named(node, "input weights minlength")
-        if args.get("weights") is not None or not isinstance(args.get("minlength"), int):
+        least = args.get("minlength", 0)
+        if args.get("weights") is not None or not isinstance(least, int):
             return None
-        return build.emit("counts", (build.value(args["input"]),), type_of_fake(fake(node)), bins=args["minlength"])
+        return build.emit("counts", (build.value(args["input"]),), type_of_fake(fake(node)), bins=least)
     args = named(node, "input bins min max")
     bins = args.get("bins", 100)
     if args.get("min") != 0 or args.get("max") != bins - 1:

@@ -102,10 +102,15 @@ def functions(function: ast.FunctionDef) -> list[ast.FunctionDef]:
 
 def loops(function: ast.FunctionDef) -> Iterator[tuple[ast.For, Path]]:
     """The `for` loops of a function, outermost first, with the way to each; not those of functions inside it."""
-    yield from _loops(function, ())
+    yield from ((stmt, path) for stmt, path in statements(function) if isinstance(stmt, ast.For))
 
 
-def _loops(owner: ast.AST, path: Path) -> Iterator[tuple[ast.For, Path]]:
+def statements(function: ast.FunctionDef) -> Iterator[tuple[ast.stmt, Path]]:
+    """The statements of a function, outer ones first, with the way to each; not those of functions inside it."""
+    yield from _statements(function, ())
+
+
+def _statements(owner: ast.AST, path: Path) -> Iterator[tuple[ast.stmt, Path]]:
     for _, block in ast.iter_fields(owner):
         if not isinstance(block, list):
             continue
@@ -113,6 +118,6 @@ def _loops(owner: ast.AST, path: Path) -> Iterator[tuple[ast.For, Path]]:
             if isinstance(stmt, (*_FUNCTIONS, ast.ClassDef)) or not isinstance(stmt, (ast.stmt, ast.ExceptHandler)):
                 continue
             here: Path = (*path, (owner, block, place))
-            if isinstance(stmt, ast.For):
+            if isinstance(stmt, ast.stmt):
                 yield stmt, here
-            yield from _loops(stmt, here)
+            yield from _statements(stmt, here)

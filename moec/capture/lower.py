@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from moec.capture.region import SKIPS, Region, hoist_invariants, regions
+from moec.capture.region import CARRIES, SKIPS, Region, hoist_invariants, regions
 
 _M = torch.ops.moec
 _MARK = "moec_region"
@@ -26,8 +26,9 @@ def lower_regions(gm: GraphModule) -> GraphModule:
         gm.add_submodule(name, loop)
         with gm.graph.inserting_before(region.anchor):
             result = gm.graph.call_module(name, region.inputs)
-        result.meta["example_value"] = tuple(leave.meta.get("example_value") for _, leave in region.carries)
-        for place, (_, leave) in enumerate(region.carries):
+        leaves = [*(leave for _, leave in region.carries), *region.collects]
+        result.meta["example_value"] = tuple(leave.meta.get("example_value") for leave in leaves)
+        for place, leave in enumerate(leaves):
             with gm.graph.inserting_before(region.end):
                 value = gm.graph.call_function(operator.getitem, (result, place))
             value.meta = dict(leave.meta)
@@ -59,48 +60,70 @@ class RegionLoop(nn.Module):
         reads: tuple[str, ...],
         items: Callable[[dict[str, Any]], Sequence[Tensor]],
         item: str,
-        carries: tuple[tuple[str, str, str], ...],
+        carries: tuple[tuple[str, Any, str], ...],
+        collects: tuple[tuple[str, tuple[Any, ...]], ...],
         segments: tuple[_Segment, ...],
     ) -> None:
         super().__init__()
         self.reads = reads
         self.items = items
         self.item = item
-        self.carries = carries  # (name inside, name of the first value, name of the next value)
+        self.carries = carries  # (name inside, name of the first value or a number, name of the next value)
+        self.collects = collects  # (name, sizes of a row, dtype and device)
         self.segments = segments
 
     @staticmethod
     def of(region: Region) -> RegionLoop:
         """The loop that the region means."""
-        carries = tuple((enter.name, _name(enter.args[0]), _name(leave.args[1])) for enter, leave in region.carries)
+        carries = tuple((enter.name, _first(enter.args[0]), leave.name) for enter, leave in region.carries)
+        collects = tuple((node.name, _row_like(node)) for node in region.collects)
         reads = tuple(node.name for node in region.inputs)
-        return RegionLoop(reads, _items(region), region.anchor.name, carries, _segments(region))
+        return RegionLoop(reads, _items(region), region.anchor.name, carries, collects, _segments(region))
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         outer = dict(zip(self.reads, inputs, strict=True))
-        carried = {name: outer[first] for name, first, _ in self.carries}
+        carried = {name: _value(outer, first) for name, first, _ in self.carries}
+        rows: dict[str, list[Tensor]] = {name: [] for name, _ in self.collects}
         for item in self.items(outer):
             env = {**outer, **carried, self.item: item}
-            if self._iterate(env):
-                carried = {name: env[new] for name, _, new in self.carries}
-        return tuple(carried[name] for name, _, _ in self.carries)
+            self._iterate(env)
+            carried = {name: env.get(new, carried[name]) for name, _, new in self.carries}
+            for name in rows:
+                rows[name] += [env[name]] if name in env else []
+        joined = [torch.cat(rows[name]) if rows[name] else _no_rows(like) for name, like in self.collects]
+        return (*(carried[name] for name, _, _ in self.carries), *joined)
 
-    def _iterate(self, env: dict[str, Any]) -> bool:
-        """One iteration; false where a skip ended it."""
+    def _iterate(self, env: dict[str, Any]) -> None:
+        """One iteration, up to its end or to a skip."""
         for segment in self.segments:
             values = segment.body(*(env[name] for name in segment.reads))
             env.update(zip(segment.gives, values, strict=True))
             if segment.ends_if is not None and bool(env[segment.ends_if]):
-                return False
+                return
             zero = segment.ends_if_zero
             if zero is not None and (env[zero] if isinstance(zero, str) else zero) == 0:
-                return False
-        return True
+                return
 
 
-def _name(value: Any) -> str:
-    assert isinstance(value, Node)
-    return value.name
+def _value(outer: dict[str, Any], first: Any) -> Any:
+    """The first value of what is carried: a tensor of the outside, or a number as a tensor."""
+    value = outer[first] if isinstance(first, str) else first
+    return value if isinstance(value, Tensor) else torch.tensor(int(value))
+
+
+def _first(value: Any) -> Any:
+    return value.name if isinstance(value, Node) else value
+
+
+def _row_like(node: Node) -> tuple[Any, ...]:
+    fake = node.meta["example_value"]
+    return (fake.shape[1:], fake.dtype, fake.device)
+
+
+def _no_rows(like: tuple[Any, ...]) -> Tensor:
+    """What `cat` gives where no iteration gave rows: none of them."""
+    sizes, dtype, device = like
+    return torch.empty((0, *(int(s) for s in sizes)), dtype=dtype, device=device)
 
 
 def _items(region: Region) -> Callable[[dict[str, Any]], Sequence[Tensor]]:
@@ -125,7 +148,7 @@ def _segments(region: Region) -> tuple[_Segment, ...]:
         else:
             current.append(node)
     groups.append((current, None))
-    wanted = set[Any](leave.args[1] for _, leave in region.carries)
+    wanted = set[Any](region.collects) | {leave for _, leave in region.carries}
     return tuple(_segment(nodes, skip, wanted) for nodes, skip in groups)
 
 
@@ -143,7 +166,7 @@ def _segment(nodes: list[Node], skip: Node | None, wanted: set[Any]) -> _Segment
         return env[node]
 
     for node in nodes:
-        if _is_bookkeeping(node) or node.target in (_M.carry.default, _M.yield_.default):
+        if _is_bookkeeping(node) or node.target in CARRIES:
             continue
         env[node] = _executable(graph, node, value)
     condition = skip.args[1] if skip is not None else None
@@ -166,11 +189,19 @@ def _executable(graph: Graph, node: Node, value: Callable[[Node], Node]) -> Node
     if node.target is _M.pick.default:
         tables, item = node.args
         return graph.call_function(_pick, ([value(t) for t in tables], value(item)))  # type: ignore[arg-type,union-attr]
+    if node.target in (_M.yield_.default, _M.collect.default):
+        return value(node.args[node.target is _M.yield_.default])  # type: ignore[arg-type]
+    if node.target is _M.span.default:
+        return graph.call_function(_span, (value(node.args[0]), value(node.args[1])))  # type: ignore[arg-type]
     return graph.node_copy(node, value)
 
 
 def _pick(tables: Sequence[Tensor], item: Tensor) -> Tensor:
     return tables[int(item)]
+
+
+def _span(start: Tensor, stop: Tensor) -> Tensor:
+    return torch.arange(int(start), int(stop), device=start.device)
 
 
 def _is_bookkeeping(node: Node) -> bool:

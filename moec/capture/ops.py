@@ -26,6 +26,12 @@ _SCHEMAS: tuple[str, ...] = (
     "skip_size(Tensor item, SymInt size) -> Tensor",
     # Head of the loop: `value` at the first iteration, afterwards what `yield_` handed over.
     "carry(Tensor value, Tensor item) -> Tensor",
+    # The same for a whole number: 0-d int64.
+    "carry_int(SymInt value, Tensor item) -> Tensor",
+    # The integers start ≤ i < stop of 0-d bounds, as int64.
+    "span(Tensor start, Tensor stop) -> Tensor",
+    # After the loop: `rows` of every iteration, one after the other, along the first axis.
+    "collect(Tensor rows, Tensor item) -> Tensor",
     # End of the loop: `new` becomes the next iteration's `carried`; the result is the value after the last one.
     "yield_(Tensor carried, Tensor new, Tensor item) -> Tensor",
     # The region of this item ends here.
@@ -33,7 +39,7 @@ _SCHEMAS: tuple[str, ...] = (
 )
 
 # These act by their place in the graph, so no pass may drop them for want of users.
-_ORDERED = ("anchor", "anchor_range", "skip", "skip_size", "carry", "yield_", "end")
+_ORDERED = ("anchor", "anchor_range", "skip", "skip_size", "carry", "carry_int", "collect", "yield_", "end")
 
 
 def _anchor(items: Tensor) -> Tensor:
@@ -57,6 +63,20 @@ def _same(item: Tensor, *_: object) -> Tensor:
     return torch.empty_like(item)
 
 
+def _carry_int(value: int, item: Tensor) -> Tensor:
+    return item.new_empty((), dtype=torch.int64)
+
+
+def _span(start: Tensor, stop: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return start.new_empty((size,), dtype=torch.int64)
+
+
+def _collect(rows: Tensor, item: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return rows.new_empty((size, *rows.shape[1:]))
+
+
 def _yield(carried: Tensor, new: Tensor, item: Tensor) -> Tensor:
     return torch.empty_like(new)
 
@@ -69,6 +89,9 @@ _FAKES: dict[str, Callable[..., Tensor | None]] = {
     "skip": _same,
     "skip_size": _same,
     "carry": _same,
+    "carry_int": _carry_int,
+    "span": _span,
+    "collect": _collect,
     "yield_": _yield,
     "end": lambda item: None,
 }

@@ -28,7 +28,10 @@ def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
     if not regions(gm):
         return compile_fn(gm, _examples(gm))
     gm = lower_regions(gm)
-    split = split_module(gm, gm, _partition(gm), keep_original_order=True)
+    try:
+        split = split_module(gm, gm, _partition(gm), keep_original_order=True)
+    except KeyError:  # a size made of one that depends on data: no part can be given it, so all run as they are
+        return gm.forward
     for name, part in list(split.named_children()):
         if not isinstance(part, GraphModule) or _has_region(part) or not _computes(part):
             continue

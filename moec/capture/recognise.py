@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.capture.events import Path, after, events, loaded, read_first, stored
+from moec.capture.host import counters
+from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts
 
 # Torch's words for "add or write at these rows"; the place of the row index among the arguments of the method.
 _WRITES = {
@@ -35,12 +37,14 @@ class Candidate:
     """A loop that can be rolled: what is written in place, what is carried from one iteration to the next."""
 
     loop: ast.For
-    like: ast.expr  # an accumulator, as a name, for its device
+    like: ast.expr  # an accumulator, as a name, for its device; None where rows are only collected
     aliases: frozenset[str]  # names of the loop's item itself
     tainted: frozenset[str]  # names that depend on the item
     selected: frozenset[str]  # names of rows and masks that the item selects
     carried: tuple[str, ...]
     in_place: tuple[str, ...]  # names that `+=` rebinds to the same tensor
+    counters: tuple[str, ...] = ()  # carried names that hold a number before the loop
+    collected: tuple[str, ...] = ()  # lists that the body appends rows to
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,36 @@ class _Write:
 def examine(loop: ast.For, path: Path) -> Candidate | Declined | None:
     """The loop as a candidate, as one that nearly is, or None where it has nothing of a loop over experts."""
     writes = [w for w in _writes(loop) if _root(w.target) is not None]
-    if not writes:
+    collected = collected_names(loop, path)
+    if not writes and not collected:
         return None
     inner = stored(loop.body) | stored([loop.target])
     rebound = read_first([loop.target, *loop.body]) & stored(loop.body)
-    aliases = _aliases(loop)
-    selectors = _derived(loop, aliases)
+    counted = counters(path[0][0], loop) & rebound
+    aliases = _aliases(loop) - counted
+    tainted = _tainted(loop)
+    bounds = bound_names(loop, path, aliases, tainted)
+    selectors = (_derived(loop, aliases, bounds) - bounds) | chunk_names(loop, path)
     writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
-    writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases) for key in w.keys)]
-    if not writes:
+    writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases, bounds) for key in w.keys)]
+    appends = [s for s in loop.body if loaded([s]) & selectors or cuts(s, bounds, aliases)]
+    collected &= {appended_to(s) for s in appends}
+    if not writes and not collected:
         return None
-    reason = _obstacle(loop, path, writes, rebound)
+    reason = _obstacle(loop, path, writes, rebound - counted, collected)
     if reason:
         return Declined(loop, reason)
     plus = {s.target.id for s in _flat(loop.body) if isinstance(s, ast.AugAssign) and isinstance(s.target, ast.Name)}
     return Candidate(
         loop,
-        ast.parse(_root(writes[0].target) or "", mode="eval").body,
+        ast.parse(_root(writes[0].target) or "", mode="eval").body if writes else ast.Constant(None),
         frozenset(aliases),
-        frozenset(_tainted(loop)),
+        frozenset(tainted | counted),
         frozenset(selectors - aliases),
-        tuple(sorted(rebound - plus)),
-        tuple(sorted(rebound & plus)),
+        tuple(sorted(rebound - (plus - counted))),
+        tuple(sorted(rebound & plus - counted)),
+        tuple(sorted(counted)),
+        tuple(sorted(collected)),
     )
 
 
@@ -99,9 +111,11 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 _VIEWS = frozenset(("view", "reshape", "flatten", "view_as", "squeeze", "unsqueeze"))
 
 
-def _is_rows(key: ast.AST, selectors: set[str], aliases: set[str]) -> bool:
-    """Whether an index holds rows or a mask that the item selects."""
+def _is_rows(key: ast.AST, selectors: set[str], aliases: set[str], bounds: set[str]) -> bool:
+    """Whether an index holds rows or a mask that the item selects, or counted bounds of rows."""
     parts = key.elts if isinstance(key, ast.Tuple) else [key]
+    if isinstance(parts[0], ast.Slice) and cuts(ast.Subscript(ast.Name("_"), parts[0]), bounds, aliases):
+        return True
     parts = [part for part in parts if not isinstance(part, ast.Slice)]
     return any(loaded([part]) & selectors or _selects(part, aliases) for part in parts)
 
@@ -191,7 +205,7 @@ def _called_name(call: ast.Call) -> str | None:
     return call.func.id if isinstance(call.func, ast.Name) else None
 
 
-def _derived(loop: ast.For, aliases: set[str]) -> set[str]:
+def _derived(loop: ast.For, aliases: set[str], bounds: set[str]) -> set[str]:
     """Names of rows and masks that the item selects; what a called expert returns is none of them."""
     names: set[str] = set()
     for _ in range(3):
@@ -203,7 +217,9 @@ def _derived(loop: ast.For, aliases: set[str]) -> set[str]:
             }
             if called & (names | _NUMBERS) or is_alias(stmt.value, aliases):
                 continue
-            if loaded([stmt.value]) & names or _selects(stmt.value, aliases):
+            if stored([stmt]) & bounds:
+                continue
+            if loaded([stmt.value]) & names or _selects(stmt.value, aliases) or cuts(stmt.value, bounds, aliases):
                 names |= stored([stmt])
     return names
 
@@ -244,7 +260,9 @@ def _rebound_name(stmt: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str]) -> str | None:
+def _obstacle(
+    loop: ast.For, path: Path, writes: list[_Write], rebound: set[str], collected: set[str]
+) -> str | None:
     """Why the loop cannot be rolled, or None."""
     if loop.orelse:
         return "the loop has an else branch"
@@ -266,7 +284,7 @@ def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str]
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in _GROWING:
             continue
         root = _root(node.func.value)
-        if root is not None and root not in inner:
+        if root is not None and root not in inner and root not in collected:
             return f"the body changes a Python object of the outside: {ast.unparse(node.func)}"
     live = (inner - rebound) & read_first(after(path))
     if live:

@@ -14,6 +14,7 @@ from moec.capture.effects import only_asks, root, viewed, written
 _M = torch.ops.moec
 ANCHORS = (_M.anchor.default, _M.anchor_range.default)
 SKIPS = (_M.skip.default, _M.skip_size.default)
+CARRIES = (_M.carry.default, _M.carry_int.default)
 
 
 class Malformed(Exception):
@@ -25,8 +26,9 @@ class Region:
     """A rolled loop: for each item that `anchor` stands for, run `nodes` in order.
 
     A skip ends the iteration where its condition holds. `accumulators` are the tensors of the outside that the
-    body writes to in place, by the nodes in `effects`. `carries` pairs each `carry` with its `yield_`; the result
-    of a `yield_`, and nothing else of the region, is used after it.
+    body writes to in place, by the nodes in `effects`. `carries` pairs each `carry` with its `yield_`, which hands the
+    next value over where it stands; the results of `yield_` and `collect`, and nothing else of the region, are used
+    after it.
     """
 
     anchor: Node
@@ -52,7 +54,12 @@ class Region:
     def carries(self) -> tuple[tuple[Node, Node], ...]:
         """Each loop-carried value: where it enters an iteration and where it leaves."""
         yields = {node.args[0]: node for node in self.nodes if node.target is _M.yield_.default}
-        return tuple((node, yields[node]) for node in self.nodes if node.target is _M.carry.default)
+        return tuple((node, yields[node]) for node in self.nodes if node.target in CARRIES)
+
+    @cached_property
+    def collects(self) -> tuple[Node, ...]:
+        """The nodes whose rows, of all iterations, are one tensor after the loop."""
+        return tuple(node for node in self.nodes if node.target is _M.collect.default)
 
     @cached_property
     def effects(self) -> tuple[Node, ...]:
@@ -77,7 +84,7 @@ class Region:
         found = {self.anchor}
         changing = {root(a) for a in self.accumulators}
         for node in self.nodes:
-            carried = node.target is _M.carry.default
+            carried = node.target in CARRIES
             if (
                 carried
                 or node in self.effects
@@ -127,7 +134,7 @@ def hoist_invariants(graph: Graph, region: Region) -> Region:
 
     Dynamo records the sizes of a tensor where they are first asked for, which may be inside the body.
     """
-    yields = {leave for _, leave in region.carries}
+    yields = {*region.collects, *(leave for _, leave in region.carries)}
     leaked = [
         n
         for n in region.nodes

@@ -6,22 +6,27 @@ import ast
 import copy
 import dis
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.capture import source
-from moec.capture.events import Path, events, functions, loops
+from moec.capture.comprehend import unfolded
+from moec.capture.events import Path, functions, loops
+from moec.capture.host import keep_on_device
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
 from moec.capture.state import NotRolled, loop_key
-from moec.capture.words import RUNTIME, Unrollable, call, name, strip_listing
+from moec.capture.words import RUNTIME, Unrollable, call
 
 _FOR = dis.opmap["FOR_ITER"]
 _STORE = dis.opmap["STORE_SUBSCR"]
+_LISTED = dis.opmap["LIST_APPEND"]
+_JOINS = frozenset(("cat", "concat", "concatenate", "vstack", "row_stack"))
 _WRITES = frozenset(
     f"{word}{end}"
     for word in ("index_add", "scatter_add", "index_put", "index_copy", "scatter", "scatter_reduce", "index_reduce")
     for end in ("", "_")
-) | {"masked_scatter_", "masked_scatter", "slice_scatter"}
+) | {"masked_scatter_", "masked_scatter", "slice_scatter", "append"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,23 @@ class _Found:
     loop: ast.For
     path: Path
     verdict: Candidate | Declined | None
+    instead: ast.stmt | None = None  # the statement that the loop, with what its holder holds, is written out from
 
 
 def promising(code: types.CodeType) -> bool:
-    """The cheap test, on bytecode alone: a `for` and an indexed write in one function."""
+    """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function."""
     ops = code.co_code[::2]
+    if not _JOINS.isdisjoint(code.co_names) and any(_LISTED in c.co_code[::2] for c in _codes(code)):
+        return True
     if _FOR in ops and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code, and that of the comprehensions in it, which are functions of their own before Python 3.12."""
+    yield code
+    yield from (const for const in code.co_consts if isinstance(const, types.CodeType))
 
 
 def rewrite(code: types.CodeType) -> Rewritten:
@@ -57,7 +71,7 @@ def rewrite(code: types.CodeType) -> Rewritten:
         node = source.parse(code)
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
-    found = [_Found(owner, loop, path, examine(loop, path)) for owner in functions(node) for loop, path in loops(owner)]
+    found = [one for owner in functions(node) for one in _candidates(owner)]
     if not any(one.verdict for one in found):
         return Rewritten(None)
     try:
@@ -66,6 +80,13 @@ def rewrite(code: types.CodeType) -> Rewritten:
         return _roll_all(code, node, found)
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
+
+
+def _candidates(owner: ast.FunctionDef) -> Iterator[_Found]:
+    for loop, path in loops(owner):
+        yield _Found(owner, loop, path, examine(loop, path))
+    for one in unfolded(owner):
+        yield _Found(owner, one.loop, one.loop_path, examine(one.loop, one.loop_path), one.stmt)
 
 
 def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) -> Rewritten:
@@ -79,7 +100,7 @@ def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) 
         if not isinstance(one.verdict, Candidate) or id(one.loop) in taken:
             continue
         try:
-            _roll_one(one.function, one.path, one.verdict, loop_key(code.co_filename, line))
+            _roll_one(one, one.verdict, loop_key(code.co_filename, line))
         except Unrollable as error:
             declined.append(NotRolled(str(error), code.co_filename, line))
             continue
@@ -92,11 +113,18 @@ def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) 
     return Rewritten(source.compile_like(code, node), tuple(declined))
 
 
-def _roll_one(function: ast.FunctionDef, path: Path, candidate: Candidate, key: str) -> None:
-    loop = candidate.loop
-    body = rolled(candidate, key)
-    _keep_tensor(function, loop)
-    choice = ast.If(call("enter", ast.Constant(key)), body, [loop])
+def _roll_one(found: _Found, candidate: Candidate, key: str) -> None:
+    loop, path = candidate.loop, found.path
+    body = rolled(candidate, key, found.function)
+    elsewhere = keep_on_device(found.function, loop, call("keeps", ast.Constant(key)))
+    if elsewhere is not None:
+        raise Unrollable(f"the list {elsewhere} is read elsewhere than in the loop")
+    as_written: ast.stmt = loop
+    if found.instead is not None:
+        _, block, place = path[-1]
+        body = [*block[:place], *body, *block[place + 1 :]]
+        path, as_written = path[:-1], found.instead
+    choice = ast.If(call("enter", ast.Constant(key)), body, [as_written])
     _locate(choice, loop)
     _, block, place = path[-1]
     block[place] = choice
@@ -128,40 +156,3 @@ def _import_words(node: ast.FunctionDef) -> None:
         stmt.col_offset = stmt.end_col_offset = 0
         ast.fix_missing_locations(stmt)
     node.body[start:start] = [words, ask]
-
-
-def _keep_tensor(node: ast.FunctionDef, loop: ast.For) -> None:
-    """`ids = hit.tolist()` before `for e in ids`: the tensor stays a tensor where the loop is rolled."""
-    if not isinstance(loop.iter, ast.Name):
-        return
-    ids = loop.iter.id
-    assigns = [
-        n for n in ast.walk(node) if isinstance(n, ast.Assign) and any(e.store and e.name == ids for e in events([n]))
-    ]
-    reads = sum(1 for e in events([node]) if e.name == ids and not e.store)
-    if (
-        len(assigns) != 1
-        or reads != 1
-        or len(assigns[0].targets) != 1
-        or not isinstance(assigns[0].targets[0], ast.Name)
-    ):
-        return
-    assignment = assigns[0]
-    tensor = strip_listing(assignment.value)
-    if tensor is assignment.value:
-        return
-    kept = f"_moec_kept_{ids}"
-    as_written = copy.deepcopy(assignment.value)
-    assignment.value = ast.IfExp(
-        call("keeps", ast.NamedExpr(ast.Name(kept, ast.Store()), tensor)), name(kept), _on(as_written, kept)
-    )
-    loop.iter = call("unlisted", loop.iter)
-    for tree in (assignment, loop.iter):
-        _locate(tree, loop)
-
-
-def _on(chain: ast.expr, base: str) -> ast.expr:
-    """The chain of conversions on another receiver."""
-    if isinstance(chain, ast.Call) and isinstance(chain.func, ast.Attribute) and strip_listing(chain) is not chain:
-        return ast.Call(ast.Attribute(_on(chain.func.value, base), chain.func.attr, ast.Load()), [], [])
-    return name(base)

@@ -6,24 +6,29 @@ import ast
 import copy
 from dataclasses import dataclass, field
 
-from moec.capture.events import loaded
+from moec.capture.events import loaded, stored
+from moec.capture.host import host_names, kept_form, strip_listing
 from moec.capture.recognise import Candidate, is_alias
-from moec.capture.words import Unrollable, Words, assign, call, name, strip_listing
+from moec.capture.slices import appended_to
+from moec.capture.words import Unrollable, Words, assign, call, name
 
 _ITEM = "_moec_item"
 
 
-def rolled(candidate: Candidate, key: str) -> list[ast.stmt]:
-    """The straight-line body that stands for the loop; raises Unrollable."""
-    return _Roller(candidate, ast.Constant(key)).run()
+def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
+    """The straight-line body that stands for the loop in `function`; raises Unrollable."""
+    return _Roller(candidate, ast.Constant(key), host_names(function)).run()
 
 
 @dataclass
 class _Roller:
     candidate: Candidate
     key: ast.Constant
+    hosts: frozenset[str]
     item: str = _ITEM
     words: Words = field(init=False)
+    bound: set[str] = field(default_factory=set)  # what the statements so far bind
+    handed: set[str] = field(default_factory=set)  # carried values whose next value is settled
 
     def __post_init__(self) -> None:
         self.words = Words(self.candidate, self.key)
@@ -39,13 +44,39 @@ class _Roller:
         for value in self.candidate.in_place:
             out.append(assign(f"_moec_head_{value}", name(value)))
         out += self.block(loop.body)
-        for value in self.candidate.carried:
-            new = call("carried", self.key, name(f"_moec_head_{value}"), name(value), name(_ITEM))
-            out.append(assign(value, new))
+        early = set(self.handed)
+        out += [self.hand_over(value) for value in self.candidate.carried if value not in early]
+        out += [assign(value, name(f"_moec_next_{value}")) for value in self.candidate.carried]
         for value in self.candidate.in_place:
             out.append(assign(value, call("in_place", self.key, name(f"_moec_head_{value}"), name(value))))
         out.append(ast.Expr(call("leave", name(_ITEM))))
+        for value in self.candidate.collected:
+            add = ast.Call(ast.Attribute(name(value), "append", ast.Load()), [name(f"_moec_rows_{value}")], [])
+            out.append(ast.Expr(add))
         return out
+
+    def hand_over(self, value: str) -> ast.stmt:
+        """What a carried value is at the next iteration, unless an earlier skip ended this one."""
+        self.handed.add(value)
+        new = call("carried", self.key, name(f"_moec_head_{value}"), name(value), name(_ITEM))
+        return assign(f"_moec_next_{value}", new)
+
+    def before_skip(self, rest: list[ast.stmt]) -> list[ast.stmt]:
+        """A skip must not undo what was bound before it."""
+        done = [v for v in self.candidate.carried if v in self.bound and v not in self.handed]
+        torn = set(done) & stored(rest) | {v for v in self.handed if v in stored(rest)}
+        if torn:
+            raise Unrollable(f"{', '.join(sorted(torn))} changes both before and after a continue")
+        return [self.hand_over(value) for value in done]
+
+    def collect(self, stmt: ast.stmt) -> ast.stmt | None:
+        """`outs.append(y)` of a list that is joined after the loop."""
+        target = appended_to(stmt)
+        if target is None or target not in self.candidate.collected or not isinstance(stmt, ast.Expr):
+            return None
+        assert isinstance(stmt.value, ast.Call)
+        rows = self.words.visit(stmt.value.args[0])
+        return assign(f"_moec_rows_{target}", call("collect", self.key, rows, name(_ITEM)))
 
     def bind(self, target: ast.expr, items: ast.expr) -> list[ast.stmt]:
         """The statements that bind the loop's targets to the anchor and to what it indexes."""
@@ -76,11 +107,12 @@ class _Roller:
             sequences = [(target, inner)]
         out: list[ast.stmt] = []
         for i, (_, sequence) in enumerate(sequences):
-            out.append(assign(f"_moec_seq{i}", _without_values(strip_listing(sequence))))
+            kept = kept_form(sequence, self.hosts)
+            plain = _without_values(strip_listing(sequence)) if kept is None else kept
+            out.append(assign(f"_moec_seq{i}", plain))
         sizes: list[ast.expr] = [call("length", name(f"_moec_seq{i}")) for i in range(len(sequences))]
         size = sizes[0] if len(sizes) == 1 else call("shortest", self.key, *sizes)
-        span = ast.Call(name("range"), [size], [])
-        out.append(assign(_ITEM, call("anchor", self.key, span, copy.deepcopy(self.candidate.like))))
+        out.append(assign(_ITEM, call("anchor_each", self.key, size, copy.deepcopy(self.candidate.like))))
         for i, (part, _) in enumerate(sequences):
             out.append(assign(part, call("index", self.key, name(f"_moec_seq{i}"), name(_ITEM))))
         if counter is not None:
@@ -103,7 +135,8 @@ class _Roller:
                 raise Unrollable("a continue stands inside another statement than a plain if")
             if isinstance(stmt, ast.Assign) and is_alias(stmt.value, self.candidate.aliases):
                 self.item = next((t.id for t in stmt.targets if isinstance(t, ast.Name)), self.item)
-            out.append(self.plain(stmt))
+            self.bound |= stored([stmt])
+            out.append(self.collect(stmt) or self.plain(stmt))
         return out
 
     def branch(self, stmt: ast.If, rest: list[ast.stmt]) -> list[ast.stmt]:
@@ -141,16 +174,17 @@ class _Roller:
             nested = ast.If(ast.UnaryOp(ast.Not(), then) if negate else then, [ast.Continue()], [])
             return self.skips(first, negate, [nested, *rest])
         item, negated = name(self.item), ast.Constant(negate)
+        first_out = self.before_skip(rest)
         if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
             left, right = (self.words.condition(side) for side in (test.left, test.comparators[0]))
             word = call(
                 "skip_compare", self.key, item, left, ast.Constant(_COMPARISONS[type(test.ops[0])]), right, negated
             )
-            return [assign(self.item, word), *self.block(rest)]
+            return [*first_out, assign(self.item, word), *self.block(rest)]
         cond = assign("_moec_cond", self.words.condition(test))
         step = assign(self.item, call("skip", self.key, item, name("_moec_cond"), negated))
         guard = ast.UnaryOp(ast.Not(), call("always", name("_moec_cond"), negated))
-        return [cond, ast.If(guard, [step, *self.block(rest)], [])]
+        return [*first_out, cond, ast.If(guard, [step, *self.block(rest)], [])]
 
 
 def _without_values(sequence: ast.expr) -> ast.expr:

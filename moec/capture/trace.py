@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
 from moec.capture.picked import TextKey, pick_from
@@ -18,6 +19,7 @@ from moec.capture.state import (
     loops_of,
     retrace_without,
 )
+from moec.capture.totals import fix_total
 
 _markers: Any = torch.ops.moec
 _COMPARE = {
@@ -40,13 +42,22 @@ def _compiling_for_moec() -> bool:
     return True
 
 
+def _may_open(tx: Any, key: str) -> bool:
+    # One region at a time, and none inside a higher-order operator's own graph: see DESIGN, capture.
+    return not (key in declined(tx) or loops_of(tx).open is not None or len(tx.output.tracers) > 1)
+
+
+@torch.compiler.assume_constant_result
+def _opens(key: str) -> bool:
+    return _may_open(current_tx(), key)
+
+
 @torch.compiler.assume_constant_result
 def _open(key: str) -> bool:
     tx = current_tx()
-    # One region at a time, and none inside a higher-order operator's own graph: see DESIGN, capture.
-    loops = loops_of(tx)
-    if key in declined(tx) or loops.open is not None or len(tx.output.tracers) > 1:
+    if not _may_open(tx, key):
         return False
+    loops = loops_of(tx)
     loops.open = key
     loops.begun.append(key)
     return True
@@ -55,6 +66,11 @@ def _open(key: str) -> bool:
 @torch.compiler.assume_constant_result
 def _close() -> None:
     loops_of(current_tx()).open = None
+
+
+@torch.compiler.assume_constant_result
+def _fix_total() -> None:
+    fix_total(current_tx().output.graph)
 
 
 @torch.compiler.assume_constant_result
@@ -85,9 +101,18 @@ def anchor(key: str, items: Any, like: Any) -> Tensor:
         if items.dim() == 0 or items.is_floating_point():
             give_up(key, "the loop runs over a tensor that holds no integer rows")
         return _markers.anchor.default(items)
-    if isinstance(items, range) and isinstance(like, Tensor):
-        return _markers.anchor_range.default(items.start, items.stop, items.step, like.device)
+    if isinstance(items, range):
+        return _markers.anchor_range.default(items.start, items.stop, items.step, _device(like))
     return give_up(key, "the loop runs over something that is neither a range nor a tensor")
+
+
+def anchor_each(key: str, count: Any, like: Any) -> Tensor:
+    """One of the places 0 … count − 1 of a sequence, or of several that are joined."""
+    return _markers.anchor_range.default(0, count, 1, _device(like))
+
+
+def _device(like: Any) -> torch.device:
+    return like.device if isinstance(like, Tensor) else torch.device("cpu")
 
 
 def is_item(x: Any) -> bool:
@@ -107,20 +132,29 @@ def item_of(x: Any) -> Any:
 
 def length(x: Any) -> Any:
     """`len(x)`; of a tensor the size of its first axis."""
+    if isinstance(x, Runs):
+        return x.sizes.shape[0]
     return x.shape[0] if isinstance(x, Tensor) else len(x)
 
 
 def shortest(key: str, *sizes: int) -> int:
-    """The common length of what a `zip` joins."""
-    if any(size != sizes[0] for size in sizes):
-        give_up(key, "zip joins sequences of different lengths")
-    return sizes[0]
+    """The common length of what a `zip` joins; the least where lengths depend on data."""
+    least = sizes[0]
+    for size in sizes[1:]:
+        if statically_known_true(size != least):
+            give_up(key, "zip joins sequences of different lengths")
+        if not statically_known_true(size == least):
+            least = torch.sym_min(least, size)
+    return least
 
 
 def index(key: str, obj: Any, at: Any) -> Any:
     """`obj[at]` where `at` may hold the loop's item."""
     if isinstance(obj, Tensor):
         return _index_tensor(key, obj, at)
+    if isinstance(obj, Runs):
+        stop = _markers.take.default(obj.ends, at)
+        return obj.rows[_markers.span.default(stop - _markers.take.default(obj.sizes, at), stop)]
     if is_row(at):
         at = at.reshape(())
     if is_item(at) or isinstance(at, TextKey):
@@ -133,6 +167,7 @@ def _index_tensor(key: str, table: Tensor, at: Any) -> Tensor:
         return _markers.take.default(table, at)
     if is_row(at):
         return _markers.take.default(table, at.reshape(())).unsqueeze(0)
+    at = _rows_at(key, table, at)
     if not isinstance(at, tuple):
         return table[at]
     # Integers select before anything else does, so each item takes its axis away first, the last one first.
@@ -141,6 +176,23 @@ def _index_tensor(key: str, table: Tensor, at: Any) -> Tensor:
         axis = _axis_of(rest, place, table.dim())
         table = _markers.take.default(table.movedim(axis, 0), rest.pop(place))
     return table[tuple(rest)] if any(_narrows(part) for part in rest) else table
+
+
+def _rows_at(key: str, table: Tensor, at: Any) -> Any:
+    """`start:end` of the first axis, with bounds that depend on the item, as the integers between them."""
+    first = at[0] if isinstance(at, tuple) else at
+    if not isinstance(first, Span):
+        return at
+    if first.step is not None:
+        give_up(key, "a slice with bounds that depend on the item has a step")
+    start = first.start if first.start is not None else 0
+    stop = first.stop if first.stop is not None else table.shape[0]
+    rows = _markers.span.default(_number(start, stop), _number(stop, start))
+    return (rows, *at[1:]) if isinstance(at, tuple) else rows
+
+
+def _number(x: Any, like: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else like.new_full((), x)
 
 
 def _narrows(part: Any) -> bool:
@@ -166,13 +218,25 @@ def store(key: str, obj: Any, at: Any, value: Any) -> None:
     if is_item(at):
         obj.index_put_((at,), value if isinstance(value, Tensor) else obj.new_tensor(value))
         return
+    at = _rows_at(key, obj, at)
     if isinstance(at, tuple) and any(is_item(part) for part in at):
         give_up(key, "the body stores at an index made of the loop's item and others")
     obj[at] = value
 
 
-def span(start: Any, stop: Any, step: Any) -> slice:
+class Span:
+    """`start:stop` with a bound that depends on the item: Python's own slice would ask the tensor for its number."""
+
+    def __init__(self, start: Any, stop: Any, step: Any) -> None:
+        self.start = start
+        self.stop = stop
+        self.step = step
+
+
+def span(start: Any, stop: Any, step: Any) -> Any:
     """`start:stop:step` of an index."""
+    if isinstance(start, Tensor) or isinstance(stop, Tensor):
+        return Span(start, stop, step)
     return slice(start, stop, step)
 
 
@@ -211,6 +275,8 @@ def skip_compare(key: str, item: Tensor, left: Any, how: str, right: Any, negate
 
 def carry(key: str, value: Any, item: Tensor) -> Tensor:
     """The loop-carried value at the head of an iteration."""
+    if isinstance(value, int):
+        return _markers.carry_int.default(value, item)
     if not isinstance(value, Tensor):
         give_up(key, "the body carries a value that is no tensor from one iteration to the next")
     return _markers.carry.default(value, item)
@@ -221,6 +287,48 @@ def carried(key: str, head: Tensor, new: Any, item: Tensor) -> Tensor:
     if not isinstance(new, Tensor) or new.dtype != head.dtype or new.dim() != head.dim():
         give_up(key, "a value carried by the loop changes its dtype or rank")
     return _markers.yield_.default(head, new, item)
+
+
+def collect(key: str, rows: Any, item: Tensor) -> Tensor:
+    """The rows of every iteration, one after the other, after the loop."""
+    if not isinstance(rows, Tensor) or rows.dim() == 0:
+        give_up(key, "the body collects something that is no tensor of rows")
+    joined = _markers.collect.default(rows, item)
+    _fix_total()
+    return joined
+
+
+def select(key: str, cond: Any, yes: Any, no: Any) -> Any:
+    """`yes if cond else no` of numbers, where `cond` may depend on the item."""
+    if not isinstance(cond, Tensor):
+        return yes if cond else no
+    if not all(isinstance(x, int) or is_item(x) for x in (yes, no)):
+        give_up(key, "a choice that depends on the item is between other things than whole numbers")
+    return torch.where(cond, yes, no)
+
+
+class Runs:
+    """`rows.split(sizes)`: run i is the next `sizes[i]` rows. rows [R, …], sizes [n], the sum of which is R."""
+
+    def __init__(self, rows: Tensor, sizes: Tensor) -> None:
+        self.rows = rows
+        self.sizes = sizes
+        self.ends = sizes.cumsum(0)
+
+
+def runs(rows: Tensor, sizes: Tensor) -> Runs:
+    """`rows.split(sizes.tolist())` without moving the sizes to the host."""
+    return Runs(rows, sizes)
+
+
+def running(sizes: Tensor) -> Tensor:
+    """`itertools.accumulate` and `np.cumsum` of numbers that stayed a tensor."""
+    return sizes.cumsum(0)
+
+
+def leading(sizes: Tensor) -> Tensor:
+    """`[0] + sizes` of numbers that stayed a tensor."""
+    return torch.cat([sizes.new_zeros(1), sizes])
 
 
 def in_place(key: str, head: Any, new: Any) -> Any:
@@ -235,11 +343,6 @@ def text_key(prefix: str, item: Any, suffix: str) -> Any:
     return TextKey(prefix, item.reshape(()), suffix) if isinstance(item, Tensor) else f"{prefix}{item}{suffix}"
 
 
-def keeps(items: Any) -> bool:
-    """Whether what a rolled loop runs over stays a tensor rather than becoming a list."""
-    return isinstance(items, Tensor) and compiling()
-
-
-def unlisted(items: Any) -> Any:
-    """What the loop as written runs over, where `keeps` kept a tensor."""
-    return items.tolist() if isinstance(items, Tensor) and compiling() else items
+def keeps(key: str) -> bool:
+    """Whether the lists that the loop named `key` reads stay tensors: it will be traced as its rolled body."""
+    return compiling() and _opens(key)

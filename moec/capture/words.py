@@ -9,7 +9,6 @@ from moec.capture.events import loaded
 from moec.capture.recognise import Candidate, is_alias
 
 RUNTIME = "_moec_trace"
-_LISTING = frozenset(("tolist", "numpy", "cpu", "detach"))
 
 
 class Unrollable(Exception):
@@ -31,18 +30,6 @@ def assign(target: str | ast.expr, value: ast.expr) -> ast.Assign:
     return ast.Assign([ast.Name(target, ast.Store()) if isinstance(target, str) else target], value)
 
 
-def strip_listing(items: ast.expr) -> ast.expr:
-    """`hit.cpu().tolist()` as `hit`: a rolled loop runs over the tensor itself."""
-    while (
-        isinstance(items, ast.Call)
-        and isinstance(items.func, ast.Attribute)
-        and items.func.attr in _LISTING
-        and not (items.args or items.keywords)
-    ):
-        items = items.func.value
-    return items
-
-
 class Words(ast.NodeTransformer):
     """Subscripts, conversions and keys made of the loop's item."""
 
@@ -51,6 +38,7 @@ class Words(ast.NodeTransformer):
         # An index that may be the item; rows and masks that the item selected index as they are.
         self.items = candidate.tainted - candidate.selected
         self.key = key
+        self.counters = frozenset(candidate.counters)
 
     def condition(self, test: ast.expr) -> ast.expr:
         """The test of a skip: `mask.any().item()` and `bool(mask.any())` stay tensors."""
@@ -71,7 +59,15 @@ class Words(ast.NodeTransformer):
         return call("index", self.key, self.visit(node.value), self.visit(_key(node.slice)))
 
     def indexes(self, node: ast.Subscript) -> bool:
+        if any(isinstance(inner, ast.Subscript) and _slices(inner.slice) for inner in ast.walk(node.slice)):
+            return _slices(node.slice)  # rows of rows: `ids[idxs[start:end]]`
         return bool(loaded([node.slice]) & self.items)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        if not loaded([node.test]) & self.items:
+            self.generic_visit(node)
+            return node
+        return call("select", self.key, self.condition(node.test), self.visit(node.body), self.visit(node.orelse))
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         target = node.targets[0]
@@ -82,6 +78,8 @@ class Words(ast.NodeTransformer):
         return ast.Expr(call("store", self.key, self.visit(target.value), at, self.visit(node.value)))
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
+        if isinstance(node.target, ast.Name) and node.target.id in self.counters:
+            return assign(node.target.id, ast.BinOp(name(node.target.id), node.op, self.visit(node.value)))
         if not isinstance(node.target, ast.Subscript) or not self.indexes(node.target):
             self.generic_visit(node)
             return node
@@ -96,10 +94,17 @@ class Words(ast.NodeTransformer):
                 return call("item_of", self.visit(args[0]))
             if func.id == "str" and is_alias(args[0], self.aliases):
                 return call("text_key", ast.Constant(""), self.visit(args[0]), ast.Constant(""))
-        if isinstance(func, ast.Attribute) and func.attr in ("item", "tolist") and is_alias(func.value, self.aliases):
-            return call("item_of", self.visit(func.value))
+        if isinstance(func, ast.Name) and func.id == "int" and len(args) == 1 and self.number(args[0]):
+            return call("item_of", self.visit(args[0]))
+        if isinstance(func, ast.Attribute) and func.attr in ("item", "tolist"):
+            if is_alias(func.value, self.aliases) or self.number(func.value):
+                return call("item_of", self.visit(func.value))
         self.generic_visit(node)
         return node
+
+    def number(self, expr: ast.expr) -> bool:
+        """Whether an expression is a number looked up at the item: `counts[e]`."""
+        return isinstance(expr, ast.Subscript) and not _slices(expr.slice) and self.indexes(expr)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         parts = [part for part in node.values if isinstance(part, ast.FormattedValue)]
@@ -112,6 +117,10 @@ class Words(ast.NodeTransformer):
             for side in (node.values[:place], node.values[place + 1 :])
         )
         return call("text_key", ast.Constant(prefix), self.visit(parts[0].value), ast.Constant(suffix))
+
+
+def _slices(at: ast.expr) -> bool:
+    return any(isinstance(part, ast.Slice) for part in (at.elts if isinstance(at, ast.Tuple) else [at]))
 
 
 def _key(at: ast.expr) -> ast.expr:

@@ -1,0 +1,191 @@
+"""Numbers on the host: lists of counts that a loop reads, and the tensors that they came from.
+
+`counts = torch.bincount(ids).tolist()` moves numbers to Python; a loop that is rolled reads the tensor instead.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+
+from moec.capture.events import Event, events, stored
+
+_MOVING = frozenset(("tolist", "numpy"))
+_LISTING = _MOVING | {"cpu", "detach"}
+_SUMMING = frozenset(("cumsum", "accumulate"))
+_SAME = frozenset(("list", "tuple", "iter"))
+_SPLITTING = frozenset(("split", "split_with_sizes"))
+
+
+def strip_listing(items: ast.expr) -> ast.expr:
+    """`hit.cpu().tolist()` as `hit`: a rolled loop runs over the tensor itself."""
+    while isinstance(items, ast.Call) and _is_bare(items, _LISTING):
+        items = items.func.value  # type: ignore[attr-defined]
+    return items
+
+
+def tensor_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
+    """The expression as a tensor that stayed where it was; None where it is no list that came from one."""
+    if isinstance(expr, ast.Name):
+        return expr if expr.id in hosts else None
+    if isinstance(expr, ast.Call):
+        return _called(expr, hosts)
+    if isinstance(expr, ast.BinOp) and isinstance(expr.op, ast.Add) and _is_zeros(expr.left):
+        tail = tensor_of(expr.right, hosts)
+        return None if tail is None else _word("leading", tail)
+    if isinstance(expr, ast.List) and len(expr.elts) == 2 and isinstance(expr.elts[1], ast.Starred):
+        tail = tensor_of(expr.elts[1].value, hosts) if _is_zero(expr.elts[0]) else None
+        return None if tail is None else _word("leading", tail)
+    return _numbers(expr, hosts) if isinstance(expr, ast.ListComp) else None
+
+
+def chunks_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
+    """`x.split(counts)` with counts on the host, as the word that leaves them where they are."""
+    if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Attribute) or expr.func.attr not in _SPLITTING:
+        return None
+    function = isinstance(expr.func.value, ast.Name) and expr.func.value.id == "torch"
+    args = [*([] if function else [expr.func.value]), *expr.args]
+    named = {k.arg: k.value for k in expr.keywords}
+    sizes = args[1] if len(args) > 1 else named.get("split_size_or_sections", named.get("split_size"))
+    dim = args[2] if len(args) > 2 else named.get("dim")
+    if not args or sizes is None or (dim is not None and not _is_zero(dim)):
+        return None
+    kept = tensor_of(sizes, hosts)
+    return None if kept is None else _word("runs", args[0], kept)
+
+
+def kept_form(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
+    """What stands for a list of the host, or for chunks cut by one, where a loop is rolled."""
+    found = tensor_of(expr, hosts)
+    return found if found is not None else chunks_of(expr, hosts)
+
+
+def host_names(function: ast.AST) -> frozenset[str]:
+    """The names of lists that came from tensors, and of chunks cut by them, in a function."""
+    found: frozenset[str] = frozenset()
+    for assignment in assignments(function):
+        target = assignment.targets[0]
+        if isinstance(target, ast.Name) and kept_form(assignment.value, found) is not None:
+            found |= {target.id}
+    return found
+
+
+def assignments(function: ast.AST) -> list[ast.Assign]:
+    """The assignments to one target in a function, in the order of their lines."""
+    found = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and len(n.targets) == 1]
+    return sorted(found, key=lambda n: n.lineno)
+
+
+def read_after(function: ast.AST, assignment: ast.Assign, name: str) -> list[ast.Name]:
+    """The reads of a name in the lines after an assignment to it."""
+    own = {id(n) for n in ast.walk(assignment)}
+    return [
+        n
+        for n in ast.walk(function)
+        if isinstance(n, ast.Name)
+        and n.id == name
+        and isinstance(n.ctx, ast.Load)
+        and id(n) not in own
+        and n.lineno >= assignment.lineno
+    ]
+
+
+def keep_on_device(function: ast.AST, loop: ast.For, ask: ast.expr) -> str | None:
+    """Have the lists that a loop reads stay tensors where `ask` holds; the name that something else reads, or None."""
+    hosts = host_names(function)
+    wanted = {e.name for e in events([loop.iter, *loop.body]) if not e.store} & hosts
+    inside = {id(n) for n in ast.walk(loop)}
+    changes: list[tuple[ast.Assign, ast.expr]] = []
+    for assignment in reversed(assignments(function)):
+        target = assignment.targets[0]
+        if not isinstance(target, ast.Name) or target.id not in wanted or id(assignment) in inside:
+            continue
+        form = kept_form(copy.deepcopy(assignment.value), hosts)
+        if form is None:
+            continue
+        if any(id(read) not in inside for read in read_after(function, assignment, target.id)):
+            return target.id
+        changes.append((assignment, form))
+        inside |= {id(n) for n in ast.walk(assignment.value)}
+        wanted |= {name for name, store in _events(assignment.value) if not store} & hosts
+    for assignment, form in changes:
+        assignment.value = ast.IfExp(copy.deepcopy(ask), form, assignment.value)
+    return None
+
+
+def counters(function: ast.AST, loop: ast.For) -> frozenset[str]:
+    """The names that hold a whole number before the loop and are bound again in it: `start = 0`."""
+    inside = {id(n) for n in ast.walk(loop)}
+    values: dict[str, list[ast.expr]] = {}
+    for assignment in assignments(function):
+        target, value = assignment.targets[0], assignment.value
+        if id(assignment) in inside:
+            continue
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+        else:
+            pairs = [(target, value)]
+        for name, held in pairs:
+            if isinstance(name, ast.Name):
+                values.setdefault(name.id, []).append(held)
+    bound = stored(loop.body)
+    return frozenset(n for n, held in values.items() if n in bound and all(map(_is_whole, held)))
+
+
+def _events(node: ast.AST) -> list[Event]:
+    return list(events([node]))
+
+
+def _called(expr: ast.Call, hosts: frozenset[str]) -> ast.expr | None:
+    func = expr.func
+    if _is_bare(expr, _LISTING) and isinstance(func, ast.Attribute):
+        inner = tensor_of(func.value, hosts)
+        return inner if inner is not None else (strip_listing(func.value) if func.attr in _MOVING else None)
+    named = func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+    if named in _SUMMING and not expr.keywords:
+        whole = len(expr.args) == 1 and not _is_zero(expr.args[0])
+        base = expr.args[0] if whole else func.value if isinstance(func, ast.Attribute) else expr
+        inner = tensor_of(base, hosts) if base is not expr else None
+        return None if inner is None else _word("running", inner)
+    if named in _SAME and isinstance(func, ast.Name) and len(expr.args) == 1:
+        return tensor_of(expr.args[0], hosts)
+    return None
+
+
+def _numbers(expr: ast.ListComp, hosts: frozenset[str]) -> ast.expr | None:
+    """`[n.item() for n in counts]` and `[int(n) for n in counts]`."""
+    each, elt = expr.generators[0], expr.elt
+    if len(expr.generators) != 1 or each.ifs or not isinstance(each.target, ast.Name) or not isinstance(elt, ast.Call):
+        return None
+    name = each.target.id
+    unwrapped = _is_bare(elt, frozenset(("item",))) and _is_name(elt.func.value, name)  # type: ignore[attr-defined]
+    whole = isinstance(elt.func, ast.Name) and elt.func.id == "int" and len(elt.args) == 1 and _is_name(elt.args[0], name)
+    if not (unwrapped or whole):
+        return None
+    inner = tensor_of(each.iter, hosts)
+    return inner if inner is not None else each.iter
+
+
+def _is_bare(call: ast.Call, names: frozenset[str]) -> bool:
+    """A method of one of these names, called without arguments."""
+    return isinstance(call.func, ast.Attribute) and call.func.attr in names and not (call.args or call.keywords)
+
+
+def _is_name(expr: ast.expr, name: str) -> bool:
+    return isinstance(expr, ast.Name) and expr.id == name
+
+
+def _is_whole(expr: ast.expr) -> bool:
+    return isinstance(expr, ast.Constant) and type(expr.value) is int
+
+
+def _is_zero(expr: ast.expr) -> bool:
+    return isinstance(expr, ast.Constant) and type(expr.value) is int and expr.value == 0
+
+
+def _is_zeros(expr: ast.expr) -> bool:
+    return isinstance(expr, ast.List) and len(expr.elts) == 1 and _is_zero(expr.elts[0])
+
+
+def _word(word: str, *args: ast.expr) -> ast.Call:
+    return ast.Call(ast.Attribute(ast.Name("_moec_trace", ast.Load()), word, ast.Load()), list(args), [])

@@ -1,0 +1,119 @@
+"""How many rows a loop collects: counts of n choices cut n rows, however they were counted."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+_M = torch.ops.moec
+_SAME = frozenset(("to", "long", "int", "cpu", "float", "type", "contiguous", "clone", "detach"))
+
+
+def fix_total(graph: Graph) -> None:
+    """Tell torch the size of the last collected tensor of the graph, where the counts that cut its rows give it."""
+    last = next(node for node in reversed(graph.nodes) if node.target is _M.collect.default)
+    spans, sources = _cuts(last)
+    totals = [_total(_counts(span)) for span in spans]
+    rows = [source.meta["example_value"].shape[0] for source in sources]
+    cut = last.args[0]
+    assert isinstance(cut, Node)
+    # The body must have kept the number of rows: its size is then that of the span.
+    same = any(span.meta["example_value"].shape[0] is cut.meta["example_value"].shape[0] for span in spans)
+    if len(totals) == 1 and totals[0] is not None and len(rows) == 1 and (same or _kept(spans[0], cut)):
+        torch._check(last.meta["example_value"].shape[0] == totals[0])
+
+
+def _kept(span: Node, rows: Node) -> bool:
+    a, b = span.meta["example_value"].shape[0], rows.meta["example_value"].shape[0]
+    return str(a) == str(b)
+
+
+def _cuts(node: Node) -> tuple[list[Node], list[Node]]:
+    """The spans that the rows were cut at, and what they were cut from."""
+    spans: dict[Node, None] = {}
+    sources: dict[Node, None] = {}
+    todo, seen = [node], set[Node]()
+    while todo:
+        here = todo.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        index = here.args[1] if here.target is operator.getitem else None
+        if isinstance(index, Node) and index.target is _M.span.default and isinstance(here.args[0], Node):
+            spans[index] = None
+            sources[here.args[0]] = None
+            continue
+        todo += here.all_input_nodes
+    return list(spans), list(sources)
+
+
+def _counts(span: Node) -> Node | None:
+    """The counts behind the bounds of a span: `start + take(counts)` or `take(cumsum(counts))`."""
+    stop = _plain(span.args[1])
+    if stop is not None and stop.target in (operator.add, torch.add):
+        looked = [a for a in stop.args if isinstance(a, Node) and a.target is _M.take.default]
+        return _node(looked[0].args[0]) if len(looked) == 1 else None
+    if stop is None or stop.target is not _M.take.default:
+        return None
+    ends = _plain(stop.args[0])
+    return _node(ends.args[0]) if ends is not None and ends.target == "cumsum" else None
+
+
+def _total(counts: Node | None) -> Any:
+    """The sum of counts, where it is known to be a size."""
+    made = _plain(counts)
+    if made is None:
+        return None
+    name = getattr(made.target, "__name__", made.target)
+    if name == "bincount" and len(made.args) + len(made.kwargs) <= 2 and "weights" not in made.kwargs:
+        return _numel(made.args[0])
+    if name != "sum":
+        return None
+    mask = _plain(made.args[0])
+    dims = made.kwargs.get("dim", made.args[1] if len(made.args) > 1 else None)
+    if mask is None:
+        return None
+    rank = mask.meta["example_value"].dim()
+    if getattr(mask.target, "__name__", "") == "one_hot" and _all_but_last(dims, rank):
+        return _numel(mask.args[0])
+    return _chosen_once(mask) if dims in (0, (0,), [0]) else None
+
+
+def _chosen_once(mask: Node) -> Any:
+    """`zeros.scatter_(1, topk's indices, 1)`: as many ones as choices, since no row chooses twice."""
+    if mask.target not in ("scatter_", "scatter"):
+        writes = [u for u in mask.users if u.target == "scatter_" and u.args[0] is mask]
+        if len(writes) != 1:
+            return None
+        mask = writes[0]
+    if len(mask.args) != 4 or mask.args[1] != 1 or mask.args[3] != 1:
+        return None
+    chosen, base = mask.args[2], _node(mask.args[0])
+    made = _node(chosen.args[0]) if isinstance(chosen, Node) and chosen.target is operator.getitem else None
+    of_topk = made is not None and getattr(made.target, "__name__", made.target) == "topk"
+    empty = base is not None and "zeros" in str(getattr(base.target, "__name__", base.target))
+    return _numel(chosen) if of_topk and empty else None
+
+
+def _all_but_last(dims: Any, rank: int) -> bool:
+    given = (dims,) if isinstance(dims, int) else dims
+    return given is not None and sorted(d % rank for d in given) == list(range(rank - 1))
+
+
+def _numel(node: Any) -> Any:
+    return node.meta["example_value"].numel() if isinstance(node, Node) else None
+
+
+def _node(value: Any) -> Node | None:
+    return value if isinstance(value, Node) else None
+
+
+def _plain(value: Any) -> Node | None:
+    """The node without casts and copies."""
+    node = _node(value)
+    while node is not None and node.op == "call_method" and node.target in _SAME:
+        node = _node(node.args[0])
+    return node

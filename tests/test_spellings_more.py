@@ -1,0 +1,74 @@
+"""Every spelling of tests/spellings_more.py: one graph, fused, and eager's outputs and gradients for any routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spellings_more import SPELLINGS, Spelling
+
+from moec.backend import Backend
+from moec.options import Options
+from moec.report import Report
+
+COUNTS = (13, 1, 40)
+
+
+def compiled(module):
+    torch._dynamo.reset()
+    report = Report()
+    backend = Backend(Options.make({"rest": "eager"}), report=report)
+    return torch.compile(module, backend=backend), report
+
+
+def made(spelling: Spelling):
+    torch.manual_seed(0)
+    return spelling.make()
+
+
+def skewed(module) -> None:
+    """Every token has the same scores: ties, all tokens to the same experts, the others idle."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "router" in name:
+                parameter.zero_()
+
+
+def gradients(run, module, inputs):
+    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    module.zero_grad()
+    run(*inputs).square().sum().backward()
+    return [*(x.grad for x in inputs), *(p.grad for p in module.parameters())]
+
+
+def assert_close(got, want, tolerance):
+    for g, w in zip(got, want, strict=True):
+        w = torch.zeros_like(g) if w is None and g is not None else w
+        g = torch.zeros_like(w) if g is None and w is not None else g
+        assert g is None or float((g - w).norm()) <= tolerance * max(float(w.norm()), 1e-6)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
+def test_one_graph_fused_and_equal(spelling):
+    module = made(spelling)
+    run, report = compiled(module)
+    with torch.no_grad():
+        for count in COUNTS:
+            inputs = spelling.inputs(count)
+            assert_close([run(*inputs)], [module(*inputs)], 1e-5)
+        assert report.graphs <= len(COUNTS)
+        assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
+        assert not report.not_rolled
+        skewed(module)
+        assert_close([run(*inputs)], [module(*inputs)], 1e-5)
+
+
+@pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.trains], ids=lambda s: f"{s.spelling}-{s.name}")
+def test_gradients(spelling):
+    module = made(spelling)
+    run, report = compiled(module)
+    inputs = spelling.inputs(13)
+    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
+    assert report.graphs == 1
+    assert [s.status for s in report.sites] == ["fused"] * spelling.sites, report
+    skewed(module)
+    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
