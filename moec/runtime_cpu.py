@@ -78,6 +78,11 @@ def workspace(size: int) -> int:
     return -(-tensor.data_ptr() // 4096) * 4096
 
 
+def release_workspace() -> None:
+    """Free what this thread's kernels keep for their next call."""
+    _workspaces().tensor = None
+
+
 @dataclass(frozen=True)
 class Bound:
     """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any."""
