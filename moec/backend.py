@@ -214,7 +214,7 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
         for name, carriers in raised.carriers.items()
         if torch.is_grad_enabled() and (nested or any(_has_gradient(node) for node, _ in carriers))
     )
-    return Facts(options, grad, devices, not_plain, torch.is_autocast_enabled("cpu"))
+    return Facts(options, grad, devices, not_plain, any(map(torch.is_autocast_enabled, ("cpu", "cuda"))))
 
 
 _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "size", "getitem"})

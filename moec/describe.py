@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moec import ir, report
-from moec.graph import Graph, Instr
+from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
 from moec.passes.near_miss import NearMiss, banks_text, chosen_text, counts_of, near_misses
@@ -52,7 +52,7 @@ def _fused_sites(
     for instr in graph.instrs:
         if instr.word in SITES:
             why = apart.get(instr.results[0])
-            yield instr, _fused(raised, graph, instr, why, bool(facts.grad), facts.options.kernels, proofs)
+            yield instr, _fused(raised, graph, instr, why, facts, proofs)
 
 
 def _region(raised: Raised, candidate: Candidate, near: NearMiss | None) -> report.Region:
@@ -75,16 +75,13 @@ def _fused(
     graph: Graph,
     instr: Instr,
     apart: Miss | None,
-    training: bool,
-    engine: str,
+    facts: Facts,
     proofs: Mapping[str, str],
 ) -> report.Site:
     name = site_name(raised, instr.results[0])
-    site = site_of(graph, instr, name, training)
+    site = site_of(graph, instr, name, bool(facts.grad))
     spec = KernelSpec.parse(str(instr.attr("spec")))
-    host = Target.host()
-    made_by = "eager" if engine == "eager" or host.compiler is None else host.isa
-    kernel = f"{instr.word}_{spec.experts.dtype}_{made_by}"
+    kernel = f"{instr.word}_{spec.experts.dtype}_{_maker(instr, facts)}"
     reasons = (_reason(raised, apart),) if apart is not None else ()
     return report.Site(
         name=name,
@@ -102,6 +99,17 @@ def _fused(
         spec=str(spec),
         proof=proofs.get(instr.results[0].removesuffix(".routed"), ""),
     )
+
+
+def _maker(instr: Instr, facts: Facts) -> str:
+    """Who computes a site: triton, the instruction set of the C++ kernels, or eager."""
+    params = instr.args[-1]
+    assert isinstance(params, tuple)
+    on_cpu = all(facts.devices.get(ref.name, "cpu") == "cpu" for ref in params if isinstance(ref, Ref))
+    engine, host = facts.options.kernels, Target.host()
+    if engine == "triton" or (engine == "auto" and not on_cpu):
+        return "triton"
+    return "eager" if engine == "eager" or host.compiler is None else host.isa
 
 
 def _declined(raised: Raised, near: NearMiss) -> report.Site:

@@ -84,6 +84,14 @@ _ISAS: Mapping[str, Target] = {
     )
 }
 
+_DEVICES: Mapping[str, tuple[str, ...]] = {"cpp": ("cpu",)}
+
+
+def kernel_devices(engine: str) -> tuple[str, ...]:
+    """The types of device that the kernels of an engine run on."""
+    return _DEVICES.get(engine, ("cpu", "cuda"))
+
+
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "avx512_bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
     "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),

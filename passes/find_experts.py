@@ -20,6 +20,7 @@ from moec.passes.runs import full_run
 from moec.passes.skips import only_idle_skipped
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
+from moec.target import kernel_devices
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:
     for name in names:
         if name in facts.not_plain:
             return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)
-        device = facts.devices.get(name, "cpu")
-        if device != "cpu":
-            return NoMatch(f"parameter %{name} is on device {device!r}, kernels exist for 'cpu'", name, 9)
+        device, engine = facts.devices.get(name, "cpu"), facts.options.kernels
+        if device not in kernel_devices(engine):
+            where = " and ".join(map(repr, kernel_devices(engine)))
+            return NoMatch(f"parameter %{name} is on device {device!r}, kernels={engine!r} is for {where}", name, 9)
     if facts.autocast:
         return NoMatch("the graph runs under autocast", depth=9, hint="cast the model instead of using autocast")
     return None
