@@ -5,7 +5,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from moec.codegen.plan import Sizes
@@ -69,16 +69,21 @@ class GpuConfig:
                 f"expected one of {', '.join(VARIANTS)} and one of {', '.join(COMBINES)}"
             )
 
-    def loop_bytes(self, dtype: str) -> int:
-        """Bytes of shared memory that the stages of the inner loop hold."""
-        return self.num_stages * self.block_k * (self.block_m + self.block_n) * _BYTES[dtype]
+    def loop_bytes(self, dtype: str, target: GpuFigures | None = None) -> int:
+        """Bytes of shared memory that the inner loop holds: a copy of its operands a stage.
+
+        Where products read registers (all but sm_90's and sm_100's), the last stage needs no copy.
+        """
+        direct = target is None or (target.name in ("sm_90", "sm_100") and self.block_m >= 64)
+        copies = self.num_stages if direct else max(1, self.num_stages - 1)
+        return copies * self.block_k * (self.block_m + self.block_n) * _BYTES[dtype]
 
 
 def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None) -> GpuConfig:
     """The configuration used where no tuning result is known."""
     dtype = spec.experts.dtype
     if _few_pairs(sizes):
-        return GpuConfig(16, 32, 256, num_warps=4, num_stages=1, variant="decode")
+        return GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")
     rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
     return _fitting(_by_rows(rows, dtype, target), dtype, target)
 
@@ -108,7 +113,6 @@ def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
 def _fitting(config: GpuConfig, dtype: str, target: GpuFigures | None) -> GpuConfig:
     """`config` with as many stages as the target's shared memory holds."""
     limit = target.shared_bytes if target is not None else 96 << 10
-    stages = config.num_stages
-    while stages > 1 and config.loop_bytes(dtype) // config.num_stages * stages > limit:
-        stages -= 1
-    return config if stages == config.num_stages else GpuConfig(**{**config.__dict__, "num_stages": stages})
+    while config.num_stages > 1 and config.loop_bytes(dtype, target) > limit:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config

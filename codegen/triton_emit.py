@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from moec.options import Environment
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
-_HEAD = '''"""moec: {spec}
+_HEAD = '''"""{spec}
 
 Generated. Letters: T tokens, H hidden, F expert width, E experts, K experts a token; a pair is one (token, slot).
 """
@@ -64,7 +65,7 @@ def emit(spec: KernelSpec) -> str:
     gated = e.ab_views == 2
     needed = (*used([phi]), *(_SCORES.get(r.score, ()) if r else ()))
     parts = [
-        _HEAD.format(spec=spec),
+        _HEAD.format(spec=textwrap.fill(f"moec: {spec}", 110)),
         functions(dict.fromkeys(needed)),
         function("phi", ("a", "b") if gated else ("a",), [phi], "The activation."),
     ]
@@ -108,6 +109,7 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "matrices": [g for g in first if not g.startswith("bias_")],
         "projections": _rows(s, "f_in", ""),
         "biases": _rows(s, "f_in", "bias_") if s.bias_in else [],
+        "base": lambda group: f"{group} + e.to(tl.int64) * stride_{group}_e" if s.stacked else f"own({group}, e)",
         "strides": _strides,
         "stride_names": _stride_names,
         **(_router_context(r) if r else {}),
@@ -152,12 +154,14 @@ def _rounded(text: str, dtype: str) -> str:
 
 
 def _strides(groups: Sequence[str]) -> str:
-    """The strides of parameter groups as constexpr arguments."""
-    return " ".join(f"stride_{g}_{axis}: tl.constexpr," for g in groups for axis in _axes(g))
+    """The strides of parameter groups as constexpr arguments, a group a line."""
+    lines = (" ".join(f"stride_{g}_{axis}: tl.constexpr," for axis in _axes(g)) for g in groups)
+    return "\n    ".join(lines)
 
 
-def _stride_names(groups: Sequence[str]) -> str:
-    return " ".join(f"stride_{g}_{axis}," for g in groups for axis in _axes(g))
+def _stride_names(groups: Sequence[str], indent: int) -> str:
+    lines = (" ".join(f"stride_{g}_{axis}," for axis in _axes(g)) for g in groups)
+    return ("\n" + " " * indent).join(lines)
 
 
 def load(spec: KernelSpec) -> ModuleType:

@@ -248,15 +248,22 @@ def _router(at: _At) -> Launch:
     block_e = max(16, _power(s.E))
     block_t = 16 if block_e > 64 or s.T < 2048 else 32
     half = o.x_dtype == o.router_dtype != "f32"
-    block_h = min(128 if block_e <= 64 else 64 if block_e <= 256 else 32, max(16, _power(s.H)))
-    if not half:
-        block_h = min(block_h, 32)
+    block_h, stages = _router_depth(block_t + block_e, 2 if half else 4, s.H)
     consts = _consts(
         **_router_consts(at), **_choice_consts(at), BLOCK_T=block_t, BLOCK_H=block_h,
         EVEN_H=s.H % block_h == 0, WIDE_X=at.wide_x, HALF=half,
     )  # fmt: skip
     arguments = (*_router_operands(at), *_choice(at), Argument("T", "i32", s.T), *consts)
-    return Launch("router", (_ceil(s.T, block_t),), arguments, 8 if block_e > 256 else 4, 3)
+    warps = 2 if block_t * block_e <= 512 else 8 if block_e > 256 else 4  # 4 warps spill on the least tile
+    return Launch("router", (_ceil(s.T, block_t),), arguments, warps, stages)
+
+
+def _router_depth(rows: int, item: int, hidden: int) -> tuple[int, int]:
+    """(depth of a step, stages) whose operands fit the 64 KiB of shared memory that every GPU has."""
+    depth = min(128 if item == 2 else 32, max(16, _power(hidden)))
+    while depth > 16 and 2 * depth * rows * item > 56 << 10:
+        depth //= 2
+    return depth, 3 if 2 * depth * rows * item <= 56 << 10 else 2
 
 
 def _dispatch(at: _At) -> Launch:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.codegen.plan import Sizes
-from moec.codegen.triton_config import default_config
+from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import Program, program
 from moec.codegen.triton_operands import Operands, Strides, shape
@@ -117,6 +117,10 @@ class TritonKernel:
         self._run(x, y, bound, given, operands, k, "moe")
         return results
 
+    def config_for(self, sizes: Sizes) -> GpuConfig:
+        """The configuration of a call's kernels."""
+        return default_config(self.spec, sizes, self.figures)
+
     def _operands(
         self, x: Tensor, bound: _Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
     ) -> Operands:
@@ -131,8 +135,7 @@ class TritonKernel:
         return Operands(*base, *names)
 
     def _make_program(self, sizes: Sizes, operands: Operands, entry: str) -> Program:
-        config = default_config(self.spec, sizes, self.figures)
-        return program(self.spec, sizes, config, operands, entry)
+        return program(self.spec, sizes, self.config_for(sizes), operands, entry)
 
     def _run(
         self,

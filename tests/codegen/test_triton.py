@@ -1,0 +1,44 @@
+"""Triton kernels in the interpreter. It must be switched on before Triton is imported, hence a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moec.errors import CodegenError
+from moec.runtime_triton import load_triton
+from moec.spec import ExpertsSpec, KernelSpec
+
+HERE = Path(__file__).parent
+
+
+def interpreted(name, cache_dir, *arguments):
+    env = {**os.environ, "TRITON_INTERPRET": "1", "MOEC_CACHE_DIR": str(cache_dir), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(HERE / name), "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_kernels_equal_the_twin(cache_dir):
+    interpreted("triton_cases.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+
+
+def test_models_equal_eager(cache_dir):
+    pytest.importorskip("transformers")
+    interpreted("triton_models.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["triton_cases.py", "triton_models.py"])
+def test_the_full_cross_product(name, cache_dir):
+    interpreted(name, cache_dir, "-m", "slow", "-o", "addopts=--import-mode=importlib")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")
+def test_without_the_interpreter_cpu_tensors_are_an_error_that_says_so():
+    with pytest.raises(CodegenError, match="TRITON_INTERPRET=1"):
+        load_triton(str(KernelSpec(ExpertsSpec())), torch.device("cpu"))

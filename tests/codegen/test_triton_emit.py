@@ -1,0 +1,127 @@
+"""What is emitted and launched, without running it: readable text, arguments that fit, few launches, wide offsets."""
+
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_emit import emit
+from moec.codegen.triton_launch import launches, program
+from moec.codegen.triton_operands import contiguous
+from moec.errors import CodegenError
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "moe_bf16_triton.txt"
+MIXTRAL = KernelSpec(ExpertsSpec("bf16"), RouterSpec(renormalize=True), "bf16")
+ROUTERS = (
+    None,
+    RouterSpec(bias=True, compute="bf16", score_dtype="bf16", weight_dtype="bf16"),
+    RouterSpec(score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5),
+    RouterSpec(score="sqrt_softplus", weight_from="choice", softmax_over_k=True, clamp_min=0.1, weight_dtype="f16"),
+)
+GATES = (("none", "gelu_tanh(a)"), ("concat", "mul(silu(a), b)"), ("interleaved", "div(a, b)"), ("separate", "mul(a, b)"))
+SPECS = [
+    KernelSpec(
+        ExpertsSpec(
+            ("f32", "bf16", "f16")[i % 3], gate, bias_in=bias, bias_out=bias, weight_on=on, stacked=i % 2 == 0,
+            activation=phi,
+        ),
+        router,
+    )
+    for i, ((gate, phi), bias, on, router) in enumerate(
+        itertools.product(GATES, (True, False), ("output", "input"), ROUTERS)
+    )
+]  # fmt: skip
+CONFIGS = (
+    GpuConfig(16, 32, 32),
+    GpuConfig(128, 256, 64, combine="separate"),
+    GpuConfig(16, 16, 256, variant="decode"),
+)
+
+
+def test_golden():
+    """After a wanted change: write the new text to the file and read the difference."""
+    source = emit(MIXTRAL)
+    assert source == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.variant}-{c.combine}")
+def test_launches_fit_the_kernels_they_name(config):
+    for spec in SPECS:
+        functions = {f.name: f for f in ast.parse(emit(spec)).body if isinstance(f, ast.FunctionDef)}
+        for entry in ("experts", "moe") if spec.router else ("experts",):
+            for launch in launches(spec, Sizes(13, 40, 24, 8, 2), config, entry=entry):
+                arguments = [a.arg for a in functions[launch.kernel].args.args]
+                assert arguments == [a.name for a in launch.arguments], (spec, launch.kernel)
+                constexpr = [a.arg for a in functions[launch.kernel].args.args if a.annotation is not None]
+                assert constexpr == list(launch.constexprs())
+
+
+def test_no_line_is_long_and_no_name_is_unknown():
+    for spec in SPECS:
+        source = emit(spec)
+        tree = ast.parse(source)
+        defined = {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}
+        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        assert called <= defined | {"range", "float", "bool"}, called - defined
+        assert all(len(line) <= 120 for line in source.splitlines())
+
+
+@pytest.mark.parametrize("T", [1, 2, 64, 4096])
+def test_few_launches(T):
+    sizes = Sizes(T, 2048, 768, 128, 8)
+    made = launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes))
+    assert len(made) <= (3 if T <= 2 else 4)
+    assert len(launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes), entry="experts")) == len(made) - 1
+
+
+def test_row_tiles_cover_the_worst_choice_and_no_more_than_the_bound():
+    for T, E, k, rows in itertools.product((1, 7, 200), (1, 3, 512), (1, 3), (16, 64)):
+        config = GpuConfig(rows, 32, 32)
+        made = program(MIXTRAL, Sizes(T, 64, 32, E, min(k, E)), config)
+        tiles = next(b.shape[0] for b in made.buffers if b.name == "tile_expert")
+        pairs, hit = T * min(k, E), min(E, T * min(k, E))
+        worst = hit - 1 + -(-(pairs - hit + 1) // rows)  # one pair each, the rest on one expert
+        assert worst <= tiles
+        assert tiles * rows <= pairs + E * (rows - 1)
+
+
+def constexprs(sizes, name, operands=None):
+    config = GpuConfig(128, 128, 64)
+    return next(s for s in launches(MIXTRAL, sizes, config, operands) if s.kernel == name).constexprs()
+
+
+def test_offsets_are_wide_where_they_can_pass_two_to_the_31():
+    small, tall = Sizes(4096, 4096, 14336, 8, 2), Sizes(600_000, 4096, 14336, 8, 2)
+    assert not any(constexprs(small, "gate_up")[n] for n in ("WIDE_X", "WIDE_W"))
+    assert constexprs(tall, "gate_up")["WIDE_X"]
+    assert constexprs(tall, "router")["WIDE_X"]
+    assert constexprs(tall, "down")["WIDE_H"]
+    huge = Sizes(64, 16384, 80_000, 2, 1)
+    assert constexprs(huge, "gate_up")["WIDE_W"]
+    assert not constexprs(huge, "down")["WIDE_W"]
+    strided = contiguous(MIXTRAL, small).__class__(**{**contiguous(MIXTRAL, small).__dict__, "x_strides": (1 << 20, 1)})
+    assert constexprs(small, "gate_up", strided)["WIDE_X"]
+
+
+def test_a_launch_describes_itself_for_the_compiler():
+    launch = launches(MIXTRAL, Sizes(64, 2048, 768, 128, 8), GpuConfig(16, 128, 64))[2]
+    assert launch.kernel == "gate_up"
+    signature = launch.signature()
+    assert (signature["x"], signature["order"], signature["m_tiles"]) == ("*bf16", "*i32", "i32")
+    assert signature["BLOCK_M"] == "constexpr"
+    assert launch.constexprs()["BLOCK_M"] == 16
+    assert launch.attrs()[(0,)] == [["tt.divisibility", 16]]
+    assert launch.options() == {"num_warps": 4, "num_stages": 3}
+
+
+def test_errors_name_the_value():
+    with pytest.raises(CodegenError, match="k=9"):
+        launches(MIXTRAL, Sizes(1, 8, 8, 8, 9), GpuConfig(16, 32, 32))
+    with pytest.raises(CodegenError, match="combine='twice'"):
+        GpuConfig(16, 32, 32, combine="twice")
+    with pytest.raises(CodegenError, match="reads b"):
+        emit(KernelSpec(ExpertsSpec(gate="none")))

@@ -1,0 +1,236 @@
+"""Triton kernels in the interpreter against the twin and a float64 loop. Run by test_triton.py with TRITON_INTERPRET=1."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
+
+from moec.codegen import twin
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_config import GpuConfig, default_config
+from moec.errors import CodegenError
+from moec.runtime_triton import TritonKernel, load_triton
+from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+
+CPU = torch.device("cpu")
+LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
+SORTED = GpuConfig(16, 32, 32, group_m=2, num_stages=1)
+SEPARATE = GpuConfig(32, 16, 16, group_m=8, combine="separate")
+DECODE = GpuConfig(16, 16, 32, variant="decode")
+
+
+def kernel(spec, config=None):
+    """The kernels of a spec, with one configuration for all sizes where one is given."""
+    made = TritonKernel(spec, None) if config else load_triton(str(spec), CPU)
+    if config:
+        made.config_for = lambda sizes: config
+    return made
+
+
+def with_gate(gate, layout, stacked, bias, on, dtype="f32"):
+    phi = "gelu_tanh(a)" if gate == "none" else "mul(silu(a), b)"
+    other = "kn" if layout == "nk" and stacked else layout
+    return KernelSpec(
+        ExpertsSpec(dtype, gate, layout, other, phi, bias_in=bias, bias_out=bias, weight_on=on, stacked=stacked),
+        y_dtype=dtype,
+    )
+
+
+def check_experts(spec, config, T, H, F, E, k, kind="random", x=None):
+    params = make_params(spec.experts, H, F, E)
+    weights, experts = routing(kind, T, E, k)
+    x = torch.randn(T, H).to(params[0].dtype) if x is None else x
+    y = kernel(spec, config).experts(x, weights, experts, params)
+    assert y.dtype == DTYPES[spec.y_dtype]
+    assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS[spec.experts.dtype]
+
+
+FORMS = [
+    ("none", "nk", True, True, "output"),
+    ("none", "kn", False, False, "input"),
+    ("concat", "nk", True, True, "input"),
+    ("concat", "kn", True, False, "output"),
+    ("concat", "nk", False, True, "output"),
+    ("interleaved", "kn", True, True, "output"),
+    ("interleaved", "nk", False, False, "output"),
+    ("separate", "nk", True, True, "output"),
+    ("separate", "kn", False, True, "input"),
+]
+ALL_FORMS = list(
+    itertools.product(
+        ("none", "concat", "interleaved", "separate"), ("nk", "kn"), (True, False), (True, False), ("output", "input")
+    )
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+def test_forms(form, config):
+    check_experts(with_gate(*form), config, 5, 20, 24, 3, 2, "sentinels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("config", [SORTED, SEPARATE, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_all_forms(form, config, dtype):
+    for T, kind in ((1, "random"), (7, "same"), (13, "sentinels")):
+        check_experts(with_gate(*form, dtype), config, T, 33, 20, 4, 2, kind)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("config", [SORTED, SEPARATE, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
+def test_half_precision(dtype, config):
+    check_experts(with_gate("concat", "nk", True, True, "output", dtype), config, 7, 40, 24, 3, 2)
+    check_experts(with_gate("interleaved", "kn", True, False, "input", dtype), config, 7, 24, 17, 3, 2)
+
+
+@pytest.mark.parametrize("phi", sorted(PHI))
+def test_activations(phi):
+    gate = "concat" if "b" in phi.replace("sub", "").replace("abs", "") and phi != "gelu_tanh(a)" else "none"
+    spec = KernelSpec(ExpertsSpec(gate=gate, activation=phi))
+    check_experts(spec, SORTED, 7, 16, 12, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k", "kind"),
+    [(1, 1, 1, "random"), (7, 3, 3, "same"), (200, 3, 1, "same"), (13, 16, 16, "random"), (2, 512, 16, "random")],
+)
+def test_sizes(T, E, k, kind):
+    spec = with_gate("concat", "nk", True, False, "output")
+    large = GpuConfig(64, 64, 32, num_stages=1)
+    check_experts(spec, large if T * k > 40 and E < 100 else None, T, 24, 20, E, k, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("T", [1, 7, 13, 200])
+@pytest.mark.parametrize(("E", "k"), [(1, 1), (3, 1), (3, 3), (16, 16), (512, 1), (512, 16)])
+@pytest.mark.parametrize("kind", ["random", "same", "sentinels"])
+def test_all_sizes(T, E, k, kind, dtype):
+    check_experts(with_gate("concat", "nk", True, True, "output", dtype), None, T, 40, 36, E, k, kind)
+
+
+def test_nothing_to_do():
+    spec = with_gate("concat", "nk", True, False, "output")
+    params = make_params(spec.experts, 16, 8, 2)
+    none = kernel(spec).experts(torch.randn(0, 16), *routing("random", 0, 2, 1), params)
+    assert none.shape == (0, 16)
+    y = kernel(spec, SORTED).experts(torch.randn(3, 16), torch.rand(3, 1), torch.full((3, 1), 2), params)
+    assert torch.equal(y, torch.zeros(3, 16))
+
+
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+def test_x_of_other_strides_and_dtype(config):
+    spec = with_gate("concat", "kn", True, False, "output", "bf16")
+    wide = torch.randn(24, 10)
+    check_experts(spec, config, 5, 24, 20, 3, 2, x=wide.t()[::2])
+
+
+def test_separate_tensors_of_unlike_strides_and_bad_shapes():
+    spec = with_gate("concat", "nk", False, False, "output")
+    params = [p.contiguous() for p in make_params(spec.experts, 16, 12, 3)]
+    params[1] = params[1].t().contiguous().t()
+    weights, experts = routing("random", 5, 3, 2)
+    x = torch.randn(5, 16)
+    y = kernel(spec).experts(x, weights, experts, params)
+    assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
+    with pytest.raises(CodegenError, match=r"parameter 'ab' is \[24, 15\], expected \[24, 16\]"):
+        kernel(spec).experts(x, weights, experts, [params[0][:, :15], *params[1:]])
+
+
+ROUTERS = {
+    "plain": RouterSpec(),
+    "renormalized": RouterSpec(renormalize=True, bias=True),
+    "sigmoid-groups": RouterSpec(
+        score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5,
+        masked_value=0.0,
+    ),
+    "groups-max": RouterSpec(groups=2, topk_group=1, group_score="max"),
+    "softplus": RouterSpec(score="sqrt_softplus", selection_bias=True, weight_from="choice", clamp_min=1e-3),
+    "logits": RouterSpec(score="logits", softmax_over_k=True),
+    "by-logits": RouterSpec(choose_by="logits", selection_bias=True, renormalize=True, clamp_min=0.5),
+    "bf16": RouterSpec(compute="bf16", score_dtype="bf16", softmax_over_k=True, weight_dtype="bf16", bias=True),
+    "bf16-bias": RouterSpec(
+        compute="bf16", score="sigmoid", score_dtype="bf16", selection_bias=True, weight_from="choice", groups=4,
+        topk_group=2, renormalize=True, weight_dtype="bf16",
+    ),
+}  # fmt: skip
+
+
+def check_router(r, config, T, E, k, dtype="f32", H=40):
+    spec = KernelSpec(ExpertsSpec(dtype), r, dtype)
+    params = make_params(spec.experts, H, 16, E)
+    x, w = torch.randn(T, H).to(DTYPES[dtype]), torch.randn(E, H).to(DTYPES[dtype])
+    extra = [torch.randn(E) for flag in (r.bias, r.selection_bias) if flag]
+    y, logits, weights, experts = kernel(spec, config).moe(x, [w, *extra], params, k)
+    assert (logits.dtype, weights.dtype) == (DTYPES[r.compute], DTYPES[r.weight_dtype])
+    want_logits, _, _ = twin.route(x, [w, *extra], k, r)
+    # What follows is judged from the kernel's own logits: another order of summation may round one of them otherwise.
+    assert relative(logits, want_logits) < (1e-6 if r.compute == "f32" else 4e-3)
+    eye = torch.eye(E, dtype=logits.dtype)
+    _, want_weights, want_experts = twin.route(logits, [eye, *extra[r.bias :]], k, dataclasses.replace(r, bias=False))
+    assert torch.equal(experts, want_experts)
+    assert relative(weights, want_weights) < (1e-6 if r.weight_dtype == "f32" else 8e-3)
+    want = twin.experts(x, weights, experts, params, spec)
+    assert relative(y, want) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers(name):
+    check_router(ROUTERS[name], SORTED, 5, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["sigmoid-groups", "bf16-bias"])
+def test_routers_of_few_tokens(name):
+    check_router(ROUTERS[name], DECODE, 1, 12, 2)
+
+
+@pytest.mark.parametrize(("E", "k"), [(1, 1), (512, 16)])
+def test_routers_of_other_sizes(E, k):
+    check_router(ROUTERS["renormalized"], None, 1, E, k, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 4, 4), (7, 64, 6), (200, 128, 8), (13, 512, 16)])
+def test_all_routers(name, dtype, T, E, k):
+    check_router(ROUTERS[name], None, T, E, k, dtype)
+
+
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+def test_ties_go_to_the_lowest_index(config):
+    spec = KernelSpec(ExpertsSpec(), RouterSpec(score="logits"))
+    E, k = 12, 5
+    x, router = torch.eye(6, 16), torch.zeros(E, 16)
+    router[:, 0] = torch.tensor([1.0, 2.0] * 6)
+    router[:, 1] = torch.randint(0, 3, (E,)).float()
+    router[:, 2] = torch.tensor([0.0, -0.0] * 6)
+    router[:, 3] = float("-inf")
+    router[::3, 4] = float("nan")
+    router[5, 5] = float("inf")
+    rows = router[:, :6].t().contiguous()  # what x·Wᵀ is, without NaN · 0
+    got = kernel(spec, config).moe(rows, [torch.eye(E)], make_params(spec.experts, E, 8, E), k)[3]
+    del x
+    rank = torch.where(rows.isnan(), torch.inf, rows.clamp(max=1e30))
+    want = torch.sort(rank, dim=-1, descending=True, stable=True).indices[:, :k]
+    finite = [0, 1, 2]
+    assert torch.equal(got[finite], want[finite])
+    assert all(len(set(row.tolist())) == k and 0 <= min(row) and max(row) < E for row in got)
+
+
+def test_defaults_are_sane():
+    spec = with_gate("concat", "nk", True, False, "output", "bf16")
+    assert default_config(spec, Sizes(1, 4096, 14336, 8, 2)).variant == "decode"
+    assert default_config(spec, Sizes(64, 2048, 768, 128, 8)).block_m == 16
+    assert default_config(spec, Sizes(4096, 4096, 14336, 8, 2)).block_m == 128
+    with pytest.raises(CodegenError, match="block_m=24"):
+        GpuConfig(24, 32, 32)
+
+
+def test_clamped_activation_of_interleaved_gates():
+    spec = KernelSpec(ExpertsSpec("bf16", "interleaved", "kn", "kn", CLAMPED, bias_in=True, bias_out=True), y_dtype="bf16")
+    check_experts(spec, SORTED, 7, 32, 24, 3, 2)

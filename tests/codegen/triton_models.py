@@ -1,0 +1,58 @@
+"""Whole library models through Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+import zoo
+
+from moec.backend import Backend
+from moec.options import Options
+from moec.report import Report
+
+FORWARD = {"kernels": "triton", "rest": "eager"}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])  # mixtral: the training step below
+def test_logits(name):
+    model, ids = zoo.library_model(name, "eager"), zoo.prompt(3)
+    torch._dynamo.reset()
+    report = Report()
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        backend = Backend(Options.make(FORWARD), report=report)
+        got = torch.compile(model, backend=backend)(ids, use_cache=False).logits
+    assert {k for s in report.sites for k in s.kernels} == {"moe_f32_triton"}, report
+    assert [s.status for s in report.sites] == ["fused"] * zoo.MODELS[name][2]
+    assert relative(got, want) <= 1e-5
+
+
+def test_training_step():
+    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(3)
+    torch._dynamo.reset()
+
+    def step(run):
+        model.zero_grad()
+        loss = run(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, grads = step(model)
+    options = {"kernels": "triton", "rest": "aot_eager"}
+    got_loss, got = step(torch.compile(model, backend="moec", options=options))
+    assert relative(got_loss, loss) <= 1e-5
+    assert set(got) == set(grads)
+    assert all(relative(got[n], g) <= 1e-4 for n, g in grads.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe"])
+def test_logits_in_bf16(name):
+    model, ids = zoo.library_model(name, "eager", torch.bfloat16), zoo.prompt(13)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        got = torch.compile(model, backend="moec", options=FORWARD)(ids, use_cache=False).logits
+    assert relative(got, want) <= 2e-2
