@@ -90,17 +90,6 @@ class Backward {
   char* const scratch;
   const bool want_rows, want_in, want_bias_in, want_slopes, want_dh;
 
-  struct Range {
-    int64_t first, last;
-    struct Iterator {
-      int64_t i;
-      bool operator!=(Iterator o) const { return i != o.i; }
-      void operator++() { i++; }
-      int64_t operator*() const { return i; }
-    };
-    Iterator begin() const { return {first}; }
-    Iterator end() const { return {last}; }
-  };
   Range share(int64_t n) const { return {n * thread / threads, n * (thread + 1) / threads}; }
   void barrier() const {
     if (threads > 1) {
@@ -182,12 +171,9 @@ class Backward {
     const int64_t width = separate ? a.F : views * a.F;
     for (int64_t e : share(a.E)) {
       if (begin[e + 1] > begin[e]) continue;
-      zero(a.da, e, width * a.H), zero(a.db, e, width * a.H), zero(a.dout, e, a.F * a.H);
-      zero(a.dbias_a, e, width), zero(a.dbias_b, e, width), zero(a.dbias_out, e, a.H);
+      a.da.zero<W>(e, width * a.H), a.db.zero<W>(e, width * a.H), a.dout.zero<W>(e, a.F * a.H);
+      a.dbias_a.zero<W>(e, width), a.dbias_b.zero<W>(e, width), a.dbias_out.zero<W>(e, a.H);
     }
-  }
-  static void zero(const Gradient& d, int64_t e, int64_t n) {
-    if (W* const p = d.of<W>(e)) std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(W));
   }
 
   void scale_rows(const Group& g) {
@@ -274,7 +260,7 @@ class Backward {
       float* const h_row = a.at<float>(a.at_h) + local * a.ld_h + j;
       float* const slope = a.at<float>(a.at_s) + local * a.ld_s;
       const float w = K::weight_on_input ? 1.0f : weight[pair[s.row + r]];
-      vf dot{};
+      vf share{};
       for (int64_t c = 0; c < n; c += L) {
         const int64_t part = std::min<int64_t>(L, n - c);
         vf va{}, vb{}, h, da, db;
@@ -283,7 +269,7 @@ class Backward {
         store_some(h_row + c, w * h, part);
         if (!want_dh) continue;
         const vf dh = some(cd + r * ldc + c, part);
-        dot += dh * (part == L ? h : first(h, part));
+        share += dh * (part == L ? h : only(h, part));
         da *= w * dh, db *= w * dh;
         if constexpr (mixed) {
           join(slope + 2 * (j + c), da, db, 2 * part);
@@ -292,15 +278,9 @@ class Backward {
           if constexpr (two) store_some(slope + a.F + j + c, db, part);
         }
       }
-      partial[(s.row + r) * parts(a.F, a.cols) + j / a.cols] = total(dot);
+      partial[(s.row + r) * parts(a.F, a.cols) + j / a.cols] = total(share);
     }
   }
-  static MOEC_COLD vf first(vf v, int64_t n) {
-    float out[L] = {};
-    store_n(out, v, n);
-    return load(out);
-  }
-  static MOEC_INLINE float total(vf v) { return sums(v, vf{}, vf{}, vf{})[0]; }
 
   // Columns [j, j + n) of slopes·W_in for the rows of a segment.
   void rows(const Group& g, const Segment& s, int64_t j, int64_t n) {
@@ -335,9 +315,10 @@ class Backward {
     if (i < in) return product<K::layout_in>(hit, i, s, 0, width, x, a.H, a.da);
     if ((i -= in) < second) return product<K::layout_in>(hit, i, s, a.F, width, x, a.H, a.db);
     if ((i -= second) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.H, h, a.F, a.dout);
-    sum_rows(a.dbias_a.of<W>(hit.e), s, hit.rows, 0, width, nullptr);
-    sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, a.F, width, nullptr);
-    sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.H, K::weight_on_input ? nullptr : pair + hit.row);
+    sum_rows(a.dbias_a.of<W>(hit.e), s, hit.rows, 0, width, nullptr, nullptr);
+    sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, a.F, width, nullptr, nullptr);
+    const int64_t* const pairs = K::weight_on_input ? nullptr : pair + hit.row;
+    sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.H, pairs, weight);
   }
 
   // Block `i` of the gradient of a weight that takes `in` numbers to `out`, from gradients of its results and its inputs.
@@ -352,19 +333,6 @@ class Backward {
                          reinterpret_cast<float*>(scratch + a.at_c)};
     outer<Op>(room, nk ? results : from, i0 + (nk ? offset : 0), std::min(a.outer_m, m - i0), nk ? from : results,
               j0 + (nk ? 0 : offset), std::min(a.outer_n, n - j0), hit.rows, d.of<W>(hit.e) + i0 * n + j0, n);
-  }
-
-  void sum_rows(W* to, const float* const* rows, int64_t count, int64_t j, int64_t n, const int64_t* pairs) const {
-    if (!to) return;
-    for (int64_t c = 0; c < n; c += L) {
-      const int64_t part = std::min<int64_t>(L, n - c);
-      vf sum{};
-      for (int64_t r = 0; r < count; r++) {
-        const vf v = some(rows[r] + j + c, part);
-        sum += pairs ? weight[pairs[r]] * v : v;
-      }
-      store_some(to + c, sum, part);
-    }
   }
 
   // dx[t] += Σ_s out[position of (t, s)] and the routing weights' gradients, for the slots that are in group i.
@@ -408,22 +376,13 @@ class Backward {
     if constexpr (K::weight_on_input) {
       float* const x = reinterpret_cast<float*>(scratch);
       copy_row<float>(a.x, t, a.H, 1.0f, x);
-      return dot(a.at<float>(a.at_out) + (row - g.row) * a.H, x);
+      return dot(a.at<float>(a.at_out) + (row - g.row) * a.H, x, a.H);
     }
     const int64_t count = parts(a.F, a.cols);
     float sum = 0;
     for (int64_t b = 0; b < count; b++) sum += partial[row * count + b];
-    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<W>(a.experts[p]));
+    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<W>(a.experts[p]), a.H);
     return sum;
-  }
-  template <class V>
-  float dot(const float* u, const V* v) const {
-    vf sum{};
-    for (int64_t j = 0; j < a.H; j += L) {
-      const int64_t part = std::min<int64_t>(L, a.H - j);
-      sum += some(u + j, part) * some(v + j, part);
-    }
-    return total(sum);
   }
 };
 

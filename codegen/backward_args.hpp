@@ -15,6 +15,10 @@ struct Gradient {
     if (table) return static_cast<W*>(table[e]);
     return base ? reinterpret_cast<W*>(base + e * stride) : nullptr;
   }
+  template <class W>
+  void zero(int64_t e, int64_t n) const {
+    if (W* const p = of<W>(e)) std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(W));
+  }
   MOEC_INLINE bool any() const { return base || table; }
 };
 

@@ -18,6 +18,19 @@ struct Segment {
   int64_t e, row, rows, end[2];
 };
 
+// A thread's share of work.
+struct Range {
+  int64_t first, last;
+  struct Iterator {
+    int64_t i;
+    bool operator!=(Iterator o) const { return i != o.i; }
+    void operator++() { i++; }
+    int64_t operator*() const { return i; }
+  };
+  Iterator begin() const { return {first}; }
+  Iterator end() const { return {last}; }
+};
+
 struct Shared {
   std::atomic<int64_t> next[2];
   int64_t segments;
@@ -77,17 +90,6 @@ class Layer {
   char* const scratch;
   int64_t t0 = 0, tokens = 0;
 
-  struct Range {
-    int64_t first, last;
-    struct Iterator {
-      int64_t i;
-      bool operator!=(Iterator o) const { return i != o.i; }
-      void operator++() { i++; }
-      int64_t operator*() const { return i; }
-    };
-    Iterator begin() const { return {first}; }
-    Iterator end() const { return {last}; }
-  };
   Range share(int64_t n) const { return {n * thread / threads, n * (thread + 1) / threads}; }
   void barrier() const {
     if (threads > 1) {

@@ -3,6 +3,8 @@
 // A and B are tables of pointers to rows of floats. Blocks of A are transposed and panels of B packed into cache, where
 // the packed micro-kernel of gemm.hpp runs; sums are fp32, and are C itself where C holds floats.
 #pragma once
+#include <algorithm>
+
 #include "gemm.hpp"
 
 namespace moec {
@@ -84,6 +86,39 @@ void outer(const OuterRoom& room, const float* const* a, int64_t m0, int64_t m, 
   if constexpr (!direct)
     for (int64_t i = 0; i < m; i++)
       for (int64_t j = 0; j < n; j += L) store_some(to + i * ld + j, load(c + i * ldc + j), std::min<int64_t>(L, n - j));
+}
+
+// to[n] = Σ_r rows[r][j..j + n), each times weight[pairs[r]] where there are pairs.
+template <class W>
+void sum_rows(W* to, const float* const* rows, int64_t count, int64_t j, int64_t n, const int64_t* pairs,
+              const float* weight) {
+  if (!to) return;
+  for (int64_t c = 0; c < n; c += L) {
+    const int64_t part = std::min<int64_t>(L, n - c);
+    vf sum{};
+    for (int64_t r = 0; r < count; r++) {
+      const vf v = some(rows[r] + j + c, part);
+      sum += pairs ? weight[pairs[r]] * v : v;
+    }
+    store_some(to + c, sum, part);
+  }
+}
+
+MOEC_INLINE float total(vf v) { return sums(v, vf{}, vf{}, vf{})[0]; }
+MOEC_COLD inline vf only(vf v, int64_t n) {  // the others may be anything, NaN say, and become zero
+  float first[L] = {};
+  store_n(first, v, n);
+  return load(first);
+}
+
+template <class V>
+float dot(const float* u, const V* v, int64_t n) {
+  vf sum{};
+  for (int64_t j = 0; j < n; j += L) {
+    const int64_t part = std::min<int64_t>(L, n - j);
+    sum += some(u + j, part) * some(v + j, part);
+  }
+  return total(sum);
 }
 
 }  // namespace moec

@@ -143,7 +143,7 @@ def _address(t: Tensor) -> int:
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int, int]:
-    return (t.data_ptr(), CODES[t.dtype], *t.stride())
+    return (t.data_ptr(), CODES[t.dtype], t.stride(0), t.stride(1))
 
 
 def _rows(t: Tensor) -> Rows:

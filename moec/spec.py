@@ -120,7 +120,8 @@ def out_sizes(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int]
     """(H, F), from the tensors of a spec's parameter groups."""
     groups = s.param_groups
     out = params[groups.index("out") * (1 if s.stacked else len(params) // len(groups))]
-    return tuple(out.shape[-2:] if s.layout_out == "nk" else out.shape[:-3:-1])
+    rows, columns = out.shape[-2:]
+    return (rows, columns) if s.layout_out == "nk" else (columns, rows)
 
 
 def _fields_text(name: str, spec: RouterSpec | ExpertsSpec) -> str:

@@ -107,7 +107,7 @@ def test_documented_options_are_the_real_ones():
     from moec.options import Options, option_names
 
     text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `([a-z]+)` \|", text, re.MULTILINE)
+    table = re.findall(r"^\| `([a-z_]+)` \|", text, re.MULTILINE)
     assert tuple(table) == option_names()
     for name in table:
         assert f"`{getattr(Options(), name)}`" in text
