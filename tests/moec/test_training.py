@@ -51,7 +51,7 @@ def test_the_training_op_passes_the_checks_of_torch():
 
 def test_an_engine_asked_for_by_name_does_not_fall_back():
     x, weights, experts, params = tensors(5, dtype=torch.float64)
-    with pytest.raises(CodegenError, match="engine 'cpp' has kernels for x in f32, bf16 or f16 .* got float64"):
+    with pytest.raises(CodegenError, match=r"engine 'cpp' has kernels for x in f32, bf16 or f16 .* got float64"):
         torch.ops.moec.experts(x, weights, experts, params, SPEC, "cpp")
     with pytest.raises(CodegenError, match="got float64"):
         torch.ops.moec.experts_training(x, weights, experts, params, SPEC, "cpp", "always")
@@ -59,8 +59,8 @@ def test_an_engine_asked_for_by_name_does_not_fall_back():
     y, saved = torch.ops.moec.experts_training(x, weights, experts, params, SPEC, "auto", "always")
     assert saved.numel() == 0
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.float64
+    empty = x.new_empty(0)
     with pytest.raises(CodegenError, match="got float64"):
-        empty = x.new_empty(0)
         torch.ops.moec.experts_backward(y, x, weights, experts, params, empty, SPEC, "cpp", [True] * 4)
 
 
