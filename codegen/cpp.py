@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from moec.codegen.plan import pairs_of_bf16
+from moec.codegen.statements import statements
 from moec.errors import CodegenError
-from moec.expr import Call, Const, Expr, Var, derivative, variables
+from moec.expr import Const, Expr, Var, derivative, variables
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
@@ -110,34 +111,8 @@ def expression(expr: Expr) -> str:
 
 def _statements(exprs: Mapping[str, Expr]) -> list[str]:
     """One line for each `target` = expression (`return`: no `=`); what occurs twice is named and computed once."""
-    counts: dict[Expr, int] = {}
-
-    def count(e: Expr) -> None:
-        counts[e] = counts.get(e, 0) + 1
-        if isinstance(e, Call) and counts[e] == 1:
-            for arg in e.args:
-                count(arg)
-
-    for expr in exprs.values():
-        count(expr)
-    names: dict[Expr, str] = {}
-    lines: list[str] = []
-
-    def text(e: Expr) -> str:
-        if not isinstance(e, Call):
-            return expression(e)
-        if e not in names:
-            body = f"{e.fn}({', '.join(map(text, e.args))})"
-            if counts[e] == 1:
-                return body
-            names[e] = f"t{len(names)}"
-            lines.append(f"const vf {names[e]} = {body};")
-        return names[e]
-
-    for into, expr in exprs.items():
-        result = text(expr)
-        lines.append(f"{into} {result};")
-    return lines
+    made = statements(exprs, expression, lambda fn, args: f"{fn}({', '.join(args)})")
+    return [f"{name} {value};" if name in exprs else f"const vf {name} = {value};" for name, value in made]
 
 
 def _number(value: float) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moec.expr import Call, Expr
 
 
 def statements(
-    expr: Expr, leaf: Callable[[Expr], str], call: Callable[[str, Sequence[str]], str]
-) -> tuple[tuple[tuple[str, str], ...], str]:
-    """(name, value) of each named subexpression in the order of use, and the text of the whole.
+    exprs: Mapping[str, Expr], leaf: Callable[[Expr], str], call: Callable[[str, Sequence[str]], str]
+) -> tuple[tuple[str, str], ...]:
+    """(name, value) of each expression under its own name, after the t0, t1, … that it shares with others or itself.
 
     `leaf` writes variables and constants, `call` a function's name with the texts of its arguments.
     """
@@ -22,7 +22,8 @@ def statements(
             for arg in e.args:
                 count(arg)
 
-    count(expr)
+    for expr in exprs.values():
+        count(expr)
     names: dict[Expr, str] = {}
     lines: list[tuple[str, str]] = []
 
@@ -37,5 +38,6 @@ def statements(
             lines.append((names[e], body))
         return names[e]
 
-    result = text(expr)
-    return tuple(lines), result
+    for name, expr in exprs.items():
+        lines.append((name, text(expr)))
+    return tuple(lines)

@@ -13,7 +13,7 @@ from moec.errors import CodegenError
 from moec.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
-COMBINES = ("fused", "separate", "atomic")
+COMBINES = ("fused", "separate")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
@@ -41,7 +41,7 @@ class GpuConfig:
     group_m     row tiles that share a pass over the columns, so that weights are reused in the L2 cache
     variant     sorted: pairs are grouped by expert; decode: one token and slot at a time, nothing is sorted
     combine     fused: the last blocks of the down projection's launch add each token's slots, in order;
-                separate: a launch of its own does, in the same order; atomic: fp32 atomics, in no order
+                separate: a launch of its own does, in the same order
     """
 
     block_m: int
@@ -90,7 +90,7 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
 
 def _few_pairs(sizes: Sizes) -> bool:
     """Whether so few pairs exist that an expert is rarely hit twice: then sorting them gains nothing."""
-    return sizes.T * sizes.k <= 32 and sizes.T <= max(1, sizes.E // (4 * sizes.k)) + 1
+    return sizes.T * sizes.k <= 32 and max(1, sizes.E // (4 * sizes.k)) + 1 >= sizes.T
 
 
 def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:

@@ -67,7 +67,7 @@ def emit(spec: KernelSpec) -> str:
     parts = [
         _HEAD.format(spec=textwrap.fill(f"moec: {spec}", 110)),
         functions(dict.fromkeys(needed)),
-        function("phi", ("a", "b") if gated else ("a",), [phi], "The activation."),
+        function("phi", ("a", "b") if gated else ("a",), {"h": phi}, "The activation."),
     ]
     names = (*(("router",) if r else ()), "dispatch", "experts", "decode")
     parts += [_template(name).render(_context(spec)) for name in names]

@@ -11,8 +11,8 @@ which order, over which grid, with which arguments. `moec.runtime_triton` execut
         source = ASTSource(fn, launch.signature(), launch.constexprs(), launch.attrs())
         triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options())
 
-`launches` describes contiguous tensors unless it is given `Operands`. Which entry runs (`moe` with the router, `experts`
-without) follows from the spec, unless named. Pointers are described as 16-byte aligned, as PyTorch allocates them.
+`launches` describes contiguous tensors unless it is given `Operands`. Which entry runs (`moe` with the router, or
+`experts` without) follows from the spec, unless named. Pointers are described as 16-byte aligned, as PyTorch allocates.
 
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
 """
@@ -339,8 +339,6 @@ def _combined(at: _At) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
 
 def _down(at: _At) -> Launch:
     s, c = at.sizes, at.config
-    if c.combine == "atomic":
-        raise CodegenError("GpuConfig.combine='atomic' has no kernel; use 'fused' or 'separate'")
     pointers, strides = _params(at, False)
     n_tiles = _ceil(s.H, c.block_n)
     fused = c.combine == "fused"

@@ -37,7 +37,7 @@ class Operands:
 
 
 def contiguous(spec: KernelSpec, sizes: Sizes) -> Operands:
-    """The operands of a call whose tensors are contiguous, x and the router's matrix being stored as the experts are."""
+    """The operands of a call whose tensors are contiguous; x and the router's matrix are stored as the experts are."""
     e = spec.experts
     params = tuple((group, _contiguous(e, group, sizes)) for group in e.param_groups)
     weights = spec.router.weight_dtype if spec.router else "f32"

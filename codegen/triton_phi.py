@@ -5,7 +5,7 @@ Half precision never reaches arithmetic: Triton's interpreter computes on its bi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moec.codegen.statements import statements
 from moec.expr import POINTWISE, Call, Const, Expr, Var
@@ -76,16 +76,10 @@ def _definition(name: str) -> str:
     return f"@triton.jit\ndef {name}({arguments}):\n{lines}\n"
 
 
-def function(name: str, arguments: Sequence[str], results: Sequence[Expr], doc: str) -> str:
-    """A Triton function of float32 tensors that returns `results`."""
-    lines, texts = [], []
-    for i, expr in enumerate(results):
-        named, text = statements(expr, _leaf, _call)
-        prefix = f"{'abcd'[i]}_" if len(results) > 1 else ""
-        renamed = _prefixed(named, text, prefix)
-        lines += [f"    {n} = {value}" for n, value in renamed[:-1]]
-        texts.append(renamed[-1][1])
-    body = "\n".join([*lines, f"    return {', '.join(texts)}"])
+def function(name: str, arguments: Sequence[str], results: Mapping[str, Expr], doc: str) -> str:
+    """A Triton function of float32 tensors that returns `results`, in their order."""
+    lines = [f"    {into} = {value}" for into, value in statements(results, _leaf, _call)]
+    body = "\n".join([*lines, f"    return {', '.join(results)}"])
     return f'@triton.jit\ndef {name}({", ".join(arguments)}):\n    """{doc}"""\n{body}\n'
 
 
@@ -102,18 +96,6 @@ def used(exprs: Iterable[Expr]) -> tuple[str, ...]:
     for expr in exprs:
         visit(expr)
     return tuple(name for name in POINTWISE if name in found)
-
-
-def _prefixed(named: Sequence[tuple[str, str]], text: str, prefix: str) -> list[tuple[str, str]]:
-    """Statements and result (last, nameless) with `prefix` before the names t0, t1, …"""
-    if not prefix:
-        return [*named, ("", text)]
-    import re
-
-    def rename(value: str) -> str:
-        return re.sub(r"\bt(\d+)\b", rf"{prefix}t\1", value)
-
-    return [*((rename(n), rename(v)) for n, v in named), ("", rename(text))]
 
 
 def _leaf(e: Expr) -> str:

@@ -1,4 +1,4 @@
-"""A spec's Triton kernels as a Python object: launches worked out once per size, buffers allocated, kernels run in order.
+"""A spec's Triton kernels as a Python object: launches worked out once a size, buffers allocated, kernels run in order.
 
 The same path serves a GPU and Triton's interpreter (TRITON_INTERPRET=1, tensors on the CPU). Nothing waits for the
 device and no allocation depends on data, so calls can be captured in a CUDA graph after a first call.

@@ -22,7 +22,12 @@ ROUTERS = (
     RouterSpec(score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5),
     RouterSpec(score="sqrt_softplus", weight_from="choice", softmax_over_k=True, clamp_min=0.1, weight_dtype="f16"),
 )
-GATES = (("none", "gelu_tanh(a)"), ("concat", "mul(silu(a), b)"), ("interleaved", "div(a, b)"), ("separate", "mul(a, b)"))
+GATES = (
+    ("none", "gelu_tanh(a)"),
+    ("concat", "mul(silu(a), b)"),
+    ("interleaved", "div(a, b)"),
+    ("separate", "mul(a, b)"),
+)
 SPECS = [
     KernelSpec(
         ExpertsSpec(

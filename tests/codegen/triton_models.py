@@ -1,8 +1,9 @@
-"""Whole library models through Triton's interpreter. Run by test_triton.py with TRITON_INTERPRET=1."""
+"""Whole library models through Triton's interpreter. Run by test_triton.py in its own process."""
 
 import pytest
 import torch
 import zoo
+from quick_interpreter import quick  # noqa: F401
 
 from moec.backend import Backend
 from moec.options import Options
@@ -17,7 +18,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])  # mixtral: the training step below
 def test_logits(name):
-    model, ids = zoo.library_model(name, "eager"), zoo.prompt(3)
+    model, ids = zoo.library_model(name, "eager"), zoo.prompt(4, batch=1)
     torch._dynamo.reset()
     report = Report()
     with torch.no_grad():
@@ -30,7 +31,7 @@ def test_logits(name):
 
 
 def test_training_step():
-    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(3)
+    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(4, batch=1)
     torch._dynamo.reset()
 
     def step(run):

@@ -32,7 +32,10 @@ def test_values_given(values):
         ({"kernel": "cpp"}, r"unknown option 'kernel' \(did you mean 'kernels'\?\); valid options: kernels, rest, "),
         ({"zzz": 1}, "unknown option 'zzz'; valid options: kernels"),
         ({7: 1}, "unknown option 7; valid options"),
-        ({"kernels": "ccp"}, r"option kernels='ccp' \(did you mean 'cpp'\?\); expected one of auto, cpp, eager"),
+        (
+            {"kernels": "ccp"},
+            r"option kernels='ccp' \(did you mean 'cpp'\?\); expected one of auto, cpp, triton, eager",
+        ),
         ({"rest": None}, "option rest=None; expected one of inductor, aot_eager, eager"),
         ({"rest": ["inductor"]}, r"option rest=\['inductor'\].*; expected one of inductor"),
         ({"verify": 1}, "option verify=1 is int; expected bool"),
