@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moec import ir, report
+from moec.dims import dim_text
 from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
@@ -91,7 +92,7 @@ def _fused(
         experts=experts_text(instr),
         num_experts=int(site.num_experts),
         top_k=int(site.select.k),
-        capacity="none: every choice is served",
+        capacity=capacity_text(site.capacity),
         kernels=(kernel,),
         reasons=reasons,
         location=instr.loc,
@@ -110,6 +111,13 @@ def _maker(instr: Instr, facts: Facts) -> str:
     if engine == "triton" or (engine == "auto" and not on_cpu):
         return "triton"
     return "eager" if engine == "eager" or host.compiler is None else host.isa
+
+
+def capacity_text(capacity: ir.Capacity | None) -> str:
+    """How many rows an expert may get, for people."""
+    if capacity is None:
+        return "none: every choice is served"
+    return f"{dim_text(capacity.limit)} rows an expert, by {capacity.order}; the others are dropped"
 
 
 def _declined(raised: Raised, near: NearMiss) -> report.Site:

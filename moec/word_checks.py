@@ -183,7 +183,7 @@ def _two(instr: Instr, types: Types) -> str:
         return f"k={k} is more than the {source.shape[axis]} entries along dim={axis} of {source}"
     shape = list(source.shape)
     if k is not None and axis >= 0:
-        shape[axis] = sympy.Integer(k)
+        shape[axis] = sympy.Integer(k) if isinstance(k, int) else values.shape[axis]
     wrong = _expect_shape(values, shape) or _expect_dtype(values, source.dtype)
     return wrong or _expect_shape(instr.types[1], shape) or _expect_dtype(instr.types[1], "i64")
 

@@ -1,6 +1,7 @@
 """Passes: what moec does to a graph, in order. One idea a file; this tuple is registry, documentation and default."""
 
 from moec.passes.canonicalize import Canonicalize
+from moec.passes.capacity import InferCapacity
 from moec.passes.find_experts import FindExperts
 from moec.passes.find_routers import FindRouters
 from moec.passes.find_shared import FindShared
@@ -8,6 +9,7 @@ from moec.pipeline import Pass
 
 PASSES: tuple[Pass, ...] = (
     Canonicalize(),  # first: later passes compare values by name
+    InferCapacity(),  # before experts: a capacity that is never exceeded is no part of a layer
     FindExperts(),  # before routers: a top-k is a router only by what its choice is used for
     FindRouters(),  # after experts, and only where neither gradients nor other readers keep the router apart
     FindShared(),  # last: it looks at what is added to a site's result

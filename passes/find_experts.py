@@ -11,13 +11,17 @@ import torch
 
 from moec import expr as ex
 from moec.graph import Graph, Instr, Ref, Type, sweep
-from moec.match import NoMatch
+from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.combine import COMBINING, Combined, combined
+from moec.passes.grid_rules import with_grids
+from moec.passes.hot_rules import hot_lifter
 from moec.passes.lift import Lifter
+from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
 from moec.passes.skips import only_idle_skipped
+from moec.passes.seated import GRID_COMBINING, match_on_grid, part_of_sum, routing_of, say
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
 from moec.target import kernel_devices
@@ -39,25 +43,49 @@ class FindExperts:
 
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """Every root that is understood, rewritten; the others, with their reasons."""
-        lifter = Lifter(graph, RULES)
+        lifter = lifter_of(graph)
         found: dict[str, Found] = {}
         misses: list[Miss] = []
         for instr in graph.instrs:
-            if instr.word not in COMBINING:
+            if instr.word not in ROOTS or part_of_sum(graph, instr):
                 continue
-            outcome = find_at(lifter, instr, facts)
+            outcome = find_any(lifter, instr, facts)
             if isinstance(outcome, Found) and 0 <= facts.options.fuel <= len(found):
                 outcome = NoMatch("rewrite fuel is spent", depth=2)
             if isinstance(outcome, Found) and instr.results[0] in facts.refused:
                 outcome = NoMatch(facts.refused[instr.results[0]], depth=9)
             if isinstance(outcome, Found):
                 found[instr.results[0]] = outcome
-            elif outcome.depth >= 2:
+            elif outcome.depth >= 2 and not _is_mask(lifter, instr):
                 misses.append(Miss(instr.results[0], instr.loc, outcome))
         instrs = [
             new for old in graph.instrs for new in (found[old.results[0]].instrs if old.results[0] in found else (old,))
         ]
-        return Outcome(sweep(graph.with_instrs(instrs)), len(found), tuple(misses))
+        result = sweep(graph.with_instrs(instrs))
+        return Outcome(result, len(found), tuple(m for m in misses if m.value in result.defs))
+
+
+ROOTS = COMBINING | GRID_COMBINING
+"""Words that may bring experts' rows together."""
+
+
+def lifter_of(graph: Graph) -> Lifter:
+    """A lifter that knows all rules of rows and masks."""
+    return Lifter(graph, with_grids(RULES), hot_lifter(graph))
+
+
+def find_any(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
+    """The experts whose rows come together in `instr`, as a sum of slots or on a grid."""
+    found = find_at(lifter, instr, facts) if instr.word in COMBINING else NoMatch("not a sum over tokens")
+    if isinstance(found, Found) or instr.word not in GRID_COMBINING:
+        return found
+    on_grid = find_on_grid(lifter, instr, facts)
+    return on_grid if isinstance(on_grid, Found) else nearest([found, on_grid])
+
+
+def _is_mask(lifter: Lifter, instr: Instr) -> bool:
+    """Whether a value is known to be part of a router's masks, not of experts' results."""
+    return lifter.masks is not None and not isinstance(lifter.masks.lift(Ref(instr.results[0])), NoMatch)
 
 
 def find_at(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
@@ -92,6 +120,8 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
             return left_out.deeper(6)
     held.append("every expert is visited")
     routed = _routing(lifter, total, body)
+    if isinstance(routed, NoMatch) and total.rows.space.kind == "dense":
+        return _gated(lifter, instr, total, body, facts, routed)
     if isinstance(routed, NoMatch):
         return routed.deeper(6)
     held.append("each row has one chosen expert and one weight")
@@ -100,6 +130,58 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if blocked is not None:
         return blocked
     return _say(lifter.graph, instr, total, body, prelude, weights, choice)
+
+
+def _gated(
+    lifter: Lifter, instr: Instr, total: Combined, body: BodyMatch, facts: Facts, why: NoMatch
+) -> Found | NoMatch:
+    """Every expert on every token, with gates that are a mask of choices times numbers."""
+    routing = routing_of(lifter, total.rows, None, body)
+    if isinstance(routing, NoMatch):
+        return nearest([routing.deeper(6), why.deeper(6)])
+    if not _idle_is_zero(body) or total.base:
+        return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6)
+    said = _obstacle(facts, body) or say(lifter, instr, total.rows, body, routing)
+    return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
+
+
+def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
+    """The experts on seats, or on every token, whose rows come together in `instr`."""
+    total = match_on_grid(lifter, instr)
+    if isinstance(total, NoMatch):
+        chosen = find_picked(lifter, instr, facts)
+        return chosen if isinstance(chosen, Found) else nearest([total, chosen])
+    rows, seats, body = total
+    held = (
+        "each token sums its experts' rows",
+        f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}",
+        "every expert is visited",
+    )
+    routing = routing_of(lifter, rows, seats, body)
+    if isinstance(routing, NoMatch):
+        return routing.deeper(6).after(*held)
+    if seats is None and not _idle_is_zero(body):
+        return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6).after(*held)
+    blocked = _obstacle(facts, body)
+    if blocked is not None:
+        return blocked
+    said = say(lifter, instr, rows, body, routing)
+    return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
+
+
+def _idle_is_zero(body: BodyMatch) -> bool:
+    """Whether a row with weight 0 gives 0."""
+    return body.spec.weight_on == "output" or (not body.spec.bias_out and _maps_zero_to_zero(body))
+
+
+def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
+    """The experts on the tokens that each of them picked, whose outputs `instr` makes."""
+    body = match_picked(lifter, instr)
+    if isinstance(body, NoMatch):
+        return body
+    blocked = _obstacle(facts, body)
+    said = blocked if blocked is not None else say_picked(lifter.graph, instr, body)
+    return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
 def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:

@@ -23,10 +23,12 @@ class Lifter:
     """Lifts values on demand, each once.
 
     beyond  anchor → an expert id that its loop skips; harmless when no expert has it
+    masks   the lifter that knows what masks of capacity routing mean
     """
 
     graph: Graph
     rules: Mapping[str, Rule]
+    masks: Lifter | None = None
     memo: dict[str, Lift] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
 

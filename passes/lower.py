@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moec.graph import Graph, Instr, Ref, sweep
+from moec.graph import Arg, Graph, Instr, Ref, sweep
 from moec.passes.canonicalize import twins
+from moec.passes.lower_words import WORDS
 from moec.passes.raise_graph import Raised
 
 SITES = frozenset({"experts", "moe"})
@@ -110,7 +111,7 @@ def any_views(graph: Graph) -> frozenset[str]:
 
 def _is_new(raised: Raised, instr: Instr) -> bool:
     old = raised.graph.defs.get(instr.results[0])
-    return old is None or (old.word != instr.word and instr.word in (*SITES, "add"))
+    return old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same"))
 
 
 def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
@@ -138,13 +139,15 @@ def root_node(state: Lowering, root: str) -> fx.Node:
 
 def _emit(state: Lowering, instr: Instr, at: int, origin: fx.Node) -> fx.Node:
     names = [ref.name if isinstance(ref, Ref) else "" for ref in instr.args]
+    if instr.word == "same":  # readers of the result read what it is the same as
+        state.made[instr.results[0]] = state.node(names[0], at - 1)
+        return state.made[instr.results[0]]
     if instr.word in SITES:
         node = _emit_site(state, instr, at)
-    elif instr.word == "gather":
-        args = (state.node(names[0], at), 1, state.node(names[1], at))
-        node = state.gm.graph.call_function(torch.gather, args)
     elif instr.word == "add":
         node = state.gm.graph.call_function(torch.add, (state.node(names[0], at - 1), state.node(names[1], at)))
+    elif instr.word in WORDS:
+        node = WORDS[instr.word](state.gm.graph, instr, [_operand(state, arg, at) for arg in instr.args])
     else:
         raise KeyError(f"lowering knows no FX form of `{instr.word}`")
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
@@ -152,6 +155,12 @@ def _emit(state: Lowering, instr: Instr, at: int, origin: fx.Node) -> fx.Node:
             node.meta[key] = origin.meta[key]
     state.made[instr.results[0]] = node
     return node
+
+
+def _operand(state: Lowering, arg: Arg, at: int) -> object:
+    if isinstance(arg, tuple):
+        return [_operand(state, each, at) for each in arg]
+    return state.node(arg.name, at) if isinstance(arg, Ref) else arg
 
 
 def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:

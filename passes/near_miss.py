@@ -9,10 +9,7 @@ from moec.graph import Graph, Instr
 from moec.match import NoMatch
 from moec.passes.banks import Bank
 from moec.passes.candidates import Candidate, candidates_of
-from moec.passes.combine import COMBINING
-from moec.passes.find_experts import Found, find_at
-from moec.passes.lift import Lifter
-from moec.passes.row_rules import RULES
+from moec.passes.find_experts import ROOTS, Found, find_any, lifter_of
 from moec.pipeline import Facts, Miss
 from moec.report import Check
 
@@ -143,10 +140,10 @@ def _products(graph: Graph, bank: Bank) -> tuple[str, ...]:
 
 def _ask(graph: Graph, facts: Facts, candidate: Candidate) -> NoMatch:
     """The matcher's own words where its pass did not think the candidate worth a mention."""
-    if candidate.combine is None or candidate.combine.word not in COMBINING:
+    if candidate.combine is None or candidate.combine.word not in ROOTS:
         word = candidate.combine.word if candidate.combine is not None else "nothing"
         return NoMatch(f"`{word}` is not a sum over a token's experts", candidate.root)
-    found = find_at(Lifter(graph, RULES), candidate.combine, facts)
+    found = find_any(lifter_of(graph), candidate.combine, facts)
     return NoMatch("rewrite fuel is spent") if isinstance(found, Found) else found
 
 

@@ -16,6 +16,7 @@ class Space:
 
     slots   all pairs, t·k + s           sorted  all pairs, ordered by expert (key: the permutation's name)
     loop    the pairs of one expert (key: the loop's anchor)        dense   all (expert, token) pairs, chosen or not
+    grid    experts × tokens or seats, as labelled axes (`moec.passes.grid`)
 
     order: of a loop's pairs, the axes of the mask that selects them, outermost first, or the sort's permutation
     """
@@ -42,18 +43,23 @@ class Slot:
 
 @dataclass(frozen=True)
 class Gate:
-    """g[t, e], one number a row, given for every expert."""
+    """g[t, e], one number a row, given for every expert; `at`: of that expert alone."""
 
     value: str
+    at: int = -1
 
 
 @dataclass(frozen=True)
 class Expert:
-    """Expert e's slice of one stacked [E, …] tensor, or of E separate ones; `order` permutes its axes."""
+    """Expert e's slice of one stacked [E, …] tensor, or of E separate ones; `order` permutes its axes.
+
+    at  when not −1: the slice of that expert alone
+    """
 
     values: tuple[str, ...]
     order: tuple[int, ...]
     stacked: bool
+    at: int = -1
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,8 @@ class Rows:
     @property
     def lead(self) -> int:
         """How many leading axes run over rows."""
+        if self.space.kind == "grid":
+            return len(self.layout.split("."))
         return 1 if self.layout == "flat" else 2
 
 
@@ -213,7 +221,12 @@ class Idle:
     idle: bool = True
 
 
-Lifted = Rows | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert
+@dataclass(frozen=True)
+class Special:
+    """What another table of rules lifts values to (`moec.passes.hot`)."""
+
+
+Lifted = Rows | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
 
 
 def strip(row: Row) -> Row:

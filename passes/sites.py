@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 
 from moec import ir
+from moec.capacity import size_of
 from moec.graph import Graph, Instr, Ref, normal_dim
 from moec.passes.find_routers import describe
 from moec.spec import KernelSpec, RouterSpec
@@ -45,6 +46,7 @@ def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
         dispatch=ir.Dispatch(rows=k * x_type.shape[0]),
         body=body,
         combine=ir.Combine(spec.experts.weight_on, "f32", spec.y_dtype, ("add shared",) if shared else ()),
+        capacity=ir.Capacity(size_of(attrs["capacity"])) if "capacity" in attrs else None,
         shared=shared,
         plan=ir.Plan(fuse_router=instr.word == "moe", training=training),
         form=str(attrs["form"]),

@@ -68,17 +68,26 @@ def raise_baddbmm(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_einsum(build: Builder, node: fx.Node) -> Arg | None:
-    """einsum of two operands without ellipsis or repeated letters in one operand."""
+    """einsum without ellipsis or repeated letters in one operand; of several operands, two at a time from the left."""
     eq, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(eq, str) or "." in eq or "->" not in eq or len(operands) != 2:
+    if not isinstance(eq, str) or "." in eq or "->" not in eq or len(operands) < 2:
         return None
-    eq = eq.replace(" ", "")
-    if any(len(set(part)) != len(part) for part in eq.split("->")[0].split(",")):
+    inputs, out = eq.replace(" ", "").split("->")
+    letters = inputs.split(",")
+    if any(len(set(part)) != len(part) for part in letters):
         return None
-    x, y = (build.value(o) for o in operands)
-    return contract(build, eq, x, y, type_of_fake(fake(node)))
+    to = type_of_fake(fake(node))
+    values = [build.value(o) for o in operands]
+    sizes = {c: d for part, v in zip(letters, values, strict=True) for c, d in zip(part, build.type_of(v).shape, strict=False)}
+    acc, have = values[0], letters[0]
+    for i, (part, value) in enumerate(zip(letters[1:], values[1:], strict=True), start=2):
+        later = set(out).union(*letters[i:])
+        keep = out if i == len(letters) else "".join(c for c in dict.fromkeys(have + part) if c in later)
+        kind = Type(to.dtype, tuple(sizes[c] for c in keep)) if i < len(letters) else to
+        acc, have = contract(build, f"{have},{part}->{keep}", acc, value, kind), keep
+    return acc
 
 
 def raise_grouped(build: Builder, node: fx.Node) -> Arg | None:

@@ -341,11 +341,12 @@ def _written_rows(index: Any, values: Any) -> Any:
 
 
 def raise_one_hot(build: Builder, node: fx.Node) -> Arg | None:
-    """one_hot(ids, n)."""
+    """one_hot(ids, n); n as the text of its expression where it is symbolic."""
     args = named(node, "input num_classes")
-    if not isinstance(args.get("num_classes"), int):
+    classes = build.value(args.get("num_classes"))
+    if not isinstance(classes, int | str):
         return None
-    return build.emit("one_hot", (build.value(args["input"]),), type_of_fake(fake(node)), classes=args["num_classes"])
+    return build.emit("one_hot", (build.value(args["input"]),), type_of_fake(fake(node)), classes=classes)
 
 
 def raise_setitem(build: Builder, node: fx.Node) -> Arg | None:

@@ -253,12 +253,13 @@ def raise_max(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_topk(build: Builder, node: fx.Node) -> Arg | None:
-    """topk(x, k, dim) → values, indices."""
+    """topk(x, k, dim) → values, indices; k as the text of its expression where it is symbolic."""
     args = named(node, "input k dim largest sorted")
-    if not isinstance(args.get("k"), int):
+    k = build.value(args.get("k"))
+    if not isinstance(k, int | str):
         return None
     x = build.value(args["input"])
-    attrs = {"k": args["k"], "dim": args.get("dim", -1) % build.type_of(x).rank}
+    attrs: dict[str, int | str] = {"k": k, "dim": args.get("dim", -1) % build.type_of(x).rank}
     flags = {name: bool(args.get(name, True)) for name in ("largest", "sorted")}
     return build.emit_many("topk", (x,), tuple(map(type_of_fake, fake(node))), **attrs, **flags)
 

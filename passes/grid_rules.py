@@ -1,0 +1,52 @@
+"""The row rules of grids as a table, and how two tables of rules are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moec.graph import Instr
+from moec.match import NoMatch, nearest
+from moec.passes import grid, picked
+from moec.passes.lift import Lift, Lifter, Rule
+
+VIEWS: Mapping[str, Rule] = {
+    "reshape": grid.rule_reshape,
+    "permute": grid.rule_permute,
+    "slice": grid.rule_slice,
+    "cat": grid.rule_stack,
+    "stack": grid.rule_stack,
+    "expand": grid.rule_expand,
+}
+"""Tried before other rules, which know rows of other spaces alone."""
+
+PRODUCTS: Mapping[str, Rule] = {
+    "contract": grid.rule_contract,
+    "add": grid.rule_pointwise,
+    "mul": grid.rule_pointwise,
+}
+"""Tried after other rules."""
+
+PICKED: Mapping[str, Rule] = {"contract": picked.rule_contract}
+
+
+def either(first: Mapping[str, Rule], second: Mapping[str, Rule]) -> Mapping[str, Rule]:
+    """The rules of both tables; where a word is in both, the first that knows a value's meaning says it."""
+
+    def joined(word: str) -> Rule:
+        a, b = first[word], second[word]
+
+        def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
+            found = a(lifter, instr, which)
+            if not isinstance(found, NoMatch):
+                return found
+            other = b(lifter, instr, which)
+            return nearest([found, other]) if isinstance(other, NoMatch) else other
+
+        return rule
+
+    return {**first, **second, **{word: joined(word) for word in first if word in second}}
+
+
+def with_grids(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+    """A table of row rules that knows rows on grids too."""
+    return either(VIEWS, either(either(rules, PICKED), PRODUCTS))

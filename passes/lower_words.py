@@ -1,0 +1,79 @@
+"""How small instructions that passes add beside a site are said in FX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moec.graph import Dim, Instr
+from moec.spec import DTYPES
+
+_DTYPES = {**DTYPES, "bool": torch.bool, "i64": torch.int64, "f64": torch.float64}
+
+Make = Callable[[fx.Graph, Instr, list[Any]], fx.Node]
+"""Makes the FX node of an instruction from its operands, which are nodes, lists of nodes, or literals."""
+
+
+def _reshape(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    if len(args) == 2:
+        size = graph.call_method("size", (args[1],))
+        with graph.inserting_after(size):
+            return graph.call_method("reshape", (args[0], size))
+    return graph.call_method("reshape", (args[0], [_size(d) for d in instr.types[0].shape]))
+
+
+def _size(dim: Dim) -> int:
+    """The size as a number; −1, of which a reshape may have one, where it is symbolic."""
+    return int(dim) if dim.is_Integer else -1
+
+
+def _below(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    size = graph.call_method("size", (args[1], 0))
+    with graph.inserting_after(size):
+        return graph.call_function(torch.lt, (args[0], size))
+
+
+def _call(function: Callable[..., Any], *names: str) -> Make:
+    def make(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+        return graph.call_function(function, (*args, *(instr.attr(name) for name in names)))
+
+    return make
+
+
+def _cast(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    return graph.call_method("to", (args[0], _DTYPES[str(instr.attr("dtype"))]))
+
+
+def _gather(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    return graph.call_function(torch.gather, (args[0], instr.attr("dim"), args[1]))
+
+
+def expert_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """rows[E, C, H] → the expert of each row, [E·C, 1]."""
+    experts = torch.arange(rows.shape[0], device=rows.device)
+    return experts[:, None].expand(rows.shape[:2]).reshape(-1, 1)
+
+
+def ones_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """rows[E, C, H] → 1 for each row, [E·C, 1]."""
+    return rows.new_ones((rows.shape[0] * rows.shape[1], 1))
+
+
+WORDS: Mapping[str, Make] = {
+    "reshape": _reshape,
+    "permute": _call(torch.permute, "dims"),
+    "cast": _cast,
+    "gather": _gather,
+    "mul": _call(torch.mul),
+    "ge": _call(torch.ge),
+    "bitwise_and": _call(torch.bitwise_and),
+    "where": _call(torch.where),
+    "below": _below,
+    "cat": _call(torch.cat, "dim"),
+    "expert_of_rows": _call(expert_of_rows),
+    "ones_of_rows": _call(ones_of_rows),
+    "expand_as": lambda graph, instr, args: graph.call_method("expand_as", tuple(args)),
+}

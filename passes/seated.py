@@ -1,0 +1,315 @@
+"""Experts on seats, or on every token: where their rows come together, said as one `experts` instruction.
+
+einsum("tec,ech->th", combine, experts(einsum("tec,th->ech", dispatch, x)))   →   experts(x, w[T, k], e[T, k], …)
+
+The same pairs are kept as by the masks; a pair that is dropped gets expert −1. Nothing of size [T, E, C] is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+
+from moec.capacity import at_least
+from moec.dims import dim_text
+from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
+from moec.match import NoMatch
+from moec.passes.body import BodyMatch, match_body
+from moec.passes.capacity import always, longest
+from moec.passes.grid import Grid, labels, merged, on_grid, params_of, seats_of
+from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
+from moec.passes.hot_products import distinct
+from moec.passes.lift import Lifter
+from moec.passes.pairs import Choice, Writer, joined, routed
+from moec.passes.rows import Apply, Gate, Row, Rows, strip
+from moec.spec import DTYPES, KernelSpec
+
+
+GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack"})
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Terms to turn into indices, the dtype of their weights, and the capacity that was proved or enforced."""
+
+    terms: tuple[Term, ...]
+    dtype: str
+    seats: Dim | None = None
+
+
+def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] | NoMatch:
+    """The weighted rows that `instr` sums over experts, and the combine table where that gives the weights."""
+    if instr.word == "reduce_sum":
+        return _summed(lifter, instr)
+    if instr.word == "add":
+        return _chain(lifter, instr)
+    if instr.word != "contract":
+        return NoMatch("not a sum over experts")
+    letters, out = str(instr.attr("eq")).split("->")
+    left, right = letters.split(",")
+    for gates, x, at, of in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
+        seats = seats_of(lifter, gates)
+        if seats is None and len(of) < 3:
+            continue
+        rows = lifter.lift(x)
+        if not isinstance(rows, Rows) or not on_grid(rows):
+            if seats is not None and not seats.unit:
+                return rows.deeper() if isinstance(rows, NoMatch) else NoMatch("seats hold something else", depth=2)
+            continue
+        label = dict(zip(of, labels(rows), strict=False))
+        if seats is not None:
+            theirs = dict(zip(at, seats.axes, strict=True))
+            shared = [c for c in at if c in of]
+            gone = flat(tuple(theirs[c] for c in shared if c not in out))
+            agree = all(theirs[c] == label.get(c) for c in shared)
+            if not agree or sorted(gone) != ["c", "e"] or out[-1] != of[-1]:
+                return NoMatch(f"combine {instr.attr('eq')} does not give each seat back to its token", depth=4)
+            kept = flat(tuple(theirs[c] for c in out[:-1]))
+            if kept != "".join(sorted(kept)) or set(out[:-1]) - set(at):
+                return NoMatch(f"combine {instr.attr('eq')} moves tokens", depth=4)
+            return rows, seats
+        return _gated(lifter, instr, rows, gates, (at, of, out))
+    return NoMatch("not a sum over experts")
+
+
+def _gated(lifter: Lifter, instr: Instr, rows: Rows, gates: Arg, letters: tuple[str, str, str]) -> tuple[Rows, None] | NoMatch:
+    """einsum("te,teh->th", gates, rows) and its batched spelling."""
+    at, of, out = letters
+    axes = labels(rows)
+    label = dict(zip(of, axes, strict=False))
+    mine = tuple(label.get(c, "1") for c in at)
+    gone = [c for c in of if c not in out]
+    made = lifter.instr(gates)
+    if "1" in mine and made is not None and made.word == "reshape" and lifter.type(made.args[0]).rank == len(mine) - 1:
+        gates, mine = made.args[0], tuple(a for a in mine if a != "1")  # bmm of gates[T, 1, E]
+    if not isinstance(gates, Ref) or mine[-1:] != ("e",) or [label.get(c) for c in gone] != ["e"]:
+        return NoMatch("not a sum of gated rows over experts")
+    tokens = tuple(a for a in axes if a not in ("e", "1"))
+    if mine[:-1] != tokens or lifter.type(gates).rank != len(mine):
+        return NoMatch("gates are of other tokens than rows", depth=3)
+    return replace(rows, row=Apply("mul", (rows.row, Gate(gates.name)))), None
+
+
+def _summed(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
+    """rows[…, E, …, H].sum(the expert axis)."""
+    dims = instr.attr("dims")
+    if lifter.type(instr.args[0]).rank < 3 or not isinstance(dims, tuple) or len(dims) != 1 or instr.attr("keepdim"):
+        return NoMatch("not a sum over experts")
+    rows = lifter.lift(instr.args[0])
+    if not isinstance(rows, Rows) or not on_grid(rows):
+        return rows if isinstance(rows, NoMatch) else NoMatch("not a sum over experts")
+    if int(str(dims[0])) >= rows.lead or labels(rows)[int(str(dims[0]))] != "e":
+        return NoMatch("not a sum over experts")
+    return rows, None
+
+
+def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
+    """0 + rows of expert 0 + rows of expert 1 + …, in any order of addition."""
+    leaves: list[Arg] = []
+    pending: list[Arg] = [Ref(instr.results[0])]
+    while pending:
+        made = lifter.instr(pending[-1])
+        if made is not None and made.word == "add" and made.types[0] == instr.types[0]:
+            pending[-1:] = made.args[::-1]
+        else:
+            leaves.append(pending.pop())
+    found: dict[int, Rows] = {}
+    for leaf in leaves:
+        made = lifter.instr(leaf)
+        if leaf in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0.0):
+            continue
+        if made is None or made.word != "mul" or not _one_number(lifter, made):
+            return NoMatch("not a sum of experts' gated rows")
+        rows = lifter.lift(leaf)
+        if not isinstance(rows, Rows) or not on_grid(rows):
+            return rows if isinstance(rows, NoMatch) else NoMatch("not a sum of experts' gated rows")
+        at = _expert_of(rows.row)
+        if at < 0 or at in found:
+            return NoMatch("experts' rows are added without a column of gates each", depth=2)
+        found[at] = rows
+    if len(found) < 2 or sorted(found) != list(range(len(found))):
+        return NoMatch(f"the experts {sorted(found)} are added", depth=2)
+    ordered = [found[i] for i in range(len(found))]
+    if any(replace(r, row=ordered[0].row) != ordered[0] for r in ordered):
+        return NoMatch("experts' rows are of other tokens", depth=2)
+    row = merged([r.row for r in ordered])
+    return row if isinstance(row, NoMatch) else (replace(ordered[0], row=row), None)
+
+
+def part_of_sum(graph: Graph, instr: Instr) -> bool:
+    """Whether an addition is only a step of a longer one."""
+    users = graph.users.get(instr.results[0], ())
+    one = len(users) == 1 and instr.results[0] not in graph.outputs
+    return instr.word == "add" and one and users[0].word == "add" and users[0].types == instr.types
+
+
+def _one_number(lifter: Lifter, mul: Instr) -> bool:
+    """Whether one factor is a number a row."""
+    kinds = [lifter.type(a) for a in mul.args]
+    return any(k.rank >= 2 and k.shape[-1] == 1 for k in kinds) and len(mul.uses) == 2
+
+
+def _expert_of(row: Row) -> int:
+    """The expert whose column of gates multiplies a row; −1 when none does."""
+    row = strip(row)
+    if isinstance(row, Gate):
+        return row.at
+    if isinstance(row, Apply) and row.fn == "mul":
+        return max(_expert_of(arg) for arg in row.args)
+    return -1
+
+
+def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch) -> Routing | NoMatch:
+    """Which pairs there are, from the masks that sent tokens and brought rows back."""
+    masks = lifter.masks
+    assert masks is not None
+    if seats is None:
+        if isinstance(rows.space, Grid) and rows.space.key:
+            return NoMatch("seats are summed without a combine table", depth=3)
+        if not body.by_expert:
+            return NoMatch("every expert runs on every token with no gate", depth=3)
+        gates = masks.lift(Ref(body.weight))
+        if not isinstance(gates, Hot) or gates.place is not None:
+            why = gates.reason if isinstance(gates, NoMatch) else "they are no mask of choices"
+            return NoMatch(f"every expert counts for every token: gates %{body.weight}: {why}", body.weight, 3)
+        slots = gates.summed
+        if slots and not distinct(masks, gates.base, slots):
+            return NoMatch("a token may choose an expert twice", body.weight, 3)
+        term = Term(gates.base, Place((), 0, frozenset()), sympy.S.Zero, gates.only, gates.factors, slots)
+        kind = lifter.graph.types.get(body.weight)
+        return Routing((term,), kind.dtype if kind is not None else body.weight.partition(" ")[0])
+    if not rows.space.key or body.weight:
+        return NoMatch("rows on seats are weighted before they are combined", depth=3)
+    sent = masks.lift(Ref(rows.space.key))
+    assert isinstance(sent, Seats)
+    wrong = _sound(masks, sent, seats)
+    if wrong:
+        return NoMatch(wrong, rows.space.key, 5)
+    return Routing(tuple(_needed(masks, t) for t in seats.terms), "", seats.terms[0].seats)
+
+
+def _needed(masks: Lifter, term: Term) -> Term:
+    """The term without conditions that always hold."""
+    return replace(term, only=frozenset(c for c in term.only if not always(masks, c)))
+
+
+def _sound(masks: Lifter, sent: Seats, back: Seats) -> str:
+    """'' when every pair that comes back sits alone on the seat it was sent to; else what is wrong."""
+    for term in back.terms:
+        twin = [t for t in sent.terms if (t.base, t.place.queue, t.place.offset) == (term.base, term.place.queue, term.place.offset)]
+        if len(twin) != 1:
+            return "tokens come back from other seats than they were sent to"
+        if not twin[0].only <= term.only:
+            return "a token comes back from a seat that it was not sent to"
+    for term in sent.terms:
+        wrong = _alone(masks, term, sent.terms)
+        if wrong:
+            return wrong
+    return ""
+
+
+def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
+    place, own = term.place, term.place.queue[-1]
+    letters = "".join(letters_of(masks.graph.types[term.base].rank))
+    if own.base != term.base or not own.only <= term.only or not place.given <= term.only:
+        return "a token that is not in the queue gets a seat"
+    groups = set(letters) - set(own.order)
+    if groups & set(term.summed):
+        return "a token's choices queue apart and share seats"
+    if place.offset < 0:
+        return f"places are counted from {place.offset}"
+    enough = term.seats - place.offset
+    if not at_least(enough, longest(masks, place.queue)) and not any(
+        c.queue == place.queue and c.given <= term.only and c.bound is not None and at_least(enough, c.bound)
+        for c in term.only
+    ):
+        bounds = [dim_text(c.bound) for c in term.only if c.queue == place.queue and c.bound is not None]
+        return f"places below {', '.join(bounds) or 'no bound'} are kept for {dim_text(enough)} seats"
+    for other in terms:
+        if other is term:
+            continue
+        if len(other.place.queue) == len(place.queue):
+            return "two choices count their places apart and share seats"
+        if len(other.place.queue) < len(place.queue) and not _behind(place.queue[:-1], other):
+            return "a later choice does not queue behind an earlier one"
+    return ""
+
+
+def _behind(queue: tuple[Pairs, ...], other: Term) -> bool:
+    """Whether counts in `queue` cover every pair of `other` that sits."""
+    own = other.place.queue[-1]
+    for pairs in queue:
+        if pairs.base != other.base or set(pairs.order) != set(own.order):
+            continue
+        extra = pairs.only - own.only
+        if own.only <= pairs.only and extra <= other.only and all(c.queue == other.place.queue for c in extra):
+            return True
+    return False
+
+
+def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routing) -> tuple[Instr, ...] | NoMatch:
+    """The instructions that replace `root`."""
+    graph = lifter.graph
+    out = Writer(graph, root)
+    to, x = root.types[0], graph.types[body.token]
+    if x.rank < 2 or _real(to) != _real(x) or x.dtype not in DTYPES or to.dtype not in DTYPES:
+        return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
+    tokens = "".join(letters_of(x.rank - 1))
+    dtype = routing.dtype or to.dtype
+    weights: list[str] = []
+    experts: list[str] = []
+    for term in routing.terms:
+        letters = "".join(letters_of(graph.types[term.base].rank))
+        if term.summed not in ("", letters[-1]) or letters.removesuffix(term.summed) != tokens:
+            return NoMatch(f"choices %{term.base} are not of the tokens {x}", term.base, 6)
+        found = routed(out, Choice(term.base, term.summed), term.factors, tuple(term.only), dtype)
+        if isinstance(found, NoMatch):
+            return found.deeper(6)
+        weights.append(found[0])
+        experts.append(found[1])
+    w, e = joined(out, weights), joined(out, experts)
+    params = params_of(out, body)
+    flat_shape = (sympy.prod(x.shape[:-1]), x.shape[-1])
+    token = out.reshape(body.token, flat_shape)
+    drops = any(c.queue for t in routing.terms for c in t.only)
+    capacity = () if not drops or routing.seats is None else (("capacity", dim_text(routing.seats)),)
+    attrs = (
+        ("spec", str(KernelSpec(body.spec, None, to.dtype))),
+        ("form", "capacity_einsum" if routing.seats is not None else "dense"),
+        ("experts", int(body.num_experts)),
+        ("width", int(body.width)),
+        *capacity,
+    )
+    args = (Ref(token), Ref(w), Ref(e), params)
+    name = root.results[0]
+    if to.shape == flat_shape:
+        return (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc))
+    made = Instr((f"{name}.rows",), "experts", args, (Type(to.dtype, flat_shape),), attrs, root.loc)
+    like = (Ref(body.token),) if to.shape == x.shape else ()
+    back = Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
+    return (*out.instrs, made, back)
+
+
+def _real(kind: Type) -> tuple[Dim, ...]:
+    """The sizes other than 1, features last."""
+    return (*(d for d in kind.shape[:-1] if d != 1), kind.shape[-1])
+
+
+def match_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None, BodyMatch] | NoMatch:
+    """The grid rows that come together at `instr`, and the expert that made them."""
+    total = combined_on_grid(lifter, instr)
+    if isinstance(total, NoMatch):
+        return total
+    rows, seats = total
+    body = match_body(lifter.graph, rows.row)
+    if isinstance(body, NoMatch):
+        return body.deeper(2)
+    if not body.num_experts.is_Integer or not body.width.is_Integer:
+        return NoMatch(f"{body.num_experts} experts of width {body.width}", instr.results[0], 6)
+    if dict(rows.space.sizes if isinstance(rows.space, Grid) else ()).get("e", body.num_experts) != body.num_experts:
+        return NoMatch("rows and parameters are of different numbers of experts", instr.results[0], 6)
+    return rows, seats, body
+
+
+
