@@ -16,7 +16,7 @@ from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import settle
-from moec.describe import describe
+from moec.describe import describe, site_name
 from moec.graph import Graph, sweep
 from moec.options import Environment, Options
 from moec.passes import PASSES
@@ -45,6 +45,7 @@ class Passed:
     records: list[PassRecord]
     verdicts: Mapping[str, Verdict]
     proof_seconds: float
+    rewritten: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,17 @@ class Backend:
             self.report.seconds += time.perf_counter() - start - sum(part.proof_seconds for part in parts)
             self.report.graph_reports.append(_whole(parts))
             self.report.not_rolled += [Reason(n.reason, location=f"{n.file}:{n.line}") for n in not_rolled]
+        return self.finish(gm, example_inputs)
+
+    def finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """The rewritten graph as something to call."""
         if regions(gm):  # a rolled loop that nothing understood still runs, as the loop it was
             return compile_parts(gm, self.compile_rest)
         return self.compile_rest(gm, example_inputs)
+
+    def facts(self, gm: fx.GraphModule, raised: Raised, nested: bool) -> Facts:
+        """What passes may know of this graph."""
+        return facts_of(gm, raised, self._left(), nested)
 
     def rewrite(self, gm: fx.GraphModule, nested: bool = False) -> GraphReport:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
@@ -88,7 +97,7 @@ class Backend:
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
-        done = self._passes(gm, raised, graph, facts_of(gm, raised, self.options, nested))
+        done = self._passes(gm, raised, graph, self.facts(gm, raised, nested))
         nodes = len(gm.graph.nodes)
         lower(gm, raised, done.graph, self.options.kernels, done.facts.grad, self.options.save_activations)
         if self.report is None:
@@ -96,7 +105,21 @@ class Backend:
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
         said = describe(raised, done.graph, done.misses, done.facts, proofs)
         records = (first, *done.records) if first is not None else ()
-        return GraphReport(said.sites, records, nodes, proof_seconds=done.proof_seconds, regions=said.regions)
+        return GraphReport(said.sites, records, nodes, (), done.proof_seconds, said.regions, self._said(raised, done))
+
+    def _left(self) -> Options:
+        """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""
+        if self.options.fuel < 0 or self.report is None:
+            return self.options
+        return replace(self.options, fuel=max(self.options.fuel - len(self.report.rewrites), 0))
+
+    def _said(self, raised: Raised, done: Passed) -> tuple[str, ...]:
+        """The rewrites for people: `find-experts: layers.3.mlp at model.py:12`."""
+        made = done.graph.defs
+        return tuple(
+            f"{name}: {site_name(raised, value)}{f' at {made[value].loc}' if value in made and made[value].loc else ''}"
+            for name, value in done.rewritten
+        )
 
     def _passes(self, gm: fx.GraphModule, raised: Raised, graph: Graph, facts: Facts) -> Passed:
         """Run the passes; again without the rewrites that the proof refuses, until it refuses none."""
@@ -105,6 +128,8 @@ class Backend:
             misses: list[Miss] = []
             records: list[PassRecord] = []
             observers: list[Observer] = [lambda step, misses=misses: misses.extend(step.outcome.misses)]
+            rewritten: list[tuple[str, str]] = []
+            observers.append(lambda s, into=rewritten: into.extend((s.name, v) for v in s.outcome.rewritten))
             observers += [recording(records)] if self.trace else []
             observers += [verifying()] if self.options.verify else []
             result = run_pipeline(PASSES, graph, facts, observers)
@@ -113,7 +138,7 @@ class Backend:
             seconds += time.perf_counter() - start
             refused = {root: why for root, why in self._refused(verdicts).items() if root not in facts.refused}
             if not refused:
-                return Passed(result, facts, misses, records, verdicts, seconds)
+                return Passed(result, facts, misses, records, verdicts, seconds, tuple(rewritten))
             facts = replace(facts, refused={**facts.refused, **refused})
 
     def _prove(self, gm: fx.GraphModule, raised: Raised, graph: Graph, facts: Facts) -> Mapping[str, Verdict]:
@@ -190,6 +215,7 @@ def _whole(parts: Sequence[GraphReport]) -> GraphReport:
         tuple(note for part in parts for note in part.notes),
         sum(part.proof_seconds for part in parts),
         tuple(region for part in parts for region in part.regions),
+        tuple(rewrite for part in parts for rewrite in part.rewrites),
     )
 
 

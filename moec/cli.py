@@ -1,4 +1,4 @@
-"""The command line: `moec demo | inspect | explain | doctor`, exit codes, and one-line errors.
+"""The command line: every command of `moec`, exit codes, and one-line errors.
 
 Exit codes: 0 the command's promise holds; 1 it does not (explain: a layer is not fused; doctor: something is broken;
 demo: results differ; any unexpected error); 2 bad input, with one line on stderr. `--debug` shows the traceback.
@@ -10,24 +10,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from moec.cli_bisect import bisect_command
 from moec.cli_cache import cache_app
+from moec.cli_diff import diff_command
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
-from moec.cli_options import parse_options
+from moec.cli_repro import repro_command
+from moec.cli_routes import routes_command
+from moec.cli_scan import scan_command
 from moec.cli_tune import tune_command
+from moec.cli_types import (
+    BAD_INPUT,
+    BROKEN_PROMISE,
+    OK,
+    Debug,
+    Json,
+    NoGrad,
+    OptionPairs,
+    TargetArgument,
+    report_of,
+)
 from moec.errors import MoecError, OptionError, TargetError
-
-if TYPE_CHECKING:
-    from moec.loading import Target
-    from moec.report import Report
-
-OK, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
 
 app = typer.Typer(
     name="moec",
@@ -37,27 +46,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command("scan")(scan_command)
+app.command("diff")(diff_command)
+app.command("bisect")(bisect_command)
+app.command("repro")(repro_command)
+app.command("routes")(routes_command)
 
 app.add_typer(cache_app, name="cache")
 app.command("tune")(tune_command)
-
-TargetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="module:callable or file.py:callable that returns (model, args) or (model, args, kwargs).",
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-NoGrad = Annotated[bool, typer.Option("--no-grad", help="Compile as for inference, under torch.no_grad().")]
-OptionPairs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--options", metavar="KEY=VALUE", help="Options of the backend, separated by commas.", show_default=False
-    ),
-]
 
 
 @app.callback()
@@ -114,7 +110,7 @@ def inspect(
 
     if html is not None and not html.absolute().parent.is_dir():
         raise TargetError(f"--html {html}: the folder {html.absolute().parent} does not exist; create it first")
-    report = _report(target, options, no_grad)
+    report = report_of(target, options, no_grad)
     if html is not None:
         Console(stderr=True).print(f"wrote {report.to_html(html)}", highlight=False, markup=False)
     if json:
@@ -140,7 +136,7 @@ def explain(
     """
     from moec.view import report_view
 
-    report = _report(target, options, no_grad)
+    report = report_of(target, options, no_grad)
     if json:
         _print_json(report.to_dict(texts=False))
     else:
@@ -162,23 +158,6 @@ def doctor(json: Json = False, debug: Debug = False) -> int:
     else:
         console.print(doctor_table(results))
     return BROKEN_PROMISE if any(c.status == "broken" for c in results) else OK
-
-
-def _report(target: str, options: list[str] | None, no_grad: bool) -> Report:
-    import torch
-
-    from moec.loading import load
-
-    values = parse_options(options or [])
-    loaded = load(target)
-    with _console(stderr=True).status(f"compiling {target}"), torch.set_grad_enabled(not no_grad):
-        return _explain(loaded, values)
-
-
-def _explain(target: Target, options: dict[str, Any]) -> Report:
-    from moec.backend import explain as explain_model
-
-    return explain_model(target.model, *target.args, moec_options=options, **target.kwargs)
 
 
 # typer carries its own copy of click in new versions and uses the installed one in old ones: ask its own class.

@@ -13,7 +13,7 @@ from moec.dims import dim_text
 from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
-from moec.passes.near_miss import NearMiss, banks_text, chosen_text, counts_of, near_misses
+from moec.passes.near_miss import NearMiss, banks_text, chosen_text, chosen_values, counts_of, near_misses
 from moec.passes.raise_graph import Raised
 from moec.passes.sites import experts_text, router_text, site_of
 from moec.pipeline import Facts, Miss
@@ -37,13 +37,27 @@ def describe(
     proofs = proofs or {}
     roots = {i.results[0].removesuffix(".routed") for i in graph.instrs if i.word in SITES}
     left = [m for m in misses if m.value.removesuffix(".routed") not in roots]
-    candidates, near = near_misses(graph, facts, left)
+    candidates, near = near_misses(graph, facts, left, parameters(raised))
     order = graph.position
     found = [(order[i.results[0]], site) for i, site in _fused_sites(raised, graph, misses, facts, proofs)]
     found += [(order.get(n.miss.value, len(order)), _declined(raised, n)) for n in near]
     sites = tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
     missed = {id(n.candidate): n for n in near}
     return Described(sites, tuple(_region(raised, c, missed.get(id(c))) for c in candidates))
+
+
+def parameters(raised: Raised) -> frozenset[str]:
+    """The inputs that Dynamo found as a module's own tensors; none where it does not say."""
+    return frozenset(
+        node.name
+        for node in raised.order
+        if node.op == "get_attr" or re.search(r"_(parameters|buffers)\b", _source(node)) is not None
+    )
+
+
+def _source(node: fx.Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return source.name if source is not None else ""
 
 
 def _fused_sites(
@@ -135,7 +149,13 @@ def _declined(raised: Raised, near: NearMiss) -> report.Site:
         reasons=(_reason(raised, near.miss),),
         location=(near.candidate.combine or near.candidate.last).loc or near.miss.loc,
         checks=near.checks,
+        choice=tuple(filter(None, (_node_name(raised, value) for value in chosen_values(near.candidate)))),
     )
+
+
+def _node_name(raised: Raised, value: str) -> str:
+    """The FX node that first held a value."""
+    return next((node.name for node, _ in raised.carriers.get(value, ())), "")
 
 
 def _reason(raised: Raised, miss: Miss) -> report.Reason:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
+
+from torch import nn
 
 from moec.errors import TargetError
 
@@ -35,6 +39,65 @@ def load(target: str) -> Target:
         raise TargetError(f"target {target!r} does not name a callable; {FORMS}")
     module = _from_file(place) if place.endswith(".py") else _from_module(place)
     return _checked(target, _call(target, _find(target, module, name)))
+
+
+def named(target: str) -> Any:
+    """What `place:name` names, not called. Raises TargetError."""
+    place, _, name = target.rpartition(":")
+    module = _from_file(place) if place.endswith(".py") else _from_module(place)
+    return _find(target, module, name)
+
+
+def module_classes(place: str) -> list[type[nn.Module]]:
+    """The module classes that a file, a package's folder or a module defines, with those of its submodules."""
+    path = Path(place)
+    if place.endswith(".py"):
+        modules = [_from_file(place)]
+    elif path.is_dir():
+        if not (path / "__init__.py").is_file():
+            raise TargetError(f"folder {place!r} has no __init__.py; expected a package, a file.py or a module")
+        _search(path.resolve().parent)
+        modules = _with_submodules(_from_module(path.resolve().name))
+    else:
+        modules = _with_submodules(_from_module(place))
+    names = {module.__name__ for module in modules}
+    found = [v for module in modules for v in vars(module).values() if isinstance(v, type)]
+    return list(dict.fromkeys(c for c in found if issubclass(c, nn.Module) and c.__module__ in names))
+
+
+def _with_submodules(module: ModuleType) -> list[ModuleType]:
+    """A module and, of a package, those below it that can be imported."""
+    found = [module]
+    for each in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}.", onerror=lambda _: None):
+        try:
+            found.append(importlib.import_module(each.name))
+        except Exception as error:
+            warnings.warn(f"moec: {each.name} is left out: {_brief(error)}", RuntimeWarning, stacklevel=2)
+    return found
+
+
+def load_batches(target: str) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Import and call what gives batches: each one tensor, a tuple of arguments, or (arguments, keyword arguments)."""
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise TargetError(f"batches {target!r} does not name a callable; {FORMS}")
+    module = _from_file(place) if place.endswith(".py") else _from_module(place)
+    made = _call(target, _find(target, module, name))
+    if not isinstance(made, Iterable):
+        raise TargetError(f"batches {target!r} returned {type(made).__name__}; expected a list of argument tuples")
+    found = [_batch(each) for each in cast("Iterable[Any]", made)]
+    if not found:
+        raise TargetError(f"batches {target!r} gave none; expected at least one tuple of arguments")
+    return found
+
+
+def _batch(each: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if not isinstance(each, tuple | list):
+        return (each,), {}
+    parts = tuple(cast("tuple[Any, ...]", each))
+    if len(parts) == 2 and isinstance(parts[0], tuple | list) and isinstance(parts[1], Mapping):
+        return tuple(cast("tuple[Any, ...]", parts[0])), cast("Mapping[str, Any]", parts[1])
+    return parts, {}
 
 
 def _from_file(place: str) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moec.graph import Graph
@@ -30,6 +30,16 @@ class Facts:
     autocast: bool = False
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    def out_of_fuel(self, done: int) -> bool:
+        """Whether nothing more may be rewritten after `done` rewrites of this pass."""
+        return 0 <= self.options.fuel <= done
+
+    def after(self, outcome: Outcome) -> Facts:
+        """With the fuel that is left."""
+        if self.options.fuel < 0 or not outcome.rewritten:
+            return self
+        return replace(self, options=replace(self.options, fuel=self.options.fuel - len(outcome.rewritten)))
+
 
 @dataclass(frozen=True)
 class Miss:
@@ -42,11 +52,12 @@ class Miss:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass did."""
+    """What one pass did. `rewritten`: the values whose meaning it replaced, in order; each costs one unit of fuel."""
 
     graph: Graph
     rewrites: int = 0
     misses: tuple[Miss, ...] = ()
+    rewritten: tuple[str, ...] = ()
 
 
 class Pass(Protocol):
@@ -83,5 +94,5 @@ def run_pipeline(passes: Iterable[Pass], graph: Graph, facts: Facts, observers: 
         step = Step(each.name, graph, outcome, time.perf_counter() - start)
         for observe in observers:
             observe(step)
-        graph = outcome.graph
+        graph, facts = outcome.graph, facts.after(outcome)
     return graph

@@ -53,6 +53,7 @@ class Site:
     """One MoE layer found or nearly found, in execution order.
 
     checks   of a declined layer: the predicates in order; all but the last held
+    choice   of a declined layer: the nodes of the captured graph that hold the chosen experts, where they can be seen
     """
 
     name: str
@@ -70,6 +71,7 @@ class Site:
     spec: str = ""
     proof: str = ""  # proved in 0.12 s: …| proved remembered: … | unproved: why | off
     checks: tuple[Check, ...] = ()
+    choice: tuple[str, ...] = ()
 
     @property
     def held(self) -> int:
@@ -97,6 +99,7 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     proof_seconds: float = 0.0
     regions: tuple[Region, ...] = ()
+    rewrites: tuple[str, ...] = ()
 
 
 @dataclass(repr=False)
@@ -122,6 +125,11 @@ class Report:
     def proof_seconds(self) -> float:
         """What the proofs of the rewrites cost in this compile."""
         return sum(graph.proof_seconds for graph in self.graph_reports)
+
+    @property
+    def rewrites(self) -> list[str]:
+        """All rewrites in the order in which they were made: what fuel counts."""
+        return [rewrite for graph in self.graph_reports for rewrite in graph.rewrites]
 
     @property
     def regions(self) -> list[Region]:

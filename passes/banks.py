@@ -7,7 +7,7 @@ each met by a choice of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moec.graph import Arg, Graph, Instr, Ref, Type
@@ -44,9 +44,12 @@ class Bank:
         return self.kind in ("dense", "each")
 
 
-def banks_of(graph: Graph, choices: Sequence[Instr]) -> tuple[Bank, ...]:
-    """Every bank of the graph, in order of the first instruction; `choices` are what chooses in it."""
-    inputs = {name for name, _ in graph.inputs}
+def banks_of(graph: Graph, choices: Sequence[Instr], params: Collection[str] = ()) -> tuple[Bank, ...]:
+    """Every bank of the graph, in order of the first instruction.
+
+    `choices` are what chooses in it, `params` the inputs that are parameters (any input, where nobody knows).
+    """
+    inputs = set(params) or {name for name, _ in graph.inputs}
     looped = tuple(_loops(graph))
     inside = {name for bank in looped for name in bank.instrs}
     single = tuple(
@@ -165,8 +168,6 @@ def _apart(graph: Graph, inputs: set[str], inside: set[str], choices: Sequence[I
         roots = {name: root_of(graph, Ref(name)) for name in instr.uses}
         params = [root for root in roots.values() if root in inputs and graph.types[root].rank]
         rows = frozenset(name for name, root in roots.items() if root not in params)
-        if not rows:  # the first of the graph's inputs is read as rows, the rest are parameters
-            params, rows = params[1:], frozenset(list(roots)[:1])
         if params and rows:
             what = str(dict(instr.attrs).get("eq") or dict(instr.attrs).get("target"))
             key = (instr.word, what, *(str(graph.types[n]) for n in params))

@@ -6,7 +6,7 @@ both belong together when the choice reaches the bank's rows or matrices, or mee
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from moec.graph import Graph, Instr, Type
@@ -86,10 +86,10 @@ class _Reach:
         return (i for i in range(len(self.banks)) if mask >> i & 1)
 
 
-def candidates_of(graph: Graph) -> tuple[Candidate, ...]:
-    """Every region, in order of execution."""
+def candidates_of(graph: Graph, params: Collection[str] = ()) -> tuple[Candidate, ...]:
+    """Every region, in order of execution; `params` are the inputs that are known to be parameters."""
     choices = choices_of(graph)
-    banks = banks_of(graph, choices)
+    banks = banks_of(graph, choices, params)
     reach = _Reach(graph, banks)
     chosen = tuple(i for i in choices if not any(r in reach.owner for r in i.results))
     links = _Links(list(range(len(banks) + len(chosen))))

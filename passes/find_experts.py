@@ -50,7 +50,7 @@ class FindExperts:
             if instr.word not in ROOTS or part_of_sum(graph, instr):
                 continue
             outcome = find_any(lifter, instr, facts)
-            if isinstance(outcome, Found) and 0 <= facts.options.fuel <= len(found):
+            if isinstance(outcome, Found) and facts.out_of_fuel(len(found)):
                 outcome = NoMatch("rewrite fuel is spent", depth=2)
             if isinstance(outcome, Found) and instr.results[0] in facts.refused:
                 outcome = NoMatch(facts.refused[instr.results[0]], depth=9)
@@ -62,7 +62,7 @@ class FindExperts:
             new for old in graph.instrs for new in (found[old.results[0]].instrs if old.results[0] in found else (old,))
         ]
         result = sweep(graph.with_instrs(instrs))
-        return Outcome(result, len(found), tuple(m for m in misses if m.value in result.defs))
+        return Outcome(result, len(found), tuple(m for m in misses if m.value in result.defs), tuple(found))
 
 
 ROOTS = COMBINING | GRID_COMBINING

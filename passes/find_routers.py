@@ -25,18 +25,21 @@ class FindRouters:
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The graph with routers fused, and why the others were not."""
         misses: list[Miss] = []
-        rewrites = 0
+        fused: list[str] = []
         for root in [i.results[0] for i in graph.instrs if i.word == "experts"]:
             site = graph.defs[root]
             weights, choice = site.uses[1], site.uses[2]
             match = match_router(graph, weights, choice)
-            fused = _fuse(graph, facts, site, match) if isinstance(match, RouterMatch) else match
-            if isinstance(fused, NoMatch):
-                misses.append(Miss(root, site.loc, fused))
-                graph = _describe(graph, site, match, fused)
+            done = _fuse(graph, facts, site, match) if isinstance(match, RouterMatch) else match
+            if isinstance(done, Graph) and facts.out_of_fuel(len(fused)):
+                done = NoMatch("rewrite fuel is spent", root)
+            if isinstance(done, NoMatch):
+                misses.append(Miss(root, site.loc, done))
+                graph = _describe(graph, site, match, done)
                 continue
-            graph, rewrites = fused, rewrites + 1
-        return Outcome(sweep(graph), rewrites, tuple(misses))
+            graph = done
+            fused.append(root)
+        return Outcome(sweep(graph), len(fused), tuple(misses), tuple(fused))
 
 
 def _describe(graph: Graph, site: Instr, match: RouterMatch | NoMatch, why: NoMatch) -> Graph:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from moec.graph import Graph, Instr
@@ -56,10 +56,10 @@ class NearMiss:
 
 
 def near_misses(
-    graph: Graph, facts: Facts, misses: Iterable[Miss]
+    graph: Graph, facts: Facts, misses: Iterable[Miss], params: Collection[str] = ()
 ) -> tuple[tuple[Candidate, ...], tuple[NearMiss, ...]]:
     """All candidates, and the open ones with their reasons. A miss that belongs to none of them is no MoE layer's."""
-    candidates = candidates_of(graph)
+    candidates = candidates_of(graph, params)
     best: dict[int, Miss] = {}
     for miss in misses:
         at = _owner(graph, candidates, miss.value)
@@ -206,3 +206,19 @@ def counts_of(candidate: Candidate) -> tuple[int, int]:
     experts = next((int(bank.experts) for bank in candidate.banks if bank.experts.isdigit()), 0)
     tops = [i.types[0].shape[int(str(i.attr("dim")))] for i in candidate.selections if i.word == "topk"]
     return experts, int(tops[-1]) if tops and tops[-1].is_Integer else 0
+
+
+def chosen_values(candidate: Candidate) -> tuple[str, ...]:
+    """The values that hold the chosen experts: the last top-k over experts, or every argmax over them."""
+    experts, _ = counts_of(candidate)
+    tops: list[str] = []
+    single: list[str] = []
+    for instr in candidate.selections:
+        source = candidate.types[instr.uses[0]]
+        if not experts or not source.rank or source.shape[-1] != experts:
+            continue
+        if instr.word == "topk" and instr.attr("dim") == source.rank - 1:
+            tops.append(instr.results[1])
+        elif instr.types[-1].dtype == "i64" and instr.types[-1].rank == source.rank - 1:
+            single.append(instr.results[-1])
+    return tuple(tops[-1:]) or tuple(single)
