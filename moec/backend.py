@@ -99,7 +99,8 @@ class Backend:
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
         done = self._passes(gm, raised, graph, self.facts(gm, raised, nested))
         nodes = len(gm.graph.nodes)
-        lower(gm, raised, done.graph, self.options.kernels, done.facts.grad, self.options.save_activations)
+        engine = str(self.options.engine(training=bool(done.facts.grad)))
+        lower(gm, raised, done.graph, engine, done.facts.grad, self.options.save_activations)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}

@@ -9,11 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from moec.engine import Engine
 from moec.errors import OptionError
 
-Engine = Literal["auto", "cpp", "triton", "eager"]
+Kind = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
 Save = Literal["auto", "always", "never"]
+Race = Literal["off", "on"]
 Proof = Literal["on", "strict", "off"]
 
 
@@ -29,15 +31,21 @@ class Options:
              rewrite cannot be tried is left as it is; off: rewrites are used as they are
     save_activations  in training, forward keeps each pair's projections for backward: auto (where the memory model
              says that it pays), always, never (computed again)
+    race     on: at first use of a layer and a size, eager's form and a few plans are timed, the fastest is kept on disk
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
-    kernels: Engine = "auto"
+    kernels: Kind = "auto"
     rest: Rest = "inductor"
     verify: bool = True
     proof: Proof = "on"
+    race: Race = "off"
     fuel: int = -1
     save_activations: Save = "auto"
+
+    def engine(self, training: bool) -> Engine:
+        """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
+        return Engine(self.kernels, self.race == "on" and not training)
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:

@@ -2,7 +2,7 @@
 
 `save` is an option's value: whether moec::experts_training keeps projections for the backward pass.
 
-Importing this module registers them. `spec` is a KernelSpec's text; `engine` is auto, cpp, triton or eager.
+Importing this module registers them. `spec` is a KernelSpec's text, `engine` an Engine's.
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 """
 
@@ -11,22 +11,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moec.codegen import twin
 from moec.codegen.backward_plan import saves_activations
+from moec.engine import Engine
 from moec.errors import BuildError, CodegenError
 from moec.runtime_backward import BackwardKernel, load_backward
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
+from moec.runtime_race import racer
 from moec.runtime_triton import TritonKernel, load_triton
 from moec.spec import DTYPES, KernelSpec, out_sizes
 
 __all__ = ["kernel_source"]
 
 _LIB = torch.library.Library("moec", "FRAGMENT")
+_T = TypeVar("_T")
 _AnyKernel = Kernel | TritonKernel
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -78,9 +81,31 @@ def _warn_once(reason: str) -> None:
 def _moe(
     x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str, engine: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel(spec, engine, x.device, router[0].dtype)
-    if kernel is not None and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
+    mode = Engine.parse(engine)
+    kernel = _kernel(spec, mode.kind, x.device, router[0].dtype)
+    if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        return _twin_moe(x, router, params, k, spec)
+    if mode.plain or not isinstance(kernel, Kernel):
         return kernel.moe(x, router, params, k)
+
+    def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
+
+    return _opted(kernel, mode, x, params, k, call)
+
+
+def _opted(
+    kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int, call: Callable[[Kernel | None], _T]
+) -> _T:
+    """`call` of the kernel that the options ask for; None stands for eager's form."""
+    if mode.race and x.numel():
+        return racer(kernel).run(kernel.sizes(x, params, k), call)
+    return call(kernel)
+
+
+def _twin_moe(
+    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parsed = KernelSpec.parse(spec)
     if parsed.router is None:
         raise CodegenError(f"moec::moe needs a spec with a router, got {spec!r}; call moec::experts")
@@ -89,10 +114,19 @@ def _moe(
 
 
 def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str) -> Tensor:
-    kernel = _kernel(spec, engine, x.device, None)
-    if kernel is not None and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
+    mode = Engine.parse(engine)
+    kernel = _kernel(spec, mode.kind, x.device, None)
+    if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+    if mode.plain or not isinstance(kernel, Kernel):
         return kernel.experts(x, weights, experts, params)
-    return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+
+    def call(chosen: Kernel | None) -> Tensor:
+        if chosen is None:
+            return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+        return chosen.experts(x, weights, experts, params)
+
+    return _opted(kernel, mode, x, params, experts.shape[1], call)
 
 
 def _experts_training(

@@ -138,6 +138,11 @@ class Kernel:
         chunk = default_tuning(self.spec, sizes, self.target, threads).chunk  # memory, which no other sizes can say
         return replace(tuning, chunk=chunk) if tuning else None
 
+    def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
+        """The sizes of a call."""
+        bound = self._bound(params)
+        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+
     def key(self, sizes: Sizes, threads: int) -> tune_cache.Key:
         """What a measurement of this kernel at these sizes is kept under."""
         s = sizes
