@@ -11,13 +11,14 @@ from pathlib import Path
 
 from moec.codegen.plan import pairs_of_bf16
 from moec.codegen.statements import statements
+from moec.codegen.storage import Storage
 from moec.errors import CodegenError
 from moec.expr import Const, Expr, Var, derivative, variables
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 HEADERS = (
-    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "router.hpp", "moe.hpp"),
+    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "packed.hpp", "router.hpp", "moe.hpp"),
     *("outer.hpp", "backward_args.hpp", "backward.hpp"),
 )
 _TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
@@ -44,14 +45,15 @@ def header_texts() -> tuple[tuple[str, str], ...]:
     return tuple((name, (here / name).read_text()) for name in HEADERS)
 
 
-def emit(spec: KernelSpec, target: Target, router_weight: str = "f32") -> str:
+def emit(spec: KernelSpec, target: Target, router_weight: str = "f32", storage: Storage | None = None) -> str:
     """The translation unit for `spec` on `target`; `router_weight` is the dtype of the router's matrix as stored.
 
+    With `storage` the kernel reads its own copy of the experts' matrices (then `spec` is a `panel_spec`).
     Raises CodegenError for a spec that has no C++ form.
     """
     check(spec)
     router = () if spec.router is None else (_router(spec.router, router_weight),)
-    return _unit(spec, target, "moe.hpp", (_experts(spec, target), *router), _entries(spec))
+    return _unit(spec, target, "moe.hpp", (_experts(spec, target, storage), *router), _entries(spec))
 
 
 def emit_backward(spec: KernelSpec, target: Target) -> str:
@@ -137,11 +139,21 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _experts(spec: KernelSpec, target: Target) -> str:
+def _panels(storage: Storage) -> str:
+    if storage.pairs:
+        return "PanelPairs"
+    if storage.element == "int8":
+        return f"Panels<int8_t, {storage.group or 'ALL'}>"
+    return f"Panels<{_TYPES[storage.element]}>"
+
+
+def _experts(spec: KernelSpec, target: Target, storage: Storage | None) -> str:
     e: ExpertsSpec = spec.experts
-    op = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
-    body = _statements({"return": e.phi})
-    return _kernel(spec, (f"using Op = {op};", f"using Y = {_TYPES[spec.y_dtype]};"), "vf phi", "", (e.phi,), body)
+    stored = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
+    op = _panels(storage) if storage else stored
+    layouts = ("panels", "panels") if storage else (e.layout_in, e.layout_out)
+    types = (f"using Op = {op};", f"using Param = {_TYPES[e.dtype]};", f"using Y = {_TYPES[spec.y_dtype]};")
+    return _kernel(spec, types, layouts, "vf phi", "", (e.phi,), _statements({"return": e.phi}))
 
 
 def _experts_backward(spec: KernelSpec) -> str:
@@ -150,11 +162,18 @@ def _experts_backward(spec: KernelSpec) -> str:
     outputs = {"h =": e.phi, "da =": derivative(e.phi, "a")}
     outputs["db ="] = derivative(e.phi, "b") if e.ab_views == 2 else Const(0.0)
     types = (f"using Op = Fma<{_TYPES[e.dtype]}>;",)
-    return _kernel(spec, types, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs))
+    layouts = (e.layout_in, e.layout_out)
+    return _kernel(spec, types, layouts, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs))
 
 
 def _kernel(
-    spec: KernelSpec, types: Sequence[str], name: str, more: str, read: Sequence[Expr], body: Sequence[str]
+    spec: KernelSpec,
+    types: Sequence[str],
+    layouts: tuple[str, str],
+    name: str,
+    more: str,
+    read: Sequence[Expr],
+    body: Sequence[str],
 ) -> str:
     e = spec.experts
     used = frozenset[str]().union(*map(variables, read))
@@ -163,7 +182,7 @@ def _kernel(
     return f"""struct Kernel {{
 {head}
   static constexpr Gate gate = Gate::{e.gate};
-  static constexpr Layout layout_in = Layout::{e.layout_in}, layout_out = Layout::{e.layout_out};
+  static constexpr Layout layout_in = Layout::{layouts[0]}, layout_out = Layout::{layouts[1]};
   static constexpr bool bias_in = {_flag(e.bias_in)}, bias_out = {_flag(e.bias_out)};
   static constexpr bool weight_on_input = {_flag(e.weight_on == "input")};
   static MOEC_INLINE {name}({first}, {second}{more}) {{

@@ -12,7 +12,7 @@ constexpr int NV = MOEC_TILE_VECTORS;  // vectors of columns in it
 constexpr int NR = NV * L;
 constexpr int DM = MOEC_DOT_ROWS;  // rows of A in the dot kernel, which takes 4 rows of W
 
-enum class Layout { nk, kn };
+enum class Layout { nk, kn, panels };
 
 template <class Weight>
 struct Fma {
@@ -388,8 +388,9 @@ struct Tile {
 template <class Op, Layout layout>
 MOEC_INLINE void tile(const Tile& t, const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w,
                       int64_t ld, int64_t n, float* c, int64_t ldc, const typename Op::W* after) {
-  if (m > t.few) return many<Op, layout>(a, m, k, w, ld, n, c, ldc, t.k_many, t.buffer);
-  if constexpr (layout == Layout::nk) few_nk<Op>(a, m, k, w, ld, n, c, ldc, t.k_few, after);
+  if constexpr (layout == Layout::panels) return Op::tile(t, a, m, k, w, ld, n, c, ldc);
+  else if (m > t.few) many<Op, layout>(a, m, k, w, ld, n, c, ldc, t.k_many, t.buffer);
+  else if constexpr (layout == Layout::nk) few_nk<Op>(a, m, k, w, ld, n, c, ldc, t.k_few, after);
   else few_kn<Op>(a, m, k, w, ld, n, c, ldc);
 }
 

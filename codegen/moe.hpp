@@ -6,7 +6,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "gemm.hpp"
+#include "packed.hpp"
 #include "router.hpp"
 
 namespace moec {
@@ -42,6 +42,7 @@ class Layer {
   using Op = typename K::Op;
   using A = typename Op::A;
   using W = typename Op::W;
+  using P = typename K::Param;  // what x is rounded to, and biases are
 
   Layer(const Args& args, Shared& shared, int thread, int threads)
       : a(args), shared(shared), thread(thread), threads(threads), x_rows(args.at<const A*>(args.at_x_rows)),
@@ -104,7 +105,7 @@ class Layer {
   template <class Router>
   void copy_x() {
     for (int64_t t : share(tokens)) {
-      if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t0 + t, a.H, 1.0f, a.at<A>(a.at_x) + t * a.ld_x);
+      if (!a.x_direct && !K::weight_on_input) copy_row<P>(a.x, t0 + t, a.H, 1.0f, a.at<A>(a.at_x) + t * a.ld_x);
       if constexpr (!std::is_void_v<Router>) {
         const float** rows = a.at<const float*>(a.at_router_rows);
         if (a.router_direct) {
@@ -186,7 +187,7 @@ class Layer {
   void scale_rows() {
     const Segment& last = segments[shared.segments - 1];
     for (int64_t i : share(shared.segments ? last.row + last.rows : 0))
-      copy_row<W>(a.x, t0 + pair[i] / a.k, a.H, weight[pair[i]], a.at<A>(a.at_x) + i * a.ld_x);
+      copy_row<P>(a.x, t0 + pair[i] / a.k, a.H, weight[pair[i]], a.at<A>(a.at_x) + i * a.ld_x);
   }
 
   template <int phase>
@@ -216,8 +217,8 @@ class Layer {
     const W* const next = at(a.a, s.e, (j + n) * scale);
     tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, two ? wb : next);
     if constexpr (two) tile<Op, K::layout_in>(t, rows, s.rows, a.H, wb, a.b.ld, n, cb, ldc, next);
-    const W* const bias_a = K::bias_in ? a.bias_a.template of<W>(s.e) + j * scale : nullptr;
-    const W* const bias_b = K::bias_in && two ? a.bias_b.template of<W>(s.e) + j : nullptr;
+    const P* const bias_a = K::bias_in ? a.bias_a.template of<P>(s.e) + j * scale : nullptr;
+    const P* const bias_b = K::bias_in && two ? a.bias_b.template of<P>(s.e) + j : nullptr;
     A* const h = a.at<A>(a.at_h) + s.row * a.ld_h + j;
     for (int64_t r = 0; r < s.rows; r++) {
       const float* const pa = ca + r * ldc;
@@ -256,13 +257,13 @@ class Layer {
 
   void project_out(const Segment& s, int64_t j, int64_t n) {
     const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
-    const W* w = a.out.template of<W>(s.e) + (K::layout_out == Layout::nk ? j * a.out.ld : j);
+    const W* w = a.out.template of<W>(s.e) + (K::layout_out == Layout::kn ? j : j * a.out.ld);
     float* const c = a.at<float>(a.at_out) + s.row * a.H + j;
     tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.H, w + n * a.out.ld);
   }
 
   const W* at(const Experts& w, int64_t e, int64_t j) const {
-    return w.of<W>(e) + (K::layout_in == Layout::nk ? j * w.ld : j);
+    return w.of<W>(e) + (K::layout_in == Layout::kn ? j : j * w.ld);
   }
 
   // y[t] = Σ_s w[t, s] · (out[position of (t, s)] + bias_out), slot by slot.
@@ -279,7 +280,7 @@ class Layer {
         for (int64_t p = t * a.k; p < (t + 1) * a.k; p++) {
           if (position[p] < 0) continue;
           vf v = some(out + position[p] * a.H + j, part);
-          if constexpr (K::bias_out) v += some(a.bias_out.template of<W>(a.experts[t0 * a.k + p]) + j, part);
+          if constexpr (K::bias_out) v += some(a.bias_out.template of<P>(a.experts[t0 * a.k + p]) + j, part);
           sum += K::weight_on_input ? v : weight[p] * v;
         }
         typename K::Y* const to = y + (t0 + t) * a.H + j;

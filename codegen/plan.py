@@ -5,9 +5,10 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from moec.codegen.storage import Storage
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -70,11 +71,21 @@ def padded_ld(n: int, itemsize: int) -> int:
 
 @lru_cache(maxsize=4096)
 def make_plan(
-    spec: KernelSpec, sizes: Sizes, x: Rows, target: Target, threads: int, tuning: Tuning | None = None
+    spec: KernelSpec,
+    sizes: Sizes,
+    x: Rows,
+    target: Target,
+    threads: int,
+    tuning: Tuning | None = None,
+    storage: Storage | None = None,
 ) -> Plan:
-    """The plan of a call with x as `x` lies, on `threads` threads of `target`; without `tuning`, with the default's."""
+    """The plan of a call with x as `x` lies, on `threads` threads of `target`; without `tuning`, with the default's.
+
+    With `storage` the kernel reads its own copy of the weights, whose panels no task may cut.
+    """
     t = tuning or default_tuning(spec, sizes, target, threads)
-    e, pairs = spec.experts, pairs_of_bf16(spec.experts, target)
+    t = _whole_panels(t, target) if storage else t
+    e, pairs = spec.experts, storage.pairs if storage else pairs_of_bf16(spec.experts, target)
     item = 2 if pairs else 4
     x_direct = _read_in_place(spec, sizes, x, pairs)
     router_direct = x.dtype == "f32" and x.contiguous and spec.router is not None and spec.router.compute == "f32"
@@ -113,6 +124,13 @@ def make_plan(
         ld_x=ld_x, ld_h=ld_h,
         places=(*places, end), per_thread=per_thread, at_tile=at_tile, workspace_bytes=end + threads * per_thread,
     )  # fmt: skip
+
+
+def _whole_panels(t: Tuning, target: Target) -> Tuning:
+    """The tuning with tasks as wide as whole panels."""
+    panel = target.lanes * target.tile_vectors
+    few, many = ((_up(pair[0], panel), _up(pair[1], panel)) for pair in (t.few_cols, t.many_cols))
+    return replace(t, few_cols=few, many_cols=many)
 
 
 def _read_in_place(spec: KernelSpec, sizes: Sizes, x: Rows, pairs: bool) -> bool:

@@ -27,6 +27,7 @@ from moec.passes.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.proof import Verdict, prove
 from moec.report import GraphReport, PassRecord, Reason, Report
+from moec.runtime_packed import pack_log
 from moec.text import dump
 from moec.verify import recording, verifying
 
@@ -99,14 +100,16 @@ class Backend:
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
         done = self._passes(gm, raised, graph, self.facts(gm, raised, nested))
         nodes = len(gm.graph.nodes)
-        engine = str(self.options.engine(training=bool(done.facts.grad)))
-        lower(gm, raised, done.graph, engine, done.facts.grad, self.options.save_activations)
+        engine = self.options.engine(training=bool(done.facts.grad))
+        lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
         said = describe(raised, done.graph, done.misses, done.facts, proofs)
         records = (first, *done.records) if first is not None else ()
-        return GraphReport(said.sites, records, nodes, (), done.proof_seconds, said.regions, self._said(raised, done))
+        unused = engine != self.options.engine(training=False) and said.sites
+        notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
+        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, self._said(raised, done))
 
     def _left(self) -> Options:
         """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""
@@ -200,7 +203,9 @@ def explain(
     backend = Backend(Options.make(moec_options), report=report, trace=True)
     torch._dynamo.reset()
     before = len(torch._dynamo.utils.graph_break_reasons)
+    copies = len(pack_log())
     torch.compile(model, backend=backend)(*args, **kwargs)
+    report.packed += pack_log()[copies:]
     for broken in torch._dynamo.utils.graph_break_reasons[before:]:
         frame = broken.user_stack[-1] if broken.user_stack else None
         report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))

@@ -38,6 +38,12 @@ class Engine:
         return not self.race and self.weights == "stored"
 
 
+def check_weights(text: str) -> None:
+    """Raises OptionError for what names no way to store weights."""
+    if not _WEIGHTS.fullmatch(text):
+        raise OptionError(f"option weights={text!r}; expected stored, packed, bf16, int8 or int8:N such as int8:128")
+
+
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Engine:
     kind, *words = text.split(" ")

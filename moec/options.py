@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from moec.engine import Engine
+from moec.engine import Engine, check_weights
 from moec.errors import OptionError
 
 Kind = Literal["auto", "cpp", "triton", "eager"]
@@ -32,6 +32,10 @@ class Options:
     save_activations  in training, forward keeps each pair's projections for backward: auto (where the memory model
              says that it pays), always, never (computed again)
     race     on: at first use of a layer and a size, eager's form and a few plans are timed, the fastest is kept on disk
+    freeze   inference only: kernels read a copy of the experts' weights, made once in the order in which they read;
+             made anew when a parameter was changed
+    weights  inference only: stored: as they are; bf16, int8 (a scale a channel), int8:N (a scale for N numbers of it):
+             kernels read a copy in fewer bytes, which changes results by as much as the report says
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -40,12 +44,17 @@ class Options:
     verify: bool = True
     proof: Proof = "on"
     race: Race = "off"
+    freeze: bool = False
+    weights: str = "stored"
     fuel: int = -1
     save_activations: Save = "auto"
 
     def engine(self, training: bool) -> Engine:
         """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
-        return Engine(self.kernels, self.race == "on" and not training)
+        if training:
+            return Engine(self.kernels)
+        frozen = self.freeze and self.weights == "stored"
+        return Engine(self.kernels, self.race == "on", "packed" if frozen else self.weights)
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:
@@ -57,6 +66,8 @@ class Options:
                     f"unknown option {name!r}{_nearest(str(name), hints)}; valid options: {', '.join(hints)}"
                 )
             _check(name, value, hints[name])
+            if name == "weights":
+                check_weights(value)
         return Options(**(values or {}))
 
 

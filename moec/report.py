@@ -102,6 +102,22 @@ class GraphReport:
     rewrites: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class PackRecord:
+    """One copy of a layer's expert weights: bytes of both, seconds, and error = ‖copy - weights‖ / ‖weights‖."""
+
+    weights: str
+    experts: int
+    stored_bytes: int
+    packed_bytes: int
+    seconds: float
+    error: float
+
+    def __str__(self) -> str:
+        sizes = f"{self.stored_bytes / 1e6:.1f} MB of weights copied into {self.packed_bytes / 1e6:.1f} MB"
+        return f"weights={self.weights}: {sizes} in {self.seconds:.2f} s, relative error {self.error:.2g}"
+
+
 @dataclass(repr=False)
 class Report:
     """Everything moec did for one compiled model; grows as Dynamo hands over graphs. `print(report)` is a table."""
@@ -110,6 +126,7 @@ class Report:
     graph_breaks: list[tuple[str, str]] = field(default_factory=list)
     not_rolled: list[Reason] = field(default_factory=list)
     seconds: float = 0.0
+    packed: list[PackRecord] = field(default_factory=list)
 
     @property
     def graphs(self) -> int:
@@ -155,6 +172,7 @@ class Report:
             "graph_breaks": self.graph_breaks,
             "not_rolled": [asdict(r) for r in self.not_rolled],
             "seconds": self.seconds,
+            "packed": [asdict(p) for p in self.packed],
             "proof_seconds": self.proof_seconds,
             "complete": self.complete,
             "sites": [asdict(s) for s in self.sites],

@@ -22,6 +22,7 @@ from moec.engine import Engine
 from moec.errors import BuildError, CodegenError
 from moec.runtime_backward import BackwardKernel, load_backward
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
+from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
 from moec.runtime_triton import TritonKernel, load_triton
 from moec.spec import DTYPES, KernelSpec, out_sizes
@@ -91,14 +92,15 @@ def _moe(
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
 
-    return _opted(kernel, mode, x, params, k, call)
+    return _opted(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k, call)
 
 
 def _opted(
     kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int, call: Callable[[Kernel | None], _T]
 ) -> _T:
     """`call` of the kernel that the options ask for; None stands for eager's form."""
-    if mode.race and x.numel():
+    exact = mode.weights in ("stored", "packed")  # eager's form computes with the weights as they are
+    if mode.race and exact and x.numel():
         return racer(kernel).run(kernel.sizes(x, params, k), call)
     return call(kernel)
 
@@ -126,7 +128,16 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
             return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
         return chosen.experts(x, weights, experts, params)
 
-    return _opted(kernel, mode, x, params, experts.shape[1], call)
+    return _opted(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1], call)
+
+
+def _packed(
+    kernel: Kernel, mode: Engine, spec: str, router_dtype: torch.dtype | None, params: Sequence[Tensor]
+) -> Kernel:
+    """The kernel that reads the weights as the options say."""
+    if mode.weights == "stored":
+        return kernel
+    return packed_kernel(spec, mode.weights, router_dtype, params) or kernel
 
 
 def _experts_training(

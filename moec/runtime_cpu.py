@@ -26,7 +26,7 @@ from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
 from moec.target import Target
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ABSENT = (0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0)
 _NO_ROUTER = (0,) * 8
 
 
@@ -49,12 +49,12 @@ def load_kernel(spec: str, router_dtype: torch.dtype | None, target: Target | No
 @lru_cache(maxsize=1024)
 def _load(text: str, router_dtype: torch.dtype | None, target: Target) -> Kernel:
     spec = KernelSpec.parse(text)
-    stored = "f32" if spec.router is None else _router_storage(router_dtype or torch.float32, spec)
+    stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
     library = build(emit(spec, target, stored), target, Environment.read().cache_dir)
     return Kernel(spec, target, DTYPES[stored], library)
 
 
-def _router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:
+def router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:
     """The dtype in which a kernel reads the router's matrix: as stored, unless `compute` rounds it."""
     assert spec.router is not None
     name = DTYPE_NAMES.get(dtype, "f32")
@@ -123,9 +123,7 @@ class Kernel:
     def _make_plan(
         self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
     ) -> tuple[Plan, array[int]]:
-        rows = Rows(DTYPE_NAMES[dtype], row, contiguous)
-        tuning = self.tuning or self._stored(Sizes(*sizes), threads)
-        plan = make_plan(self.spec, Sizes(*sizes), rows, self.target, threads, tuning)
+        plan = self._plan_of(Sizes(*sizes), Rows(DTYPE_NAMES[dtype], row, contiguous), threads)
         return plan, array("q", plan.words)
 
     def _stored(self, sizes: Sizes, threads: int) -> Tuning | None:
@@ -147,6 +145,11 @@ class Kernel:
         """What a measurement of this kernel at these sizes is kept under."""
         s = sizes
         return tune_cache.Key(str(self.spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, threads, self.target.isa)
+
+    def _plan_of(self, sizes: Sizes, x: Rows, threads: int) -> Plan:
+        """The plan of a call, with the numbers given, those that were measured, or the default's."""
+        tuning = self.tuning or self._stored(sizes, threads)
+        return make_plan(self.spec, sizes, x, self.target, threads, tuning)
 
     @property
     def made(self) -> tune_cache.Made:
@@ -263,7 +266,7 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
         found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
     a, b = _pair(found, "", s.gate, width, out.element_size(), s.layout_in == "nk")
     bias_a, bias_b = _pair(found, "bias_", s.gate, width, out.element_size(), False)
-    words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", _ABSENT))
+    words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", ABSENT))
     return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
 
 
@@ -319,9 +322,9 @@ def _pair(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where a's and b's parts begin; `by_row`: in a shared tensor b's follow a's as rows, else as columns."""
     if gate == "separate":
-        return found.get(f"{prefix}a", _ABSENT), found.get(f"{prefix}b", _ABSENT)
-    a = found.get(f"{prefix}ab", _ABSENT)
-    if gate != "concat" or a == _ABSENT:
-        return a, _ABSENT
+        return found.get(f"{prefix}a", ABSENT), found.get(f"{prefix}b", ABSENT)
+    a = found.get(f"{prefix}ab", ABSENT)
+    if gate != "concat" or a == ABSENT:
+        return a, ABSENT
     base, stride, table, _, ld = a
     return a, (base, stride, table, width * item * (ld if by_row else 1), ld)

@@ -90,6 +90,7 @@ def report_view(report: Report, width: int) -> RenderableType:
     breaks = [f"{_brief(reason)}  at {short_place(where)}" for reason, where in report.graph_breaks]
     parts.extend(_bullets("graph breaks (one graph is the aim)", _counted(breaks)))
     parts.extend(_bullets("loops over experts that were not rolled", map(str, report.not_rolled)))
+    parts.extend(_bullets("copies of weights", _counted(map(str, report.packed))))
     parts.extend(_bullets("notes", dict.fromkeys(note for graph in report.graph_reports for note in graph.notes)))
     return Group(*parts)
 
