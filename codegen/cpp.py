@@ -163,7 +163,9 @@ def _experts_backward(spec: KernelSpec) -> str:
     outputs["db ="] = derivative(e.phi, "b") if e.ab_views == 2 else Const(0.0)
     types = (f"using Op = Fma<{_TYPES[e.dtype]}>;",)
     layouts = (e.layout_in, e.layout_out)
-    return _kernel(spec, types, layouts, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs))
+    return _kernel(
+        spec, types, layouts, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs)
+    )
 
 
 def _kernel(

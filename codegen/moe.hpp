@@ -250,7 +250,7 @@ class Layer {
   // Numbers [j, j + n) of a and b of a sorted pair, kept for backward.
   MOEC_COLD void save(int64_t row, int64_t j, int64_t n, vf va, vf vb) const {
     constexpr int64_t views = K::gate == Gate::none ? 1 : 2;
-    W* const to = reinterpret_cast<W*>(a.saved) + (t0 * a.k + pair[row]) * views * a.F + j;
+    P* const to = reinterpret_cast<P*>(a.saved) + (t0 * a.k + pair[row]) * views * a.F + j;
     store_some(to, va, n);
     if constexpr (views == 2) store_some(to + a.F, vb, n);
   }

@@ -129,7 +129,7 @@ def make_plan(
 def _whole_panels(t: Tuning, target: Target) -> Tuning:
     """The tuning with tasks as wide as whole panels."""
     panel = target.lanes * target.tile_vectors
-    few, many = ((_up(pair[0], panel), _up(pair[1], panel)) for pair in (t.few_cols, t.many_cols))
+    few, many = ((up(pair[0], panel), up(pair[1], panel)) for pair in (t.few_cols, t.many_cols))
     return replace(t, few_cols=few, many_cols=many)
 
 

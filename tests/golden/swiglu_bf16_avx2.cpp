@@ -11,6 +11,7 @@ using namespace moec;
 
 struct Kernel {
   using Op = Fma<bf16>;
+  using Param = bf16;
   using Y = bf16;
   static constexpr Gate gate = Gate::concat;
   static constexpr Layout layout_in = Layout::nk, layout_out = Layout::nk;
