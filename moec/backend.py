@@ -109,7 +109,8 @@ class Backend:
         records = (first, *done.records) if first is not None else ()
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
-        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, self._said(raised, done))
+        rewritten = self._said(raised, done)
+        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
 
     def _left(self) -> Options:
         """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""
