@@ -13,6 +13,7 @@ twice and every gradient written once. Memory is what a step adds to the process
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -189,6 +190,9 @@ def _child(pipe: Any, way: Way, tokens: int) -> None:
     for _ in range(2):  # compiles, and fills caches that outlive a step
         built.call(x)
     release_workspace()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what the steps before freed is still the process's, and would hide what this one takes
+        trim(0)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     gradients = built.call(x)
