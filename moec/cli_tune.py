@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moec.cli_io import console, print_json
+from moec.engine import check_weights
 from moec.errors import OptionError, TargetError
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def tune_command(
         str, typer.Option(help="How tokens are spread over experts: uniform, zipf, zipf:1.2, or a JSON file of counts.")
     ] = "uniform",
     sizes: Annotated[str, typer.Option(help="Sizes of a SPEC's layer.")] = "H=2048,F=768,E=64,k=8",
+    weights: Annotated[
+        str, typer.Option(help="Tune the kernels of this `weights` option: stored, packed, bf16, int8, int8:N.")
+    ] = "stored",
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
     ] = None,
@@ -44,7 +48,8 @@ def tune_command(
         return _report(plot, json)
     if budget <= 0:
         raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
-    jobs = _jobs(what, tokens, profile, sizes)
+    check_weights(weights)
+    jobs = [replace(job, weights=weights) for job in _jobs(what, tokens, profile, sizes)]
     results = _run(jobs, budget / len(jobs))
     if plot is not None:
         _draw([(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)], plot)

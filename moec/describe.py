@@ -117,14 +117,17 @@ def _fused(
 
 
 def _maker(instr: Instr, facts: Facts) -> str:
-    """Who computes a site: triton, the instruction set of the C++ kernels, or eager."""
+    """Who computes a site: triton, the C++ kernels' instruction set (and own copy of the weights, if any), or eager."""
     params = instr.args[-1]
     assert isinstance(params, tuple)
     on_cpu = all(facts.devices.get(ref.name, "cpu") == "cpu" for ref in params if isinstance(ref, Ref))
     engine, host = facts.options.kernels, Target.host()
     if engine == "triton" or (engine == "auto" and not on_cpu):
         return "triton"
-    return "eager" if engine == "eager" or host.compiler is None else host.isa
+    if engine == "eager" or host.compiler is None:
+        return "eager"
+    weights = facts.options.engine(training=bool(facts.grad)).weights
+    return host.isa if weights == "stored" else f"{host.isa}_{weights}"
 
 
 def capacity_text(capacity: ir.Capacity | None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,14 +85,29 @@ def _moe(
     mode = Engine.parse(engine)
     kernel = _kernel(spec, mode.kind, x.device, router[0].dtype)
     if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        if not mode.plain:
+            _warn_unused(str(mode))
         return _twin_moe(x, router, params, k, spec)
-    if mode.plain or not isinstance(kernel, Kernel):
+    if mode.plain or not _opts(kernel, mode):
         return kernel.moe(x, router, params, k)
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
 
     return _opted(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k, call)
+
+
+def _opts(kernel: _AnyKernel, mode: Engine) -> TypeGuard[Kernel]:
+    """Whether race, freeze and weights are possible for this kernel; warns once where they are not."""
+    if not isinstance(kernel, Kernel):
+        _warn_unused(str(mode))
+    return isinstance(kernel, Kernel)
+
+
+@lru_cache(maxsize=64)
+def _warn_unused(mode: str) -> None:
+    text = f"moec: {mode!r}: race, freeze and weights are for C++ kernels on a CPU; weights are read as stored"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _opted(
@@ -119,8 +134,10 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
     mode = Engine.parse(engine)
     kernel = _kernel(spec, mode.kind, x.device, None)
     if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        if not mode.plain:
+            _warn_unused(str(mode))
         return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
-    if mode.plain or not isinstance(kernel, Kernel):
+    if mode.plain or not _opts(kernel, mode):
         return kernel.experts(x, weights, experts, params)
 
     def call(chosen: Kernel | None) -> Tensor:

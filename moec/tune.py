@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from moec import tune_cache
+from moec.codegen.storage import panel_spec
 from moec.codegen.tuning import Sizes, Tuning, candidates
 from moec.errors import MoecError, TargetError
 from moec.options import Environment
@@ -53,7 +54,9 @@ class Result:
 def key_of(job: Job, target: Target) -> Key:
     """What the winner is kept under."""
     s = job.sizes
-    return Key(job.spec, tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, job.threads, target.isa)
+    weights = "" if job.weights == "stored" else job.weights
+    spec = panel_spec(KernelSpec.parse(job.spec)) if weights else job.spec
+    return Key(str(spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, job.threads, target.isa, weights)
 
 
 def journal_path(job: Job, folder: Path) -> Path:
@@ -214,7 +217,7 @@ def _entry(job: Job, journal: Journal, decision: Decision) -> Entry:
     kept = 1e6 * default.median if default.median < float("inf") else 0.0
     return Entry(
         key_of(job, target),
-        tune_cache.made_here(job.spec, target),
+        tune_cache.made_here(key_of(job, target).spec, target),
         journal.texts[decision.winner] if decision.winner else DEFAULT,
         "tune",
         profile_name(job.profile, job.sizes.E),
@@ -240,7 +243,7 @@ def finished(folder: Path | None = None) -> list[tuple[Job, tuple[str, ...], Dec
 
 def _job(data: dict[str, Any]) -> Job:
     """The job of a journal; raises LookupError or TypeError where the journal is another version's."""
-    return Job(data["spec"], Sizes(**data["sizes"]), data["threads"], data["profile"])
+    return Job(data["spec"], Sizes(**data["sizes"]), data["threads"], data["profile"], data["weights"])
 
 
 def _standings(texts: Sequence[str], records: Sequence[Record]) -> Decision:

@@ -48,7 +48,7 @@ def row_of(search: Search) -> Row:
     ran = [each for each in decision.standings if each.seconds and not each.failed]
     return Row(
         job.spec,
-        f"H={s.H} F={s.F} E={s.E} k={s.k}",
+        f"H={s.H} F={s.F} E={s.E} k={s.k}{'' if job.weights == 'stored' else f' weights={job.weights}'}",
         s.T,
         job.threads,
         job.profile,

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import moec
+from moec import runtime
 from moec.demo_forms import make_moe
 from moec.errors import OptionError
 from moec.options import Options
 from moec.runtime_packed import pack_log
+from moec.target import Target
 
 LIMITS = {"packed": 1e-5, "bf16": 1e-2, "int8": 3e-2, "int8:16": 2e-2}
 
@@ -65,6 +67,7 @@ def test_the_report_says_bytes_time_and_error(model):
     with torch.no_grad():
         report = moec.explain(model, torch.randn(9, 32), moec_options={"weights": "int8", "rest": "eager"})
     (record,) = report.packed
+    assert report.sites[0].kernels == (f"moe_f32_{Target.host().isa}_int8",)
     assert record.weights == "int8"
     assert record.packed_bytes < 0.4 * record.stored_bytes
     assert 1e-4 < record.error < 2e-2
@@ -93,6 +96,16 @@ def test_parameters_without_versions_are_read_as_stored_with_a_warning():
             got = torch.ops.moec.experts(x, w, experts, params, spec, "auto weights=packed")
         want = torch.ops.moec.experts(x, w, experts, params, spec, "auto")
     assert torch.equal(got, want)
+
+
+def test_where_there_is_no_cpp_kernel_a_warning_says_so(model):
+    x, params = torch.randn(5, 32), [p for p in model.parameters() if p.dim() == 3]
+    w, experts = torch.rand(5, 2), torch.randint(0, 4, (5, 2))
+    args = (x, w, experts, params, "experts{} -> f32")
+    runtime._warn_unused.cache_clear()
+    with pytest.warns(RuntimeWarning, match="weights are read as stored"):
+        got = torch.ops.moec.experts(*args, "eager weights=int8")
+    assert torch.equal(got, torch.ops.moec.experts(*args, "eager"))
 
 
 def test_freeze_and_race_together(model, tmp_path, monkeypatch):

@@ -145,6 +145,20 @@ def test_the_real_worker_measures_and_checks(monkeypatch):
     assert "relative error" in bench.check(texts[0])
 
 
+@pytest.mark.parametrize("weights", ["packed", "int8:16"])
+def test_kernels_over_copies_are_tuned_apart(weights):
+    job = Job(JOB.spec, Sizes(13, 32, 48, 4, 2), 1, weights=weights)
+    bench = Bench(job)
+    texts = [str(t) for t in candidates(KernelSpec.parse(job.spec), job.sizes, Target.host(), 1)]
+    assert bench.measure(texts[-1]) > 0
+    assert bench.check(texts[-1]) == ""
+    entry = tune(job, 1e9, Steady).entry
+    assert entry.key == bench.kernel.key(job.sizes, 1)
+    assert entry.made == bench.kernel.made
+    assert bench.kernel._stored(job.sizes, 1) == entry.tuning
+    assert load_kernel(job.spec, None)._stored(job.sizes, 1) is None
+
+
 def test_profiles(tmp_path):
     job = Job(JOB.spec, Sizes(4000, 8, 8, 8, 2), 1, "zipf:1.2")
     counts = torch.bincount(routing(job, 0).flatten(), minlength=8)
@@ -242,6 +256,7 @@ def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path):
         (["experts{} -> f32", "--sizes", "H=8,F=8,E=2,k=3"], ["k at most E"]),
         (["experts{} -> f32", "--profile", "ziff"], ["profile 'ziff'"]),
         (["experts{} -> f32", "--budget", "0"], ["--budget 0"]),
+        (["experts{} -> f32", "--weights", "int4"], ["weights='int4'"]),
         (["nowhere.py:make"], ["does not exist"]),
         (["experts{} -> f32", "--tokens", "0"], ["--tokens '0'"]),
     ],
