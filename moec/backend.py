@@ -16,11 +16,14 @@ from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import settle
-from moec.describe import describe, site_name
+from moec.describe import describe, site_name, with_opaque
 from moec.graph import Graph, sweep
 from moec.options import Environment, Options
 from moec.passes import PASSES
+from moec.passes.canonicalize import Canonicalize
 from moec.passes.lower import groups_of, lower
+from moec.passes.opaque import OpaqueSite, find_opaque
+from moec.passes.opaque_lower import sort_rows
 from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
 from moec.passes.words import key_of
@@ -102,6 +105,7 @@ class Backend:
         nodes = len(gm.graph.nodes)
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
+        bodies = _sorted_bodies(gm)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
@@ -110,7 +114,8 @@ class Backend:
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
         rewritten = self._said(raised, done)
-        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
+        sites = with_opaque(said.sites, bodies, raised)
+        return GraphReport(sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
 
     def _left(self) -> Options:
         """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""
@@ -174,6 +179,15 @@ class Backend:
 
         patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
         return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+
+
+def _sorted_bodies(gm: fx.GraphModule) -> tuple[OpaqueSite, ...]:
+    """Dispatch and combine around the experts that are no MLPs, in what the passes left of a graph."""
+    if not regions(gm):
+        return ()
+    raised = raise_fx(gm)
+    graph = Canonicalize().run(sweep(raised.graph), Facts()).graph
+    return sort_rows(gm, raised, find_opaque(graph))
 
 
 def compile_graph(

@@ -14,6 +14,7 @@ from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
 from moec.passes.near_miss import NearMiss, banks_text, chosen_text, chosen_values, counts_of, near_misses
+from moec.passes.opaque import OpaqueSite
 from moec.passes.raise_graph import Raised
 from moec.passes.sites import experts_text, router_text, site_of
 from moec.pipeline import Facts, Miss
@@ -219,4 +220,29 @@ def renamed(site: ir.Site, names: Mapping[str, str]) -> ir.Site:
         score=replace(site.score, weight=new(site.score.weight), bias=new(site.score.bias)),
         select=replace(site.select, bias=new(site.select.bias)),
         body=replace(site.body, params=params),
+    )
+
+
+def with_opaque(
+    sites: tuple[report.Site, ...], bodies: tuple[OpaqueSite, ...], raised: Raised
+) -> tuple[report.Site, ...]:
+    """The sites with those whose experts run their own code on slices of sorted rows in the place of their misses."""
+    found = {body.loc: _opaque(raised, body) for body in bodies}
+    kept = [found.pop(s.location) if s.status == "declined" and s.location in found else s for s in sites]
+    return (*kept, *found.values())
+
+
+def _opaque(raised: Raised, body: OpaqueSite) -> report.Site:
+    return report.Site(
+        name=site_name(raised, body.root),
+        status="fused",
+        form=body.form,
+        router="the model's own (in the graph)",
+        experts=f"{body.experts} × own code ({', '.join(body.body)}) on slices of sorted rows",
+        num_experts=body.experts,
+        top_k=body.top_k,
+        capacity="none: every choice is served",
+        kernels=("sorted_dispatch", "combine"),
+        reasons=(),
+        location=body.loc,
     )

@@ -9,7 +9,7 @@ import sympy
 
 from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
-from moec.passes.rows import Cast, Expert, Gate, Gates, Ids, Lifted, Masked, OneHot, PerExpert, Rows, Slot, Space, Token
+from moec.passes.rows import Body, Cast, Expert, Gate, Gates, Ids, Lifted, Masked, OneHot, PerExpert, Rows, Slot, Space, Token
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
@@ -22,8 +22,9 @@ FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 class Lifter:
     """Lifts values on demand, each once.
 
-    beyond  anchor → an expert id that its loop skips; harmless when no expert has it
-    masks   the lifter that knows what masks of capacity routing mean
+    beyond    anchor → an expert id that its loop skips; harmless when no expert has it
+    masks     the lifter that knows what masks of capacity routing mean
+    fallback  asked about what no rule knows, with the result's place and the rule's miss
     """
 
     graph: Graph
@@ -31,6 +32,7 @@ class Lifter:
     masks: Lifter | None = None
     memo: dict[str, Lift] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
+    fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None
 
     def lift(self, arg: Arg) -> Lift:
         """What `arg` is in terms of rows, or why that cannot be said."""
@@ -46,7 +48,13 @@ class Lifter:
             else:
                 found = self.rules[instr.word](self, instr, instr.results.index(arg.name))
                 self.memo[arg.name] = found.deeper() if isinstance(found, NoMatch) else found
+            self._fall_back(arg.name, instr)
         return self.memo[arg.name]
+
+    def _fall_back(self, name: str, instr: Instr | None) -> None:
+        miss = self.memo[name]
+        if isinstance(miss, NoMatch) and instr is not None and self.fallback is not None:
+            self.memo[name] = self.fallback(self, instr, instr.results.index(name), miss)
 
     def lift_result(self, instr: Instr) -> Lift:
         """What the first result of an instruction is in terms of rows."""
@@ -89,6 +97,8 @@ def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     inner = lifter.lift(instr.args[0])
     if isinstance(inner, NoMatch):
         return _slots_of(lifter, instr)
+    if isinstance(inner, Body):
+        return NoMatch("a reshape inside an expert's own code", instr.results[0])
     if isinstance(inner, Rows | Ids):
         layout = relayout(lifter, source, inner.layout, to)
         if layout is None:

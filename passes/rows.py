@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.dims import Dim
+
 
 @dataclass(frozen=True)
 class Space:
@@ -104,7 +106,14 @@ class Number:
     value: float
 
 
-Row = Token | Slot | Gate | Expert | Dot | Slice | Cast | Apply | Number
+@dataclass(frozen=True)
+class Opaque:
+    """What an expert's own code makes of its rows; only the code says what."""
+
+    value: str
+
+
+Row = Opaque | Token | Slot | Gate | Expert | Dot | Slice | Cast | Apply | Number
 
 
 # What a value of the graph can be lifted to, besides rows:
@@ -132,6 +141,15 @@ class Rows:
         if self.space.kind == "grid":
             return len(self.layout.split("."))
         return 1 if self.layout == "flat" else 2
+
+
+@dataclass(frozen=True)
+class Body:
+    """A value of an expert's own code that is no tensor of rows; `rows`: the number of rows it was made of."""
+
+    space: Space
+    rows: Dim
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,7 +244,7 @@ class Special:
     """What another table of rules lifts values to (`moec.passes.hot`)."""
 
 
-Lifted = Rows | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
+Lifted = Rows | Body | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
 
 
 def strip(row: Row) -> Row:
@@ -239,6 +257,8 @@ def strip(row: Row) -> Row:
 def text(row: Row) -> str:
     """The row expression for people."""
     match row:
+        case Opaque(value):
+            return f"%{value}[row]"
         case Token(value):
             return f"%{value}[t]"
         case Slot(value):

@@ -206,3 +206,119 @@ P7 = (CountsByScatter, RunningEnds, SplitAndCat, SliceWrites, RunningStart, Nump
 SPELLINGS: tuple[Spelling, ...] = tuple(
     Spelling(kind.__name__, "P7", kind, tokens, trains=kind is not RunningEnds) for kind in P7
 )
+
+
+class LinearExpert(nn.Linear):
+    """One matrix and a bias."""
+
+    def __init__(self):
+        super().__init__(H, H)
+
+
+class ConvExpert(nn.Module):
+    """A convolution over the features of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(1, 2, 3, padding=1), nn.Linear(2 * H, H)
+
+    def forward(self, x):
+        return self.out(F.relu(self.conv(x.unsqueeze(1))).flatten(1))
+
+
+class NormExpert(nn.Module):
+    """A normalised MLP with dropout switched off."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(H, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, H)
+
+    def forward(self, x):
+        return self.down(F.silu(self.norm(self.up(x))))
+
+
+class LoraExpert(nn.Module):
+    """An MLP whose matrices carry low-rank additions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(H, WIDTH, bias=False), nn.Linear(WIDTH, H, bias=False)
+        self.up_a, self.up_b = nn.Linear(H, 3, bias=False), nn.Linear(3, WIDTH, bias=False)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x) + 0.5 * self.up_b(self.up_a(x))))
+
+
+class AttentionExpert(nn.Module):
+    """Attention among the rows that an expert has; the running sum makes their order matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(H, H, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = self.q(x).unsqueeze(0), self.k(x).unsqueeze(0), self.v(x).cumsum(0).unsqueeze(0)
+        return (torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v).squeeze(0)
+
+
+class OpaqueWhere(Layer):
+    """where on a mask, index_add_."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(idx == e)
+            if token.numel() == 0:
+                continue
+            y.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+        return y
+
+
+class OpaqueHits(Layer):
+    """Hit experts by a permuted one-hot: rows ordered by slot, then token."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        mask = F.one_hot(idx, num_classes=self.num_experts).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            e = e[0]
+            slot, token = torch.where(mask[e])
+            y.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return y
+
+
+class OpaqueRuns(SplitAndCat):
+    """Counts on the host, split and cat, over experts of their own kind."""
+
+
+class OpaqueMasks(Layer):
+    """Boolean masks, weights summed over slots, rows added in place."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            mask = (idx == e).any(-1)
+            weight = (w * (idx == e)).sum(-1)
+            if mask.any():
+                y[mask] += weight[mask].unsqueeze(-1) * self.experts[e](x[mask])
+        return y
+
+
+def with_expert(layer: type[Layer], expert: type[nn.Module]) -> Callable[[], nn.Module]:
+    """The layer over experts of another kind."""
+    return type(f"{layer.__name__}Of{expert.__name__}", (layer,), {"expert": expert})
+
+
+P13 = (
+    (OpaqueWhere, LinearExpert),
+    (OpaqueWhere, NormExpert),
+    (OpaqueHits, ConvExpert),
+    (OpaqueHits, AttentionExpert),
+    (OpaqueRuns, LoraExpert),
+    (OpaqueMasks, LoraExpert),
+)
+
+SPELLINGS += tuple(Spelling(f"{a.__name__}-{b.__name__}", "P13", with_expert(a, b), tokens) for a, b in P13)

@@ -26,7 +26,7 @@ _WRITES = frozenset(
     f"{word}{end}"
     for word in ("index_add", "scatter_add", "index_put", "index_copy", "scatter", "scatter_reduce", "index_reduce")
     for end in ("", "_")
-) | {"masked_scatter_", "masked_scatter", "slice_scatter", "append"}
+) | {"masked_scatter_", "masked_scatter", "slice_scatter"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class _Found:
 def promising(code: types.CodeType) -> bool:
     """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function."""
     ops = code.co_code[::2]
-    if not _JOINS.isdisjoint(code.co_names) and any(_LISTED in c.co_code[::2] for c in _codes(code)):
+    if not _JOINS.isdisjoint(code.co_names) and _lists(code):
         return True
     if _FOR in ops and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code, and that of the comprehensions in it, which are functions of their own before Python 3.12."""
-    yield code
-    yield from (const for const in code.co_consts if isinstance(const, types.CodeType))
+def _lists(code: types.CodeType) -> bool:
+    """Whether a list is made piece by piece; comprehensions are functions of their own before Python 3.12."""
+    codes = (code, *(const for const in code.co_consts if isinstance(const, types.CodeType)))
+    return any(_LISTED in c.co_code[::2] or (_FOR in c.co_code[::2] and "append" in c.co_names) for c in codes)
 
 
 def rewrite(code: types.CodeType) -> Rewritten:

@@ -1,0 +1,132 @@
+"""Experts that are no MLPs: their rows are sorted once, each expert's code runs on one contiguous slice, and the
+results are put back once. The code itself stays what the user wrote.
+
+for e: rows = where(idx == e); y.index_add_(0, rows, f_e(x[rows]))   →   xs = x[sorted]; for e: f_e(xs[start:end]); y
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from moec.graph import Graph, Instr
+from moec.match import NoMatch
+from moec.passes.combine import COMBINING, combined
+from moec.passes.lift import Lifter
+from moec.passes.opaque_rows import opaque_rows, varying
+from moec.passes.row_rules import RULES
+from moec.passes.rows import Opaque, Row
+from moec.passes.runs import full_run
+from moec.passes.skips import only_idle_skipped
+
+_ORDERS = {"ts": False, "t": False, "st": True}
+
+
+@dataclass(frozen=True)
+class OpaqueSite:
+    """A loop over experts whose bodies stay as they are.
+
+    root     the value that the experts' rows come together in
+    anchor   the loop
+    form     loop | hit_loop: rows by masks, to be sorted; grouped: the user sorts
+    body     the words between an expert's rows and its results
+    """
+
+    root: str
+    anchor: str
+    form: str
+    choice: str
+    experts: int
+    top_k: int
+    order: str
+    body: tuple[str, ...]
+    loc: str = ""
+
+
+def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
+    """The loops left in a graph that dispatch rows to experts, run any code on them and put the results together."""
+    lifter = Lifter(graph, RULES, fallback=opaque_rows)
+    found: dict[str, OpaqueSite] = {}
+    for instr in graph.instrs:
+        if instr.word not in COMBINING:
+            continue
+        site = _site(lifter, instr)
+        if isinstance(site, OpaqueSite):
+            # Two sums of one loop cannot both be taken out of it.
+            found[site.anchor] = site if site.anchor not in found else found[site.anchor]
+    return tuple(found.values())
+
+
+def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
+    total = combined(lifter, instr)
+    if isinstance(total, NoMatch):
+        return total
+    graph, rows = lifter.graph, total.rows
+    anchor = rows.anchor or (rows.space.key if rows.space.kind == "loop" else "")
+    if not anchor or not rows.choice or not _holds_opaque(rows.row):
+        return NoMatch("no loop over experts with a body of its own")
+    experts = _experts(graph, anchor)
+    chosen = graph.types[rows.choice]
+    if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):
+        return NoMatch("the number of experts is not known")
+    skipped = only_idle_skipped(lifter, anchor) or full_run(lifter, anchor, sympy.Integer(experts), rows.choice)
+    beyond = lifter.beyond.get(anchor)
+    if skipped is not None or (beyond is not None and beyond < experts):
+        return skipped or NoMatch(f"the loop skips expert {beyond}")
+    form = {"anchor": "hit_loop"}.get(graph.defs[anchor].word, "loop")
+    k = int(chosen.shape[1]) if chosen.rank == 2 else 1
+    order = rows.space.order if total.form in ("loop", "hit_loop") else ""
+    sorts = order in graph.defs or rows.anchor
+    if not sorts and (order not in _ORDERS or (order == "t" and k > 1 and not _distinct(graph, rows.choice))):
+        return NoMatch("rows are in an order that no sort gives")
+    return OpaqueSite(
+        total.root,
+        anchor,
+        "grouped" if sorts else form,
+        rows.choice,
+        int(experts),
+        k,
+        "" if sorts else order,
+        _body_words(graph, anchor),
+        instr.loc,
+    )
+
+
+def _holds_opaque(row: Row) -> bool:
+    """Whether anything but gathers and pointwise functions stands in a row."""
+    if isinstance(row, Opaque):
+        return True
+    inner = [getattr(row, "row", None), *getattr(row, "args", ())]
+    return type(row).__name__ == "Dot" or any(_holds_opaque(r) for r in inner if r is not None)
+
+
+def _distinct(graph: Graph, choice: str) -> bool:
+    made = graph.defs.get(choice)
+    return made is not None and made.word == "topk"
+
+
+def _experts(graph: Graph, anchor: str) -> int | None:
+    """How many experts there are, by the tensors that the loop picks from."""
+    counts: set[int] = set()
+    moved = varying(graph)
+    for instr in graph.instrs:
+        if instr.word == "pick" and instr.uses[-1] in moved:
+            counts.add(len(instr.uses) - 1)
+    end = graph.defs[anchor].args[1] if graph.defs[anchor].word == "anchor_range" else None
+    if not counts and isinstance(end, int):
+        counts.add(end)
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _body_words(graph: Graph, anchor: str) -> tuple[str, ...]:
+    plain = {"pick", "take", "end", "eq", "skip", "skip_size", "where_indices", "index", "reshape", "anchor", "turn"}
+    inside: dict[str, None] = {}
+    started = False
+    for instr in graph.instrs:
+        started = started or instr.results[0] == anchor
+        if started and instr.results[0] in varying(graph) and instr.word not in plain | set(COMBINING):
+            inside[str(instr.attr("target")) if instr.word == "opaque" else instr.word] = None
+        if instr.word == "end" and started:
+            break
+    return tuple(inside)
