@@ -15,7 +15,7 @@ import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defi
 from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
-from moec.capture.settle import settle
+from moec.capture.settle import no_loops_left, settle
 from moec.describe import describe, site_name, with_opaque
 from moec.graph import Graph, sweep
 from moec.options import Environment, Options
@@ -68,6 +68,7 @@ class Backend:
         not_rolled = settle(gm)
         start = time.perf_counter()
         parts = [self.rewrite(each, nested=each is not gm) for each in _graphs(gm)]
+        no_loops_left(gm)
         if self.report is not None:
             self.report.seconds += time.perf_counter() - start - sum(part.proof_seconds for part in parts)
             self.report.graph_reports.append(_whole(parts))
@@ -105,7 +106,7 @@ class Backend:
         nodes = len(gm.graph.nodes)
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
-        bodies = _sorted_bodies(gm)
+        bodies = () if nested else _sorted_bodies(gm)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 H, WIDTH, E, K = 16, 24, 4, 2
 
@@ -322,3 +323,119 @@ P13 = (
 )
 
 SPELLINGS += tuple(Spelling(f"{a.__name__}-{b.__name__}", "P13", with_expert(a, b), tokens) for a, b in P13)
+
+
+class TwoInputs(nn.Module):
+    """One layer on two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = OpaqueWhere()
+
+    def forward(self, x):
+        return self.layer(x) + self.layer(x.flip(0) * 0.5)
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are computed again in the backward pass."""
+
+    layer: type[Layer] = OpaqueWhere
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.layer() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class CheckpointedHits(Checkpointed):
+    """The same over hit experts."""
+
+    layer = OpaqueHits
+
+
+class Repeated(nn.Module):
+    """One layer several times, as a recurrent block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = OpaqueMasks(), nn.LayerNorm(H)
+
+    def forward(self, x):
+        step = 0
+        while step < 3:
+            x = x + self.layer(self.norm(x))
+            step += 1
+        return x
+
+
+class TwoLevels(OpaqueWhere):
+    """Each expert is a layer of experts."""
+
+    expert = SlotMasks
+
+
+class LoadCounts(OpaqueWhere):
+    """How many tokens each expert had, summed over calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.long))
+
+    def route(self, x):
+        w, idx = super().route(x)
+        with torch.no_grad():
+            self.load += F.one_hot(idx.view(-1), self.num_experts).sum(0)
+        return w, idx
+
+
+class MovingLoad(OpaqueHits):
+    """A bias on the choice that follows a moving average of the load."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.full((self.num_experts,), 1 / self.num_experts))
+
+    def route(self, x):
+        scores = torch.sigmoid(self.router(x))
+        idx = torch.topk(scores - 0.1 * self.average, self.k, dim=-1)[1]
+        w = scores.gather(1, idx)
+        with torch.no_grad():
+            share = F.one_hot(idx, self.num_experts).sum((0, 1)).float() / max(idx.numel(), 1)
+            self.average.mul_(0.9).add_(share, alpha=0.1)
+        return w / w.sum(-1, keepdim=True), idx
+
+
+class UnitRouter(OpaqueMasks):
+    """Router weights that are normalised in place at every call."""
+
+    def route(self, x):
+        with torch.no_grad():
+            self.router.weight.copy_(F.normalize(self.router.weight, dim=-1))
+        return super().route(x)
+
+
+class CountedRuns(CountsByScatter):
+    """bincount into a buffer beside runs whose counts are on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(self.num_experts))
+
+    def route(self, x):
+        w, idx = super().route(x)
+        self.load += torch.histc(idx.float(), self.num_experts, 0, self.num_experts - 1)
+        return w, idx
+
+
+SPELLINGS += (
+    Spelling("TwoInputs", "P14", TwoInputs, tokens, sites=2),
+    Spelling("Checkpointed", "P14", Checkpointed, tokens, sites=2),
+    Spelling("CheckpointedHits", "P14", CheckpointedHits, tokens, sites=2),
+    Spelling("Repeated", "P14", Repeated, tokens, sites=3),
+    Spelling("TwoLevels", "P14", TwoLevels, tokens),
+    *(Spelling(kind.__name__, "P15", kind, tokens) for kind in (LoadCounts, MovingLoad, UnitRouter, CountedRuns)),
+)

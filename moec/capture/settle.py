@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule
 
 from moec.capture.region import Malformed, hoist_invariants, regions
-from moec.capture.state import NotRolled, current_tx, declined, loops_of, retrace_without
+from moec.capture.state import NotRolled, current_tx, declined, loops_of, not_rolled, retrace_without
 
 
 def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
@@ -23,10 +25,42 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     loops = loops_of(tx)
     if loops.open is not None:
         retrace_without(tx, loops.open, "Dynamo broke the graph inside the loop's body")
-    for key, region in zip(loops.begun, regions(gm), strict=True):
+    top = [key for key in loops.begun if key not in loops.nested]
+    for key, region in zip(top, regions(gm), strict=False):
         try:
             hoist_invariants(gm.graph, region)
         except Malformed as error:
             retrace_without(tx, key, str(error))
     gm.recompile()
+    _settle_nested(tx, gm, loops.nested)
     return tuple(declined(tx).values())
+
+
+def _settle_nested(tx: Any, gm: GraphModule, keys: list[str]) -> None:
+    for inner in nested_graphs(gm):
+        try:
+            for region in regions(inner):
+                hoist_invariants(inner.graph, region)
+        except Malformed as error:
+            _retrace_all(tx, keys, str(error))
+        inner.recompile()
+
+
+def nested_graphs(gm: GraphModule) -> list[GraphModule]:
+    """The graphs that a graph's higher-order operators run."""
+    return [m for m in gm.modules() if isinstance(m, GraphModule) and m is not gm]
+
+
+def no_loops_left(gm: GraphModule) -> None:
+    """To be called by the backend when it has rewritten the graphs: where a higher-order operator's graph still holds
+    a region, which cannot run there, its loops are traced again as they were written.
+    """
+    tx = current_tx()
+    if tx is not None and any(regions(inner) for inner in nested_graphs(gm)):
+        _retrace_all(tx, loops_of(tx).nested, "it stands inside a checkpointed block and its experts are not fused")
+
+
+def _retrace_all(tx: Any, keys: list[str], reason: str) -> None:
+    for key in keys[1:]:
+        declined(tx).setdefault(key, not_rolled(key, reason))
+    retrace_without(tx, keys[0], reason)

@@ -85,9 +85,13 @@ def declined(tx: Any) -> dict[str, NotRolled]:
 
 @dataclass
 class Loops:
-    """The loops that one graph has rolled so far, in order, and the one whose body is being traced."""
+    """The loops that one graph has rolled so far, in order, and the one whose body is being traced.
+
+    nested: those inside the graph of a higher-order operator (a checkpointed block), where no real loop can run.
+    """
 
     begun: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
     open: str | None = None
 
 

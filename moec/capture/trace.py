@@ -43,8 +43,7 @@ def _compiling_for_moec() -> bool:
 
 
 def _may_open(tx: Any, key: str) -> bool:
-    # One region at a time, and none inside a higher-order operator's own graph: see DESIGN, capture.
-    return not (key in declined(tx) or loops_of(tx).open is not None or len(tx.output.tracers) > 1)
+    return not (key in declined(tx) or loops_of(tx).open is not None)  # one region at a time
 
 
 @torch.compiler.assume_constant_result
@@ -60,6 +59,8 @@ def _open(key: str) -> bool:
     loops = loops_of(tx)
     loops.open = key
     loops.begun.append(key)
+    if len(tx.output.tracers) > 1:
+        loops.nested.append(key)
     return True
 
 
