@@ -9,7 +9,22 @@ import sympy
 
 from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
-from moec.passes.rows import Body, Cast, Expert, Gate, Gates, Ids, Lifted, Masked, OneHot, PerExpert, Rows, Slot, Space, Token
+from moec.passes.rows import (
+    Body,
+    Cast,
+    Expert,
+    Gate,
+    Gates,
+    Ids,
+    Lifted,
+    Masked,
+    OneHot,
+    PerExpert,
+    Rows,
+    Slot,
+    Space,
+    Token,
+)
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]

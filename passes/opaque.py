@@ -54,7 +54,7 @@ def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
         site = _site(lifter, instr)
         if isinstance(site, OpaqueSite):
             # Two sums of one loop cannot both be taken out of it.
-            found[site.anchor] = site if site.anchor not in found else found[site.anchor]
+            found.setdefault(site.anchor, site)
     return tuple(found.values())
 
 

@@ -41,7 +41,7 @@ def dispatch(choice: Tensor, experts: int, slots_first: bool) -> tuple[Tensor, T
 
 
 def combine(base: Tensor, token: Tensor, rows: Tensor) -> Tensor:
-    """base[t] + the sum of token t's rows; base [T, …], token [R], rows [n ≤ R, …], the first n of R in expert order."""
+    """base[t] + the sum of token t's rows; base [T, …], token [R], rows [n ≤ R, …], in expert order."""
     return base.index_add(0, token[: rows.shape[0]], rows.to(base.dtype))
 
 

@@ -7,15 +7,15 @@ from functools import lru_cache
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.lift import Lift, Lifter
-from moec.passes.rows import Body, Expert, Opaque, Rows, Space
+from moec.passes.rows import Anchor, Body, Expert, Ids, Opaque, Rows, Space
 
 
 def opaque_rows(lifter: Lifter, instr: Instr, which: int, miss: NoMatch) -> Lift:
-    """A value of a loop's body that no rule knows: rows again where its first axis is the rows', else part of a body."""
+    """A value of a loop's body that no rule knows: rows where its first axis is the rows', else part of a body."""
     space: Space | None = None
     choice, rows = "", None
     for name in instr.uses:
-        held = lifter.lift(Ref(name))
+        held = _in_body(lifter, name)
         if isinstance(held, Rows | Body) and held.space.kind == "loop":
             if space is not None and (space.key, space.order) != (held.space.key, held.space.order):
                 return miss
@@ -29,6 +29,20 @@ def opaque_rows(lifter: Lifter, instr: Instr, which: int, miss: NoMatch) -> Lift
     if kind.rank >= 1 and kind.shape[0] == rows and kind.dtype != "bool":
         return Rows(space, Opaque(instr.results[which]), choice=choice)
     return Body(space, rows, choice)
+
+
+def _in_body(lifter: Lifter, name: str) -> Lift:
+    """A value as part of a loop's body, although a rule took it for rows of a layer inside that body."""
+    held = lifter.lift(Ref(name))
+    made = lifter.graph.defs.get(name)
+    if made is None or isinstance(held, Expert) or not _varies(lifter.graph, name):
+        return held
+    if isinstance(held, Rows | Body | Ids | Anchor) and (isinstance(held, Anchor) or held.space.kind == "loop"):
+        return held
+    key = f"{name}#body"
+    if key not in lifter.memo:
+        lifter.memo[key] = opaque_rows(lifter, made, made.results.index(name), NoMatch("not of a loop's body", name))
+    return lifter.memo[key]
 
 
 def _varies(graph: Graph, name: str) -> bool:

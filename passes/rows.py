@@ -189,7 +189,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Edge:
-    """A number of the loop's expert e: count | start | end of its rows in expert order; before: end of e − 1, for e ≥ 1."""
+    """A number of the loop's expert e: count | start | end of its rows in expert order; before: e − 1's end, e ≥ 1."""
 
     anchor: str
     choice: str

@@ -319,7 +319,7 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     index = args["indices"]
     if isinstance(index, (tuple, list)) and None in index:  # a new axis in x[…] = v, a whole axis in index_put
         return None
-    parts = _index_parts(build, value, index, _written_rows(index, fake(args["values"]) if isinstance(args["values"], fx.Node) else None))
+    parts = _index_parts(build, value, index, _written_rows(index, args["values"]))
     if parts is None:
         return None
     basic, dim, tensors = parts
@@ -331,10 +331,11 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
     )
 
 
-def _written_rows(index: Any, values: Any) -> Any:
+def _written_rows(index: Any, source: Any) -> Any:
     """What is written at the places of one mask, when it has a row for each of them."""
     single = index if isinstance(index, fx.Node) else index[0] if len(index) == 1 else None
     mask = fake(single) if isinstance(single, fx.Node) else None
+    values = fake(source) if isinstance(source, fx.Node) else None
     if not isinstance(mask, torch.Tensor) or not isinstance(values, torch.Tensor) or values.dim() == 0:
         return None
     return None if dim_of(values.shape[0]).is_Integer else values

@@ -131,7 +131,7 @@ class SliceWrites(Layer):
     def forward(self, x):
         w, idx = self.route(x)
         flat = idx.reshape(-1)
-        values, order = torch.sort(flat)
+        _, order = torch.sort(flat)
         counts = F.one_hot(flat, self.num_experts).sum(0)
         offsets = [0, *itertools.accumulate(counts.tolist())]
         xs = x[order // self.k]

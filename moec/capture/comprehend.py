@@ -1,4 +1,4 @@
-"""A comprehension as the loop that it abbreviates: `cat([f(c) for c in chunks])` → `o = []; for c in chunks: o.append(f(c))`."""
+"""A comprehension as the loop that it abbreviates: `cat([f(c) for c in cs])` is `o = []; for c in cs: o.append(f(c))`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _written_out(stmt: ast.Assign | ast.Return | ast.Expr, path: Path, made: ast
     start = ast.Assign([ast.Name(listed, ast.Store())], ast.List([], ast.Load()))
     rest: list[ast.stmt] = []
     if not isinstance(target, ast.Name):
-        rest.append(_Swap(made, ast.Name(listed, ast.Load())).visit(_copied(stmt, made)))
+        swapped = _Swap(made, ast.Name(listed, ast.Load())).visit(_copied(stmt, made))
+        assert isinstance(swapped, ast.stmt)
+        rest.append(swapped)
     holder = ast.If(ast.Constant(True), [start, loop, *rest], [])
     for node in ast.walk(holder):
         if isinstance(node, (ast.expr, ast.stmt)) and not hasattr(node, "lineno"):

@@ -159,7 +159,9 @@ def _numbers(expr: ast.ListComp, hosts: frozenset[str]) -> ast.expr | None:
         return None
     name = each.target.id
     unwrapped = _is_bare(elt, frozenset(("item",))) and _is_name(elt.func.value, name)  # type: ignore[attr-defined]
-    whole = isinstance(elt.func, ast.Name) and elt.func.id == "int" and len(elt.args) == 1 and _is_name(elt.args[0], name)
+    whole = (
+        isinstance(elt.func, ast.Name) and elt.func.id == "int" and len(elt.args) == 1 and _is_name(elt.args[0], name)
+    )
     if not (unwrapped or whole):
         return None
     inner = tensor_of(each.iter, hosts)

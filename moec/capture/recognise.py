@@ -260,9 +260,7 @@ def _rebound_name(stmt: ast.stmt) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def _obstacle(
-    loop: ast.For, path: Path, writes: list[_Write], rebound: set[str], collected: set[str]
-) -> str | None:
+def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str], collected: set[str]) -> str | None:
     """Why the loop cannot be rolled, or None."""
     if loop.orelse:
         return "the loop has an else branch"

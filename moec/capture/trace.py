@@ -140,7 +140,7 @@ def length(x: Any) -> Any:
 
 def shortest(key: str, *sizes: int) -> int:
     """The common length of what a `zip` joins; the least where lengths depend on data."""
-    least = sizes[0]
+    least: Any = sizes[0]
     for size in sizes[1:]:
         if statically_known_true(size != least):
             give_up(key, "zip joins sequences of different lengths")

@@ -96,9 +96,13 @@ class Words(ast.NodeTransformer):
                 return call("text_key", ast.Constant(""), self.visit(args[0]), ast.Constant(""))
         if isinstance(func, ast.Name) and func.id == "int" and len(args) == 1 and self.number(args[0]):
             return call("item_of", self.visit(args[0]))
-        if isinstance(func, ast.Attribute) and func.attr in ("item", "tolist"):
-            if is_alias(func.value, self.aliases) or self.number(func.value):
-                return call("item_of", self.visit(func.value))
+        unwraps = isinstance(func, ast.Attribute) and func.attr in ("item", "tolist")
+        if (
+            isinstance(func, ast.Attribute)
+            and unwraps
+            and (is_alias(func.value, self.aliases) or self.number(func.value))
+        ):
+            return call("item_of", self.visit(func.value))
         self.generic_visit(node)
         return node
 
