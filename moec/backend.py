@@ -106,7 +106,8 @@ class Backend:
         nodes = len(gm.graph.nodes)
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
-        bodies = () if nested else _sorted_bodies(gm)
+        # No real loop can run inside a higher-order operator; and fuel counts the rewrites of the passes.
+        bodies = () if nested or self.options.fuel >= 0 else _sorted_bodies(gm)
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}

@@ -12,6 +12,7 @@ import sympy
 
 from moec.graph import Graph, Instr
 from moec.match import NoMatch
+from moec.passes.body import match_body
 from moec.passes.combine import COMBINING, combined
 from moec.passes.lift import Lifter
 from moec.passes.opaque_rows import opaque_rows, varying
@@ -66,6 +67,8 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     anchor = rows.anchor or (rows.space.key if rows.space.kind == "loop" else "")
     if not anchor or not rows.choice or not _holds_opaque(rows.row):
         return NoMatch("no loop over experts with a body of its own")
+    if not isinstance(match_body(graph, rows.row), NoMatch):
+        return NoMatch("the experts are MLPs, which were left as they are for another reason")
     experts = _experts(graph, anchor)
     chosen = graph.types[rows.choice]
     if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):

@@ -50,7 +50,7 @@ def run(model, *args):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 13])
-def test_an_expert_that_is_no_mlp_runs_as_the_loop_it_was(tokens):
+def test_an_expert_that_is_no_mlp_runs_its_own_code(tokens):
     model, x = Loop(NormExpert), torch.randn(tokens, H, requires_grad=True)
     got, want = run(model, x), model(x)
     assert torch.allclose(got, want, atol=1e-6)
@@ -61,9 +61,31 @@ def test_an_expert_that_is_no_mlp_runs_as_the_loop_it_was(tokens):
             assert (g is None and w is None) or torch.allclose(g, w, atol=1e-5)
 
 
-def test_the_reason_names_the_predicate_and_the_line():
+def test_an_expert_that_is_no_mlp_has_its_rows_sorted():
     with torch.no_grad():
         report = moec.explain(Loop(NormExpert), torch.randn(13, H), moec_options=QUICK)
+    assert report.graphs == 1
+    (site,) = report.sites
+    assert (site.status, site.kernels) == ("fused", ("sorted_dispatch", "combine"))
+    assert "layer_norm" in site.experts
+    assert __file__ in site.location
+
+
+class Placed(Loop):
+    """The body reads a token's place, not only its row."""
+
+    def forward(self, x):
+        weights, chosen = torch.topk(F.softmax(self.gate(x), dim=-1), 2, dim=-1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None] * token[:, None])
+        return y
+
+
+def test_the_reason_names_the_predicate_and_the_line():
+    with torch.no_grad():
+        report = moec.explain(Placed(NormExpert), torch.randn(13, H), moec_options=QUICK)
     assert report.graphs == 1
     (site,) = report.sites
     assert site.status == "declined"
@@ -71,13 +93,12 @@ def test_the_reason_names_the_predicate_and_the_line():
     assert __file__ in site.reasons[0].location
 
 
-def test_an_unsupported_dtype_is_declined_and_runs():
+def test_experts_of_a_dtype_without_kernels_run_their_own_code():
     model, x = Loop(mlp).double(), torch.randn(13, H, dtype=torch.float64)
     with torch.no_grad():
         report = moec.explain(model, x, moec_options=QUICK)
         assert torch.allclose(run(model, x), model(x))
-    assert [s.status for s in report.sites] == ["declined"]
-    assert "f64" in str(report.sites[0].reasons[0])
+    assert [s.kernels for s in report.sites] == [("sorted_dispatch", "combine")]
 
 
 def test_autocast_is_declined_and_runs():
