@@ -111,13 +111,12 @@ class Backend:
         if self.report is None:
             return GraphReport((), (), nodes)
         proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
-        said = describe(raised, done.graph, done.misses, done.facts, proofs)
+        said = with_opaque(describe(raised, done.graph, done.misses, done.facts, proofs), bodies, raised)
         records = (first, *done.records) if first is not None else ()
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
         rewritten = self._said(raised, done)
-        sites = with_opaque(said.sites, bodies, raised)
-        return GraphReport(sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
+        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
 
     def _left(self) -> Options:
         """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""

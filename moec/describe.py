@@ -223,13 +223,17 @@ def renamed(site: ir.Site, names: Mapping[str, str]) -> ir.Site:
     )
 
 
-def with_opaque(
-    sites: tuple[report.Site, ...], bodies: tuple[OpaqueSite, ...], raised: Raised
-) -> tuple[report.Site, ...]:
-    """The sites with those whose experts run their own code on slices of sorted rows in the place of their misses."""
-    found = {body.loc: _opaque(raised, body) for body in bodies}
-    kept = [found.pop(s.location) if s.status == "declined" and s.location in found else s for s in sites]
-    return (*kept, *found.values())
+def with_opaque(said: Described, bodies: Sequence[OpaqueSite], raised: Raised) -> Described:
+    """What is said, with experts that run their own code on slices of sorted rows in the place of their misses."""
+    sites, regions = list(said.sites), list(said.regions)
+    for body in bodies:
+        at = next((i for i, s in enumerate(sites) if (s.status, s.location) == ("declined", body.loc)), len(sites))
+        sites[at : at + 1] = [_opaque(raised, body)]
+        for i, region in enumerate(regions):
+            if (region.status, region.location) == ("declined", body.loc):
+                regions[i] = replace(region, status="fused", why="")
+                break
+    return Described(tuple(sites), tuple(regions))
 
 
 def _opaque(raised: Raised, body: OpaqueSite) -> report.Site:

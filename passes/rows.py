@@ -244,7 +244,9 @@ class Special:
     """What another table of rules lifts values to (`moec.passes.hot`)."""
 
 
-Lifted = Rows | Body | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
+Lifted = (
+    Rows | Body | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
+)
 
 
 def strip(row: Row) -> Row:

@@ -28,16 +28,22 @@ class Normed(nn.Module):
 
 
 class Loop(nn.Module):
+    """Over experts that are no MLPs the body also reads a token's place, so that it is no function of its rows."""
+
     def __init__(self, expert=Normed):
         super().__init__()
         self.gate, self.experts = nn.Linear(H, E), nn.ModuleList(expert() for _ in range(E))
+        self.placed = expert is Normed
 
     def forward(self, x):
         weights, chosen = torch.topk(F.softmax(self.gate(x), dim=-1), 2, dim=-1)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, slot = torch.where(chosen == e)
-            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+            out = expert(x[token]) * weights[token, slot, None]
+            if self.placed:
+                out = out * token[:, None]
+            y.index_add_(0, token, out)
         return y
 
 
