@@ -10,7 +10,7 @@ from moec.options import Environment, Options, option_names
 
 def test_defaults():
     assert Options.make() == Options.make({}) == Options.make(None) == Options()
-    assert option_names()[:4] == ("kernels", "rest", "verify", "fuel")
+    assert option_names()[:4] == ("kernels", "rest", "verify", "proof")
 
 
 @pytest.mark.parametrize(
