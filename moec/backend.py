@@ -29,6 +29,7 @@ from moec.passes.vocabulary import raise_fx
 from moec.passes.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.proof import Verdict, prove
+from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.runtime_packed import pack_log
 from moec.text import dump
@@ -179,7 +180,8 @@ class Backend:
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
-        return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+        with torch.compiler.config.patch(cache_key_tag=_cache_tag()):
+            return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
 def _sorted_bodies(gm: fx.GraphModule) -> tuple[OpaqueSite, ...]:
@@ -226,6 +228,11 @@ def explain(
         frame = broken.user_stack[-1] if broken.user_stack else None
         report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
     return report
+
+
+def _cache_tag() -> str:
+    """The user's own tag and moec's source: what torch keeps on disk knows ops by name, not how they differentiate."""
+    return f"{torch.compiler.config.cache_key_tag}moec-{source_hash()}"
 
 
 def _whole(parts: Sequence[GraphReport]) -> GraphReport:

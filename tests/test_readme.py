@@ -30,6 +30,7 @@ PARSED = {
         "--help",
     ],
     "python benchmarks/layer.py --quick": ["python", "benchmarks/layer.py", "--help"],  # test_benchmarks runs tiny ones
+    "python benchmarks/train.py --quick": ["python", "benchmarks/train.py", "--help"],
     "python benchmarks/compile_time.py --parts stacked --stacked 8,32": [
         "python",
         "benchmarks/compile_time.py",
