@@ -20,8 +20,10 @@ from typing import Any
 import jinja2
 
 from moec.codegen.cpp import check
+from moec.codegen.triton_backward import projections, slope_names
 from moec.codegen.triton_phi import function, functions, number, used
 from moec.errors import BuildError
+from moec.expr import Var, call, derivative
 from moec.options import Environment
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
@@ -69,9 +71,27 @@ def emit(spec: KernelSpec) -> str:
         functions(dict.fromkeys(needed)),
         function("phi", ("a", "b") if gated else ("a",), {"h": phi}, "The activation."),
     ]
-    names = (*(("router",) if r else ()), "dispatch", "experts", "decode")
-    parts += [_template(name).render(_context(spec)) for name in names]
-    return "\n\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
+    return _joined(spec, parts, (*(("router",) if r else ()), "dispatch", "tiles", "experts", "decode"))
+
+
+@lru_cache(maxsize=1024)
+def emit_backward(spec: KernelSpec) -> str:
+    """The Triton module of the experts' gradients. Raises CodegenError for a spec that has no kernel."""
+    check(spec)
+    e = spec.experts
+    inputs = ("a", "b")[: e.ab_views]
+    slopes = {"h": e.phi, **{f"d{name}": call("mul", Var("dh"), derivative(e.phi, name)) for name in inputs}}
+    parts = [
+        _HEAD.format(spec=textwrap.fill(f"moec, gradients: {spec}", 110)),
+        functions(dict.fromkeys(used(slopes.values()))),
+        function("slopes", (*inputs, "dh"), slopes, "The activation, and the gradients by its inputs."),
+    ]
+    return _joined(spec, parts, ("dispatch", "tiles", "backward"))
+
+
+def _joined(spec: KernelSpec, parts: Sequence[str], templates: Sequence[str]) -> str:
+    texts = (*parts, *(_template(name).render(_context(spec)) for name in templates))
+    return "\n\n".join(part.strip("\n") + "\n" for part in texts if part.strip())
 
 
 @lru_cache(maxsize=1)
@@ -110,6 +130,9 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "projections": _rows(s, "f_in", ""),
         "biases": _rows(s, "f_in", "bias_") if s.bias_in else [],
         "base": lambda group: f"{group} + e.to(tl.int64) * stride_{group}_e" if s.stacked else f"own({group}, e)",
+        "own_base": lambda name: f"{name} + e.to(tl.int64) * stride_{name}_e" if s.stacked else f"own({name}, e)",
+        "slopes": slope_names(spec),
+        "outputs": projections(spec),
         "strides": _strides,
         "stride_names": _stride_names,
         **(_router_context(r) if r else {}),
@@ -164,20 +187,19 @@ def _stride_names(groups: Sequence[str], indent: int) -> str:
     return ("\n" + " " * indent).join(lines)
 
 
-def load(spec: KernelSpec) -> ModuleType:
-    """The Triton module of `spec`, imported from a file that tools and people can read.
+def load(spec: KernelSpec, backward: bool = False) -> ModuleType:
+    """The Triton module of `spec` (or of its gradients), imported from a file that tools and people can read.
 
     Raises CodegenError for a spec without kernels, BuildError where the file cannot be written.
     """
     from triton import knobs
 
-    return _load(spec, bool(knobs.runtime.interpret))
+    return _load(emit_backward(spec) if backward else emit(spec), bool(knobs.runtime.interpret))
 
 
 @lru_cache(maxsize=1024)
-def _load(spec: KernelSpec, interpreted: bool) -> ModuleType:
+def _load(source: str, interpreted: bool) -> ModuleType:
     """Kernels are decorated as the module is imported: for the interpreter or for a GPU, hence the key."""
-    source = emit(spec)
     key = hashlib.sha256(source.encode()).hexdigest()[:32]
     path = _written(Environment.read().cache_dir / "triton" / f"moec_{key}.py", source)
     found = importlib.util.spec_from_file_location(f"moec_triton_{key}_{int(interpreted)}", path)

@@ -25,6 +25,7 @@ from moec.runtime_cpu import Kernel, kernel_source, load_kernel
 from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
 from moec.runtime_triton import TritonKernel, load_triton
+from moec.runtime_triton_backward import TritonBackward, load_triton_backward
 from moec.spec import DTYPES, KernelSpec, out_sizes
 
 __all__ = ["kernel_source"]
@@ -191,14 +192,29 @@ def _experts_backward(
     engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if engine == "triton" or (engine == "auto" and x.device.type == "cuda"):
+        found = _triton_backward(spec, engine, x.device)
+        if found is not None and _takes(found.takes(grad, x, params), spec, engine, (grad, x, *params)):
+            return found(grad, x, weights, experts, params, needs)
     kernel = _backward_kernel(spec, engine) if x.device.type == "cpu" else None
     if kernel is not None and _takes(kernel.takes(grad, x, params), spec, engine, (grad, x, *params)):
         return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
     return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
 
 
+@lru_cache(maxsize=1024)
+def _triton_backward(spec: str, engine: str, device: torch.device) -> TritonBackward | None:
+    try:
+        return load_triton_backward(spec, device)
+    except (BuildError, CodegenError) as error:
+        if engine != "auto":
+            raise
+        _warn_once(str(error))
+        return None
+
+
 def _backward_kernel(spec: str, engine: str) -> BackwardKernel | None:
-    """The kernel of the gradients, or None for the twin: kernels for gradients exist in C++."""
+    """The kernel of the gradients, or None for the twin: C++ or Triton has them."""
     if engine == "cpp":
         return load_backward(spec)
     return _backward_or_warning(spec) if engine == "auto" else None

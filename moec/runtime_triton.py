@@ -11,14 +11,16 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from moec.codegen.plan import Sizes
+from moec.codegen.triton_call import Program
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_emit import load
-from moec.codegen.triton_launch import Program, program
+from moec.codegen.triton_launch import program
 from moec.codegen.triton_operands import Operands, Strides, shape
 from moec.errors import CodegenError
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
@@ -47,7 +49,7 @@ def load_triton(spec: str, device: torch.device) -> TritonKernel:
 
 
 @dataclass(frozen=True)
-class _Bound:
+class Bound:
     """Parameters by group as kernels take them (a tensor, or a table of pointers), their strides, E, H, F."""
 
     tensors: Mapping[str, Tensor]
@@ -65,7 +67,7 @@ class TritonKernel:
         self.spec, self.figures = spec, figures
         self._dtype = DTYPES[spec.experts.dtype]
         self._module = load(spec)
-        self._bounds: dict[tuple[object, ...], _Bound] = {}
+        self._bounds: dict[tuple[object, ...], Bound] = {}
         self._program = lru_cache(maxsize=1024)(self._make_program)
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -79,9 +81,9 @@ class TritonKernel:
             return y.zero_()
         if weights.dtype not in DTYPE_NAMES:
             weights = weights.float()
-        bound = self._bound(params)
+        bound = self.bound(params)
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
-        operands = self._operands(x, bound, weights.dtype)
+        operands = self.operands(x, bound, weights.dtype)
         self._run(x, y, bound, given, operands, experts.shape[1], "experts")
         return y
 
@@ -104,7 +106,7 @@ class TritonKernel:
         results = (y, given["logits"], given["weights"], given["experts"])
         if x.numel() == 0:
             return results
-        bound = self._bound(params)
+        bound = self.bound(params)
         if count != bound.E:
             raise CodegenError(f"the router's matrix is {list(router[0].shape)}, but there are E={bound.E} experts")
         matrix, *rest = (t if t.dtype in DTYPE_NAMES else t.float() for t in router)
@@ -113,7 +115,7 @@ class TritonKernel:
             given["router_bias"] = rest.pop(0).contiguous()
         if r.selection_bias:
             given["selection"] = rest.pop(0).contiguous()
-        operands = self._operands(x, bound, DTYPES[r.weight_dtype], given)
+        operands = self.operands(x, bound, DTYPES[r.weight_dtype], given)
         self._run(x, y, bound, given, operands, k, "moe")
         return results
 
@@ -121,8 +123,8 @@ class TritonKernel:
         """The configuration of a call's kernels."""
         return default_config(self.spec, sizes, self.figures)
 
-    def _operands(
-        self, x: Tensor, bound: _Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
+    def operands(
+        self, x: Tensor, bound: Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
     ) -> Operands:
         row, column = x.stride()
         base = (DTYPE_NAMES[x.dtype], (row, column), bound.strides, DTYPE_NAMES[weights])
@@ -141,7 +143,7 @@ class TritonKernel:
         self,
         x: Tensor,
         y: Tensor,
-        bound: _Bound,
+        bound: Bound,
         given: Mapping[str, Tensor],
         operands: Operands,
         k: int,
@@ -150,17 +152,9 @@ class TritonKernel:
         if x.shape[1] != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
         sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
-        made = self._program(sizes, operands, entry)
-        tensors = {"x": x, "y": y, **bound.tensors, **given}
-        for buffer in made.buffers:
-            tensors[buffer.name] = x.new_empty(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            for launch in made.launches:
-                kernel = getattr(self._module, launch.kernel)
-                args = [tensors[a.name] if a.type.startswith("*") else a.value for a in launch.arguments]
-                kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+        run(self._module, self._program(sizes, operands, entry), {"x": x, "y": y, **bound.tensors, **given})
 
-    def _bound(self, params: Sequence[Tensor]) -> _Bound:
+    def bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the parameters lie: worked out once for tensors that stay where they are."""
         first, last = params[0], params[-1]
         key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
@@ -174,7 +168,22 @@ class TritonKernel:
         return bound
 
 
-def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
+def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
+    """Launch a program's kernels over `tensors` by name, which its buffers join. `x` says on which device."""
+    x = tensors["x"]
+    for buffer in made.buffers:
+        tensors[buffer.name] = x.new_empty(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        for launch in made.launches:
+            kernel = getattr(module, launch.kernel)
+            pointers = (a.type.startswith("*") for a in launch.arguments)
+            args = [
+                tensors[a.binding or a.name] if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)
+            ]
+            kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     """The parameter groups as kernels take them; raises CodegenError where shapes contradict each other."""
     s = spec.experts
     groups = s.param_groups
@@ -192,7 +201,7 @@ def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> _Bound:
         tensors[group] = tensor
         strides.append((group, own))
         copied = copied or copy
-    return _Bound(tensors, tuple(strides), count, hidden, width, copied)
+    return Bound(tensors, tuple(strides), count, hidden, width, copied)
 
 
 def _transposed(spec: KernelSpec, group: str) -> bool:
@@ -218,17 +227,19 @@ def _group(spec: KernelSpec, group: str, tensors: Sequence[Tensor]) -> tuple[Ten
         return first, (own[0], *_ordered(own[1:], _transposed(spec, group))), False
     strides = (0, *_ordered(first.stride(), _transposed(spec, group)))
     if all(t.stride() == first.stride() and t.data_ptr() % 16 == 0 for t in tensors):
-        return _table(tensors), strides, False
+        return table_of(tensors), strides, False
     copies = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    table, strides, _ = _group(spec, group, copies)
-    table._moec_alive = copies  # type: ignore[attr-defined]  # the table alone does not keep what it points to
-    return table, strides, True
+    strides = (0, *_ordered(copies[0].stride(), _transposed(spec, group)))
+    return table_of(copies, keep=True), strides, True
 
 
 def _ordered(strides: Sequence[int], transposed: bool) -> Strides:
     return tuple(reversed(strides)) if transposed else tuple(strides)
 
 
-def _table(tensors: Sequence[Tensor]) -> Tensor:
-    """The addresses of `tensors`, on their device."""
-    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=tensors[0].device)
+def table_of(tensors: Sequence[Tensor], keep: bool = False) -> Tensor:
+    """The addresses of `tensors`, on their device; with `keep` they live as long as the table."""
+    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=tensors[0].device)
+    if keep:
+        table._moec_alive = tensors  # type: ignore[attr-defined]
+    return table

@@ -13,6 +13,7 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.errors import CodegenError
 from moec.runtime_triton import TritonKernel, load_triton
+from moec.runtime_triton_backward import load_triton_backward
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
 CPU = torch.device("cpu")
@@ -140,6 +141,55 @@ def test_separate_tensors_of_unlike_strides_and_bad_shapes():
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
     with pytest.raises(CodegenError, match=r"parameter 'ab' is \[24, 15\], expected \[24, 16\]"):
         kernel(spec).experts(x, weights, experts, [params[0][:, :15], *params[1:]])
+
+
+BACKWARD_FORMS = [FORMS[i] for i in (0, 1, 2, 5, 6, 8)]
+
+
+def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2):
+    spec = with_gate(*form, dtype)
+    params = make_params(spec.experts, H, F, E)
+    weights, experts = routing(kind, T, E, k)
+    x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, H).to(params[0].dtype)
+    needs = [True] * (2 + len(params))
+    dx, dweights, dparams = load_triton_backward(str(spec), CPU)(g, x, weights, experts, params, needs)
+    wide = [p.double() for p in params]
+    want = twin.experts_backward(g.double(), x.double(), weights.double(), experts, wide, spec, needs)
+    there = (experts >= 0) & (experts < E)
+    assert torch.equal(dweights[~there], torch.zeros_like(dweights[~there]))
+    pairs = [(dx, want[0]), (dweights[there], want[1][there]), *zip(dparams, want[2], strict=True)]
+    for got, reference in pairs:
+        assert got.shape == reference.shape
+        assert relative(got, reference) < 2 * LIMITS[dtype]
+    assert [t.dtype for t in (dx, dweights, *dparams)] == [t.dtype for t in (x, weights, *params)]
+
+
+@pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
+def test_gradients(form):
+    check_backward(form, "f32")
+
+
+def test_gradients_in_half_precision():
+    check_backward(FORMS[2], "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_all_gradients(form, dtype):
+    for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (70, "random")):
+        check_backward(form, dtype, T, kind, 33, 70, 4, 2)
+
+
+def test_gradients_that_are_not_wanted_are_empty():
+    spec = with_gate("concat", "nk", True, True, "output")
+    params = make_params(spec.experts, 16, 8, 2)
+    weights, experts = routing("random", 3, 2, 1)
+    needs = [False, True, False, True, False, False]
+    backward = load_triton_backward(str(spec), CPU)
+    x = torch.randn(3, 16)
+    dx, dweights, dparams = backward(torch.randn(3, 16), x, weights, experts, params, needs)
+    assert [t.numel() > 0 for t in (dx, dweights, *dparams)] == needs
 
 
 ROUTERS = {

@@ -1,0 +1,200 @@
+"""What launches are made of: arguments, launches, buffers and programs as values, and the parts that several share.
+
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moec.codegen import triton_operands as ops
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_config import GpuConfig
+from moec.codegen.triton_operands import Operands
+from moec.errors import CodegenError
+from moec.spec import KernelSpec
+
+_TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64"}
+WIDE = 2**31
+"""Offsets from here on want 64 bits."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a kernel: a pointer (`*bf16`, `*i64`), a number known at the call (`i32`) or a `constexpr`.
+
+    A pointer is bound to a tensor of the call or one of the program's buffers: by `binding`, else by its own name.
+    """
+
+    name: str
+    type: str
+    value: int | float | bool | None = None
+    binding: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of the kernel named `kernel` over `grid`."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: tuple[Argument, ...]
+    num_warps: int
+    num_stages: int
+
+    def signature(self) -> dict[str, str]:
+        """Argument types by name, as triton.compiler.ASTSource takes them."""
+        return {a.name: a.type for a in self.arguments}
+
+    def constexprs(self) -> dict[str, Any]:
+        """Values of the arguments that are known when the kernel is compiled."""
+        return {a.name: a.value for a in self.arguments if a.type == "constexpr"}
+
+    def attrs(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """What Triton may assume of pointers: that they are 16-byte aligned."""
+        return {(i,): [["tt.divisibility", 16]] for i, a in enumerate(self.arguments) if a.type.startswith("*")}
+
+    def options(self) -> dict[str, int]:
+        """Options of triton.compile."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that a program needs between its launches; its contents are undefined before the first write."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """All of one call: its launches in order and the buffers they share."""
+
+    launches: tuple[Launch, ...]
+    buffers: tuple[Buffer, ...]
+
+
+@dataclass(frozen=True)
+class At:
+    """What the launches of one call are worked out from."""
+
+    spec: KernelSpec
+    sizes: Sizes
+    config: GpuConfig
+    operands: Operands
+    routed: bool
+
+    @property
+    def pairs(self) -> int:
+        return self.sizes.T * self.sizes.k
+
+    @property
+    def m_tiles(self) -> int:
+        """The most row tiles that any choice of experts makes: Σ ⌈count/BM⌉ ≤ (T·k + hit·(BM − 1)) / BM."""
+        hit, rows = min(self.sizes.E, self.pairs), self.config.block_m
+        return (self.pairs + hit * (rows - 1)) // rows
+
+    @property
+    def columns(self) -> int:
+        """Columns of the first product: F for each projection."""
+        return self.sizes.F * self.spec.experts.ab_views
+
+    @property
+    def wide_x(self) -> bool:
+        """Whether an offset into x passes 2³¹."""
+        row, column = self.operands.x_strides
+        return (self.sizes.T - 1) * row + (self.sizes.H - 1) * column >= WIDE
+
+    def wide_w(self, *groups: str) -> bool:
+        """Whether an offset into one expert's matrix passes 2³¹."""
+        extents = {"out": (self.sizes.H, self.sizes.F)}
+        for group in groups:
+            _, row, column = self.operands.strides(group)
+            rows, columns = extents.get(group, (self.columns, self.sizes.H))
+            if (rows - 1) * row + (columns - 1) * column >= WIDE:
+                return True
+        return False
+
+
+def at(
+    spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands | None = None, entry: str | None = "experts"
+) -> At:
+    """What the launches of one call are worked out from; raises CodegenError for sizes that no kernel takes."""
+    entry = entry or ("moe" if spec.router else "experts")
+    if entry == "moe" and spec.router is None:
+        raise CodegenError(f"moec::moe needs a spec with a router, got {str(spec)!r}")
+    if min(sizes.T, sizes.k, sizes.E, sizes.H, sizes.F) < 1 or (entry == "moe" and sizes.k > sizes.E):
+        raise CodegenError(f"{sizes}: expected T, H, F, E, k ≥ 1, and k ≤ E where a router chooses")
+    if sizes.T * sizes.k >= WIDE // 2:
+        raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
+    return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe")
+
+
+def pointer(name: str, dtype: str) -> Argument:
+    return Argument(name, f"*{_TYPES[dtype]}")
+
+
+def constants(**values: int | float | bool) -> tuple[Argument, ...]:
+    return tuple(Argument(name, "constexpr", value) for name, value in values.items())
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def ceil_div(n: int, to: int) -> int:
+    return -(-n // to)
+
+
+def tile_buffers(at: At) -> tuple[Buffer, ...]:
+    """What dispatch writes: pairs by expert, where experts begin, the row tiles, and counters."""
+    return (
+        Buffer("order", "i32", (at.pairs,)),
+        Buffer("offsets", "i32", (at.sizes.E + 1,)),
+        Buffer("tile_expert", "i32", (at.m_tiles,)),
+        Buffer("tile_row", "i32", (at.m_tiles,)),
+        Buffer("counters", "i32", (4,)),
+    )
+
+
+def tile_pointers(at: At) -> tuple[Argument, ...]:
+    return tuple(pointer(name, "i32") for name in ("order", "offsets", "tile_expert", "tile_row", "counters"))
+
+
+def param_arguments(at: At, first: bool) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
+    """Pointers and strides of the parameter groups of the first or the second product."""
+    s = at.spec.experts
+    groups = [g for g in s.param_groups if (g in ("out", "bias_out")) != first]
+    pointers = tuple(pointer(g, s.dtype) if s.stacked else Argument(g, "*i64") for g in groups)
+    strides: dict[str, int | bool] = {}
+    for group in groups:
+        axes = ("e", "n") if group.startswith("bias_") else ("e", "n", "k")
+        values = at.operands.strides(group)
+        strides |= {f"stride_{group}_{axis}": v for axis, v in zip(axes, values, strict=True)}
+    return pointers, strides
+
+
+def gemm_consts(at: At, depth: int) -> dict[str, int | bool]:
+    c = at.config
+    block_k = min(c.block_k, max(16, power_of_two(depth)))
+    return {
+        "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": block_k, "GROUP_M": c.group_m,
+        "EVEN_K": depth % block_k == 0,
+    }  # fmt: skip
+
+
+def dispatch(at: At) -> Launch:
+    s = at.sizes
+    outputs = (pointer(name, "i32") for name in ("order", "offsets", "tile_expert", "tile_row", "counters"))
+    consts = constants(
+        E=s.E,
+        BLOCK_E=power_of_two(s.E + 1),
+        BLOCK_PAIRS=min(1024, max(32, power_of_two(at.pairs))),
+        BLOCK_M=at.config.block_m,
+    )
+    arguments = (pointer("experts", "i64"), *outputs, Argument("pairs", "i32", at.pairs), *consts)
+    return Launch("dispatch", (s.E,), arguments, 4, 1)

@@ -1,0 +1,92 @@
+"""The gradients of a spec's experts by Triton kernels: the backward half of `moec.runtime_triton`.
+
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_backward import Wanted, backward_config, backward_program
+from moec.codegen.triton_emit import load
+from moec.errors import CodegenError
+from moec.runtime_triton import TritonKernel, load_triton, run, table_of
+from moec.spec import DTYPE_NAMES, DTYPES
+
+
+@lru_cache(maxsize=1024)
+def load_triton_backward(spec: str, device: torch.device) -> TritonBackward:
+    """The kernels of a spec's gradients for tensors on `device`; raises as `load_triton` does."""
+    return TritonBackward(load_triton(spec, device))
+
+
+class TritonBackward:
+    """The gradients of one spec on one device."""
+
+    def __init__(self, forward: TritonKernel) -> None:
+        self.forward, self.spec = forward, forward.spec
+        self._module = load(forward.spec, backward=True)
+
+    def takes(self, grad: Tensor, x: Tensor, params: Sequence[Tensor]) -> bool:
+        """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
+        return grad.dtype == DTYPES[self.spec.y_dtype] and self.forward.takes(x, params)
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients by x, weights and each parameter, in their shapes and dtypes; empty where `needs` wants none."""
+        dparams = [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)]
+        if x.numel() == 0 or experts.shape[1] == 0:
+            return torch.zeros_like(x), torch.zeros_like(weights), [d.zero_() for d in dparams]
+        bound = self.forward.bound(params)
+        if x.shape[1] != bound.H:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
+        given = weights if weights.dtype in DTYPE_NAMES else weights.float()
+        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, experts.shape[1])
+        dx, dweights = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weights.shape, dtype=torch.float32)
+        groups, results = self._results(dparams, needs[2:])
+        made = backward_program(
+            self.spec,
+            sizes,
+            backward_config(self.forward.config_for(sizes)),
+            self.forward.operands(x, bound, given.dtype),
+            Wanted(needs[0], needs[1], groups),
+        )
+        tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
+        tensors["experts"] = experts.to(torch.int64).contiguous()
+        run(self._module, made, {**tensors, **bound.tensors, **results})
+        return (
+            dx.to(x.dtype) if needs[0] else x.new_empty(0),
+            dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),
+            dparams,
+        )
+
+    def _results(self, dparams: list[Tensor], needs: Sequence[bool]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+        """The parameter groups of which any gradient is wanted, and by `d_` name where they are written."""
+        names, each = self.spec.experts.param_groups, len(dparams) // len(self.spec.experts.param_groups)
+        wanted: list[str] = []
+        results: dict[str, Tensor] = {}
+        for i, name in enumerate(names):
+            mine = range(i * each, (i + 1) * each)
+            if not any(needs[j] for j in mine):
+                continue
+            wanted.append(name)
+            results[f"d_{name}"] = dparams[i] if self.spec.experts.stacked else self._table(dparams, needs, mine)
+        return tuple(wanted), results
+
+    @staticmethod
+    def _table(dparams: list[Tensor], needs: Sequence[bool], mine: range) -> Tensor:
+        """Where each expert's gradient is written; one that is not wanted is written and forgotten."""
+        like = next(dparams[j] for j in mine if needs[j])
+        return table_of([dparams[j] if needs[j] else torch.empty_like(like) for j in mine], keep=True)
