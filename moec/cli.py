@@ -21,6 +21,7 @@ from moec.cli_cache import cache_app
 from moec.cli_diff import diff_command
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
+from moec.cli_kernels import kernels_command
 from moec.cli_repro import repro_command
 from moec.cli_routes import routes_command
 from moec.cli_scan import scan_command
@@ -51,6 +52,7 @@ app.command("diff")(diff_command)
 app.command("bisect")(bisect_command)
 app.command("repro")(repro_command)
 app.command("routes")(routes_command)
+app.command("kernels")(kernels_command)
 
 app.add_typer(cache_app, name="cache")
 app.command("tune")(tune_command)

@@ -5,6 +5,9 @@ A kernel that the compiler rejects, crashes on or never finishes is a value (`Re
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -12,10 +15,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moec.figures import Figures, read_figures
 from moec.gpu_target import GpuTarget
@@ -69,41 +74,77 @@ class Refused:
 
 
 def compile_offline(job: Job, target: GpuTarget, cache_dir: Path, timeout: float = 120.0) -> Compiled | Refused:
-    """Compile `job` for `target` within `timeout` seconds. Compiled kernels are kept in cache_dir."""
-    with tempfile.TemporaryDirectory(prefix="moec-offline-") as name:
-        folder = Path(name)
-        _write(job, target, folder)
-        refused = _run(folder, cache_dir, timeout)
-        if refused:
-            return refused
-        texts = {
-            kind: (folder / f"kernel.{kind}").read_text() for kind in _TEXTS if (folder / f"kernel.{kind}").exists()
-        }
-        result = json.loads((folder / "result.json").read_text())
-    return Compiled(read_figures(target, texts, result["shared"], job.num_warps), texts)
+    """Compile `job` for `target` within `timeout` seconds. What was compiled once is read from cache_dir."""
+    kept = cache_dir / "offline" / f"{_key(job, target)}.json.gz"
+    made = _kept(kept)
+    if made is None:
+        with tempfile.TemporaryDirectory(prefix="moec-offline-") as name:
+            folder = Path(name)
+            _write(job, target, folder)
+            refused = _run(folder, timeout)
+            if refused:
+                return refused
+            made = _made(folder)
+        _keep(made, kept)
+    return Compiled(read_figures(target, made["texts"], made["shared"], job.num_warps), made["texts"])
+
+
+def _made(folder: Path) -> dict[str, Any]:
+    written = {kind: folder / f"kernel.{kind}" for kind in _TEXTS}
+    texts = {kind: path.read_text() for kind, path in written.items() if path.exists()}
+    return {"texts": texts, **json.loads((folder / "result.json").read_text())}
+
+
+def _key(job: Job, target: GpuTarget) -> str:
+    """Covers all that the machine code depends on: the job, the target, the compiler, how it is called."""
+    worker = Path(__file__).with_name("offline_worker.py").read_text()
+    parts = (json.dumps(_described(job, target), sort_keys=True), job.source, version("triton"), worker)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """An earlier result; None where there is none or its file is damaged."""
+    try:
+        made = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, ValueError, EOFError, zlib.error):
+        return None
+    whole = isinstance(made, dict) and {"texts", "shared"} <= set(cast("dict[str, Any]", made))
+    return cast("dict[str, Any]", made) if whole else None
+
+
+def _keep(made: dict[str, Any], path: Path) -> None:
+    """Write the result so that readers see all of it or nothing; a cache that cannot be written is done without."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            file.write(gzip.compress(json.dumps(made).encode(), 3))
+        os.replace(file.name, path)
 
 
 def _write(job: Job, target: GpuTarget, folder: Path) -> None:
-    (folder / "kernels.py").write_text(job.source)
+    source = folder / "kernels.py"
+    source.write_text(job.source)
+    (folder / "job.json").write_text(json.dumps({"source": str(source), **_described(job, target)}))
+
+
+def _described(job: Job, target: GpuTarget) -> dict[str, Any]:
     values = {
         name: {"pointer": value.dtype, "bytes": value.bytes} if isinstance(value, Pointer) else value
         for name, value in job.arguments.items()
     }
-    described = {
-        "source": str(folder / "kernels.py"), "kernel": job.kernel, "arguments": values, "num_warps": job.num_warps,
-        "num_stages": job.num_stages, "options": dict(job.options), "backend": target.backend, "arch": target.arch,
-        "warp": target.warp,
+    return {
+        "kernel": job.kernel, "arguments": values, "num_warps": job.num_warps, "num_stages": job.num_stages,
+        "options": dict(job.options), "backend": target.backend, "arch": target.arch, "warp": target.warp,
     }  # fmt: skip
-    (folder / "job.json").write_text(json.dumps(described))
 
 
-def _run(folder: Path, cache_dir: Path, timeout: float) -> Refused | None:
+def _run(folder: Path, timeout: float) -> Refused | None:
     """Run the worker; what went wrong, or None."""
     command = [sys.executable, "-m", "moec.offline_worker", str(folder)]
     # A session of its own, so that the assembler that Triton starts ends with it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env=_environment(cache_dir), start_new_session=True,
+        env=_environment(folder), start_new_session=True,
     )  # fmt: skip
     try:
         log, _ = process.communicate(timeout=timeout)
@@ -125,9 +166,9 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.communicate()
 
 
-def _environment(cache_dir: Path) -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     own = {
-        "TRITON_CACHE_DIR": str(cache_dir / "offline"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))),
         "TRITON_INTERPRET": "0",
     }

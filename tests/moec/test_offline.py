@@ -1,5 +1,6 @@
 """Kernels are compiled for GPUs that are not there; what the compiler does wrong costs one kernel."""
 
+import gzip
 import time
 
 import pytest
@@ -154,3 +155,17 @@ def test_unknown_target_names_the_nearest(name, nearest):
 )
 def test_occupancy(name, warps, registers, shared, expected):
     assert occupancy(gpu_target(name), warps, registers, shared) == expected
+
+
+def test_second_time_is_read_from_the_cache_and_damage_is_rebuilt(tmp_path):
+    job = Job(SOURCE, "copy", {"x": Pointer("fp32", 4096), "y": Pointer("fp32", 4096), "N": 256})
+    first = compile_offline(job, gpu_target("sm_80"), tmp_path)
+    (kept,) = (tmp_path / "offline").iterdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moec.offline._run", lambda folder, timeout: pytest.fail("compiled again"))
+        assert compile_offline(job, gpu_target("sm_80"), tmp_path) == first
+    for damaged in (b"", b"no archive", kept.read_bytes()[:50], gzip.compress(b"[]"), gzip.compress(b"{}")):
+        kept.write_bytes(damaged)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("moec.offline._run", lambda folder, timeout: Refused("compiled again", ""))
+            assert compile_offline(job, gpu_target("sm_80"), tmp_path) == Refused("compiled again", "")
