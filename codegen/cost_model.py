@@ -30,7 +30,7 @@ _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "fp8": 1, "int8": 1}
 
 @dataclass(frozen=True)
 class Constants:
-    """What no data sheet says. The values were set by reason, before any ranking was checked, and are fitted to nothing.
+    """What no data sheet says. The values were set by reason, before any ranking was checked; nothing fits them.
 
     memory_share   of the memory bandwidth that a kernel reaches at best
     l2_share       of the L2 bandwidth
@@ -192,7 +192,7 @@ def quantities(
     values: dict[str, Any] = {f: np.asarray([getattr(c, f) for c in configs], np.float64) for f in fields}
     values |= {"columns": product.columns, "depth": product.depth, "element": _BYTES[dtype]}
     values |= {"rows": float(counts.sum()), "hit": float(max(1, counts.size))}
-    values["tiles"] = np.ceil(counts[None, :] / values["block_m"][:, None]).sum(1)
+    values["tiles"] = np.maximum(1.0, np.ceil(counts[None, :] / values["block_m"][:, None]).sum(1))
     values |= _of_target(target, dtype) | asdict(constants)
     values["group"] = _groups(target, values["block_m"], values["num_warps"])
     if not target.can("wgmma") and not target.can("tcgen05"):

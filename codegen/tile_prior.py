@@ -112,8 +112,8 @@ def rank_with_prior(
 ) -> list[tuple[GpuConfig, float]]:
     """(configuration, score), best first: tiles by shares of wins and modelled time, each tile's own by time alone.
 
-    Configurations that cannot run are left out. A chip without counts of its own takes those of the nearest chip. `mix`:
-    how the two are joined, where it shall not be as fitted for the chip.
+    Configurations that cannot run are left out. A chip without counts of its own takes those of the nearest chip.
+    `mix`: how the two are joined, where it shall not be as fitted for the chip.
     """
     times = cost_model.seconds(configs, sizes, histogram, target, dtype)
     running = [(c, t) for c, t in zip(configs, times, strict=True) if math.isfinite(t)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,10 +105,10 @@ def compile_layers(
     named: Sequence[tuple[str, Request]],
     cache_dir: Path,
     timeout: float,
-    only: str = "",
+    only: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Layer]:
-    """Compile every kernel of every request, as many at a time as there are cores; `only`: the kernel of this name."""
+    """Compile every kernel of every request, as many at a time as there are cores; `only`: kernels of these names."""
     wanted = [(name, request, _wanted(kernel_jobs(request), only)) for name, request in named]
     total = sum(len(jobs) for _, _, jobs in wanted)
     done = 0
@@ -128,8 +128,9 @@ def compile_layers(
         ]
 
 
-def _wanted(jobs: Sequence[KernelJob], only: str) -> list[KernelJob]:
-    names = [one.launch.kernel for one in jobs]
-    if only and only not in names:
-        raise TargetError(f"--kernel {only!r}: no such kernel; this call launches {', '.join(names)}")
-    return [one for one in jobs if not only or one.launch.kernel == only]
+def _wanted(jobs: Sequence[KernelJob], only: Collection[str]) -> list[KernelJob]:
+    wanted = [one for one in jobs if not only or one.launch.kernel in only]
+    if not wanted:
+        names = ", ".join(one.launch.kernel for one in jobs)
+        raise TargetError(f"--kernel {', '.join(only)!r}: no such kernel; this call launches {names}")
+    return wanted

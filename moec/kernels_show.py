@@ -52,7 +52,7 @@ def _compiled(command: KernelsCommand, named: Sequence[tuple[str, Request]], con
             status.update(f"compiling kernels: {done} of {of}")
 
         cache = Environment.read().cache_dir
-        return compile_layers(named, cache, command.timeout, command.kernel, told)
+        return compile_layers(named, cache, command.timeout, (command.kernel,) if command.kernel else (), told)
 
 
 def show_kernels(command: KernelsCommand, found: Sequence[tuple[Layer, Layer | None]], console: Console) -> None:

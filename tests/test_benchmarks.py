@@ -81,3 +81,93 @@ def test_bad_names_are_refused():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'Z' is unknown" in done.stderr
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_static_prints_the_cell_that_the_page_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
+    row = run("static.py", "--variants", "--only", "gate/up, f32", "--targets", "sm_80").splitlines()
+    assert row[0] == "| target | gate/up, f32 |"
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    section = page.partition("<!-- variants: made by a command -->\n")[2].partition("<!-- end of variants -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert [cell.strip() for cell in row[2].split("|")[1:-1]] == ["sm_80", cells["sm_80"]["gate/up, f32"]]
+    from moec.gpu_target import gpu_targets
+
+    assert list(cells) == [target.name for target in gpu_targets()]
+
+
+def test_static_sections_are_made_of_the_lists_in_the_program(benchmarks):
+    import static
+
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for name in ("figures", "aims", "variants"):
+        section = page.partition(f"<!-- {name}: made by a command -->\n")[2].partition(f"<!-- end of {name} -->")[0]
+        assert section.count("\n") >= 4, name
+    for public in static.PUBLIC:
+        assert f"public: {public.kernel}" in page
+    for model in static.MODELS:
+        assert page.count(f"| {model} |") == len(static.TOKENS) * len(static.TARGETS)
+
+
+def test_published_tunings_are_read_and_split_by_shape(benchmarks, tmp_path):
+    import zipfile
+
+    import cost_model_check as check
+    import tuned
+
+    config = {
+        "BLOCK_SIZE_M": 16,
+        "BLOCK_SIZE_N": 64,
+        "BLOCK_SIZE_K": 64,
+        "GROUP_SIZE_M": 1,
+        "num_warps": 4,
+        "num_stages": 4,
+    }
+    folder = "vllm/fused_moe/configs"
+    files = {
+        "E=8,N=7168,device_name=NVIDIA_H100_80GB_HBM3.json": {"1": config, "64": {**config, "BLOCK_SIZE_M": 32}},
+        "E=128,N=768,device_name=AMD_Instinct_MI300X.json": {"triton_version": "3.2.0", "8": config},
+        "E=8,N=7168,device_name=NVIDIA_H100_80GB_HBM3,dtype=fp8_w8a8.json": {"1": config},
+        "E=9,N=7168,device_name=NVIDIA_H200.json": {"1": config},
+    }
+    wheel = tmp_path / "vllm-0.33.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(f"{folder}/{name}", json.dumps(text))
+    results = tuned.read(tuned.fetch(tmp_path, ("vllm==0.33.0",)))
+    found = [(r.device, r.E, r.F, r.H, r.k, r.T, r.block_m) for r in results]
+    assert found == [
+        ("mi300x", 128, 768, 4096, 8, 8, 16),
+        ("h100", 8, 7168, 4096, 2, 1, 16),
+        ("h100", 8, 7168, 4096, 2, 64, 32),
+    ]
+    assert len({check.half_of(r) for r in results if r.device == "h100"}) == 1
+
+
+def test_ways_of_ranking_are_judged_by_the_other_half(benchmarks, monkeypatch):
+    from dataclasses import replace
+
+    import cost_model_check as check
+    import tuned
+
+    one = tuned.Tuned("f", "h100", 8, 1024, 512, 2, 64, 32, 128, 64, 1, 4, 3)
+    results = [replace(one, F=f, T=t, file=str(f)) for f in range(64, 64 * 9, 64) for t in (16, 64)]
+    monkeypatch.setattr(check, "GRID", check.GRID[:3])
+    seen = {}
+    slow = {r: check.tile_seconds(r, seen) for r in results}
+    places, _ = check.judge(results, slow)
+    assert sum(len(places["h100", part, "both"]) for part in (0, 1)) == len(results)
+    for part in (0, 1):
+        assert set(places["h100", part, "popularity"]) == {0}  # every tuning says the same tile
+        assert set(places["h100", part, "both"]) == {0}
+    assert all(min(s) == 0 and len(s) == len(check.TILES) for s in slow.values())
+    assert check.share([0, 7, 8, 60]) == 50.0
+    lines, met = check.table(results, slow)
+    assert any(line.startswith("| h100 | A |") for line in lines)
+    assert not met  # nothing is known of h200 and a100
