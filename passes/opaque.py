@@ -21,6 +21,7 @@ from moec.passes.rows import Opaque, Row
 from moec.passes.runs import full_run
 from moec.passes.skips import only_idle_skipped
 
+_IS_MLP = 6  # how deep a miss of `match_body` is when only the parameters are not what kernels take
 _ORDERS = {"ts": False, "t": False, "st": True}
 
 
@@ -67,7 +68,8 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     anchor = rows.anchor or (rows.space.key if rows.space.kind == "loop" else "")
     if not anchor or not rows.choice or not _holds_opaque(rows.row):
         return NoMatch("no loop over experts with a body of its own")
-    if not isinstance(match_body(graph, rows.row), NoMatch):
+    body = match_body(graph, rows.row)
+    if not isinstance(body, NoMatch) or body.depth >= _IS_MLP:
         return NoMatch("the experts are MLPs, which were left as they are for another reason")
     experts = _experts(graph, anchor)
     chosen = graph.types[rows.choice]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 
 from moec.graph import Instr, Ref
 from moec.passes.canonicalize import twins
@@ -135,8 +137,8 @@ class _Loop:
     def dispatch(self, choice: fx.Node) -> list[fx.Node]:
         """token, place, start, end, before the loop."""
         with self.graph.inserting_before(self.anchor):
-            made = self.graph.call_function(dispatch, (choice, self.site.experts, self.site.order == "st"))
-            return [self.graph.call_function(operator.getitem, (made, i)) for i in range(4)]
+            made = _known(self.graph.call_function(dispatch, (choice, self.site.experts, self.site.order == "st")))
+            return [_known(self.graph.call_function(operator.getitem, (made, i))) for i in range(4)]
 
     def cut(self, gathers: list[tuple[fx.Node, fx.Node, bool]], dispatched: list[fx.Node]) -> None:
         """Each gather of an expert's rows becomes a slice of all rows, gathered once."""
@@ -147,7 +149,7 @@ class _Loop:
             with self.graph.inserting_before(self.anchor):
                 fn: Callable[..., Any] = slots if of_slots else torch.index_select
                 args = (source, place) if of_slots else (source, 0, token)
-                gathered = self.graph.call_function(fn, args)
+                gathered = _known(self.graph.call_function(fn, args))
             with self.graph.inserting_before(node):
                 piece: fx.Node = self.graph.call_function(operator.getitem, (gathered, span))
                 piece.meta = dict(node.meta)
@@ -198,6 +200,16 @@ class _Loop:
             if node.name in _effects(self.state.raised, self.inside):
                 continue
             self.graph.erase_node(node)
+
+
+def _known(node: fx.Node) -> fx.Node:
+    """The node with its fake value: it may be handed from one compiled part of the graph to another."""
+    assert callable(node.target)
+    args = [fake(a) if isinstance(a, fx.Node) else a for a in node.args]
+    mode = detect_fake_mode(args)
+    with mode if mode is not None else nullcontext():
+        node.meta["example_value"] = node.target(*args)
+    return node
 
 
 def _effects(raised: Raised, inside: list[fx.Node]) -> frozenset[str]:

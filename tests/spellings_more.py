@@ -431,7 +431,25 @@ class CountedRuns(CountsByScatter):
         return w, idx
 
 
+class DictItems(Layer):
+    """A dictionary of experts, by name and place."""
+
+    def __init__(self):
+        super().__init__()
+        self.named = nn.ModuleDict({f"expert_{i}": expert for i, expert in enumerate(self.experts)})
+        del self.experts
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        for i, (_, expert) in enumerate(self.named.items()):
+            token, slot = torch.where(idx == i)
+            y.index_add_(0, token, expert(x[token]) * w[token, slot, None])
+        return y
+
+
 SPELLINGS += (
+    Spelling("DictItems", "P1", DictItems, tokens),
     Spelling("TwoInputs", "P14", TwoInputs, tokens, sites=2),
     Spelling("Checkpointed", "P14", Checkpointed, tokens, sites=2),
     Spelling("CheckpointedHits", "P14", CheckpointedHits, tokens, sites=2),

@@ -93,12 +93,13 @@ def test_the_reason_names_the_predicate_and_the_line():
     assert __file__ in site.reasons[0].location
 
 
-def test_experts_of_a_dtype_without_kernels_run_their_own_code():
+def test_an_unsupported_dtype_is_declined_and_runs():
     model, x = Loop(mlp).double(), torch.randn(13, H, dtype=torch.float64)
     with torch.no_grad():
         report = moec.explain(model, x, moec_options=QUICK)
         assert torch.allclose(run(model, x), model(x))
-    assert [s.kernels for s in report.sites] == [("sorted_dispatch", "combine")]
+    assert [s.status for s in report.sites] == ["declined"]
+    assert "f64" in str(report.sites[0].reasons[0])
 
 
 def test_autocast_is_declined_and_runs():

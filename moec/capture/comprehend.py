@@ -1,4 +1,4 @@
-"""A comprehension as the loop that it abbreviates: `cat([f(c) for c in cs])` is `o = []; for c in cs: o.append(f(c))`."""
+"""A comprehension as the loop that it abbreviates: `o = [f(c) for c in cs]`, `o = []; for c in cs: o.append(f(c))`."""
 
 from __future__ import annotations
 

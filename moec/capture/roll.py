@@ -84,9 +84,23 @@ class _Roller:
             if items.keywords and items.func.id == "zip":
                 items = ast.Call(items.func, items.args, [])
             return self.bind_joint(target, items)
+        expert, held = self.of_items(target, items)
+        if held is not items:
+            return self.bind_joint(ast.Tuple([expert], ast.Store()), ast.Call(name("zip"), [held], []))
         out = [assign(_ITEM, call("anchor", self.key, strip_listing(items), copy.deepcopy(self.candidate.like)))]
         self.item = target.id if isinstance(target, ast.Name) else _ITEM
         return [*out, assign(target, name(_ITEM))]
+
+    def of_items(self, target: ast.expr, items: ast.expr) -> tuple[ast.expr, ast.expr]:
+        """`for name, expert in experts.items()` as `for expert in experts`, when the name is not read."""
+        if not isinstance(items, ast.Call) or not isinstance(items.func, ast.Attribute) or items.func.attr != "items":
+            return target, items
+        if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+            raise Unrollable("the items of a dictionary are not unpacked into a name and an expert")
+        read = loaded(self.candidate.loop.body) & stored([target.elts[0]])
+        if read:
+            raise Unrollable(f"the body reads {', '.join(sorted(read))}, an expert's name in its dictionary")
+        return target.elts[1], items.func.value
 
     def bind_joint(self, target: ast.expr, items: ast.Call) -> list[ast.stmt]:
         sequences: list[tuple[ast.expr, ast.expr]] = []
@@ -96,7 +110,7 @@ class _Roller:
             if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
                 raise Unrollable("enumerate is not unpacked into two targets")
             start = items.args[1] if len(items.args) > 1 else next((k.value for k in items.keywords), None)
-            counter, target, inner = (target.elts[0], start), target.elts[1], items.args[0]
+            counter, (target, inner) = (target.elts[0], start), self.of_items(target.elts[1], items.args[0])
         else:
             inner = items
         if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == "zip":
