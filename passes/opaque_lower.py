@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.graph import Instr, Ref
 from moec.passes.canonicalize import twins
@@ -206,7 +206,8 @@ def _known(node: fx.Node) -> fx.Node:
     """The node with its fake value: it may be handed from one compiled part of the graph to another."""
     assert callable(node.target)
     args = [fake(a) if isinstance(a, fx.Node) else a for a in node.args]
-    mode = detect_fake_mode(args)
+    values = args if not isinstance(args[0], tuple) else args[0]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     with mode if mode is not None else nullcontext():
         node.meta["example_value"] = node.target(*args)
     return node
