@@ -61,9 +61,29 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return NoMatch(f"`{instr.word}` over axes {dims} of a mask over {inner.axes}", instr.results[0])
 
 
+def _every_expert(lifter: Lifter, instr: Instr) -> OneHot | None:
+    """ids[T, k, 1] == arange(E): a mask over t, s, e, as one_hot makes it."""
+    for wide, numbers in (instr.args, instr.args[::-1]):
+        made, counted = lifter.instr(wide), lifter.instr(numbers)
+        if instr.word != "eq" or made is None or made.word != "reshape" or counted is None or counted.word != "arange":
+            continue
+        ids, kind = made.args[0], lifter.type(made.args[0])
+        if (
+            isinstance(ids, Ref)
+            and kind.dtype in INTEGER
+            and kind.rank in (1, 2)
+            and made.types[0].shape == (*kind.shape, 1)
+        ):
+            return OneHot(ids.name, ("t", "s", "e") if kind.rank == 2 else ("t", "e"))
+    return None
+
+
 def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """ids == e: a mask; counts > 0: which experts are hit."""
     left, right = instr.args
+    every = _every_expert(lifter, instr)
+    if every is not None:
+        return every
     a, b = lifter.lift(left), lifter.lift(right)
     if instr.word == "eq" and isinstance(a, Anchor) and not isinstance(b, Anchor):
         left, right, a, b = right, left, b, a

@@ -333,7 +333,7 @@ def raise_index_put(build: Builder, node: fx.Node) -> Arg | None:
 
 def _written_rows(index: Any, source: Any) -> Any:
     """What is written at the places of one mask, when it has a row for each of them."""
-    single = index if isinstance(index, fx.Node) else index[0] if len(index) == 1 else None
+    single = index[0] if isinstance(index, (tuple, list)) and len(index) == 1 else index
     mask = fake(single) if isinstance(single, fx.Node) else None
     values = fake(source) if isinstance(source, fx.Node) else None
     if not isinstance(mask, torch.Tensor) or not isinstance(values, torch.Tensor) or values.dim() == 0:

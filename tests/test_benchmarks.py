@@ -76,6 +76,44 @@ def test_memory(tmp_path):
     assert [peak["way"] for peak in json.loads(out.read_text())["peaks"]] == ["eager", "moec"]
 
 
+def test_model(tmp_path):
+    out = tmp_path / "model.json"
+    sizes = [
+        "--layer",
+        "tiny",
+        "--layers",
+        "1",
+        "--vocabulary",
+        "64",
+        "--prompt",
+        "16",
+        "--decode",
+        "2",
+        "--seconds",
+        "0.2",
+    ]
+    text = run("model.py", *sizes, "--dtypes", "f32", "--no-inductor", "--rest", "eager", "--out", str(out))
+    assert "tokens/s" in text
+    (rows,) = json.loads(out.read_text())["ways"].values()
+    assert [row["tokens"] for row in rows] == [16, 1]
+    for row in rows:
+        assert {"moec", "eager", "grouped_mm", "batched_mm"} <= set(row["times"]), row["skipped"]
+
+
+def test_roofline(tmp_path):
+    out, png = tmp_path / "roofline.json", tmp_path / "roofline.png"
+    pytest.importorskip("matplotlib")
+    sizes = ["--layers", "tiny", "--dtypes", "f32", "--megabytes", "2", "--size", "32", "--repeats", "2"]
+    text = run("roofline.py", *sizes, "--out", str(out), "--plot", str(png))
+    assert "ceilings of this machine" in text
+    found = json.loads(out.read_text())
+    assert len(found["ceilings"]["f32"]["all"]) == 2
+    (limits,) = found["limits"].values()
+    least = [row["ms"] for row in limits.values()]
+    assert least == sorted(least)
+    assert png.stat().st_size > 1000
+
+
 def test_bad_names_are_refused():
     command = [sys.executable, str(ROOT / "benchmarks" / "layer.py"), "--layers", "Z"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -36,6 +36,8 @@ PARSED = {
         "benchmarks/compile_time.py",
         "--help",
     ],
+    "python benchmarks/model.py --layers 4 --prompt 512": ["python", "benchmarks/model.py", "--help"],
+    "python benchmarks/roofline.py --layers A,B": ["python", "benchmarks/roofline.py", "--help"],
     "python benchmarks/memory.py --layer A --dtype bf16 --tokens 64": ["python", "benchmarks/memory.py", "--help"],
 }
 
