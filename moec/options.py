@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -107,8 +107,3 @@ class Environment:
         return Environment(
             Path(env.get("MOEC_CACHE_DIR") or default), env.get("MOEC_CPU_ISA") or None, env.get("CXX") or None
         )
-
-
-def option_names() -> tuple[str, ...]:
-    """The names of all options, in order."""
-    return tuple(f.name for f in fields(Options))

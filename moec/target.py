@@ -101,11 +101,6 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def isa_names() -> tuple[str, ...]:
-    """The instruction sets that kernels can be generated for, best first."""
-    return tuple(_ISAS)
-
-
 def supported_isas(capabilities: Mapping[str, Any]) -> tuple[str, ...]:
     """The instruction sets, best first, of a machine with these `torch.cpu.get_capabilities()`."""
     arm = capabilities.get("architecture") in ("aarch64", "arm64")

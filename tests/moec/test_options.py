@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from moec.errors import MoecError, OptionError
-from moec.options import Environment, Options, option_names
+from moec.options import Environment, Options
 
 
 def test_defaults():
     assert Options.make() == Options.make({}) == Options.make(None) == Options()
-    assert option_names()[:4] == ("kernels", "rest", "verify", "proof")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,7 @@
 import pytest
 
 from moec.errors import OptionError
-from moec.target import Target, find_compiler, isa_names, supported_isas
-
-
-def test_best_first():
-    assert isa_names() == ("avx512_bf16", "avx512", "avx2", "neon", "plain")
+from moec.target import Target, find_compiler, supported_isas
 
 
 def test_supported_by_capabilities():
