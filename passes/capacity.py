@@ -57,7 +57,9 @@ def _only_pairs(masks: Lifter, below: Below, other: Arg) -> bool:
         return below.place.given <= value.only
     if isinstance(value, Running):
         return below.place.given <= value.place.given
-    return isinstance(value, NoMatch) and isinstance(other, Ref) and not below.place.given and "e" not in flat(below.axes)
+    return (
+        isinstance(value, NoMatch) and isinstance(other, Ref) and not below.place.given and "e" not in flat(below.axes)
+    )
 
 
 def always(masks: Lifter, cond: Cond) -> bool:

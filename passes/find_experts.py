@@ -20,8 +20,8 @@ from moec.passes.lift import Lifter
 from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
-from moec.passes.skips import only_idle_skipped
 from moec.passes.seated import GRID_COMBINING, match_on_grid, part_of_sum, routing_of, say
+from moec.passes.skips import only_idle_skipped
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
 from moec.target import kernel_devices
@@ -154,7 +154,7 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     rows, seats, body = total
     held = (
         "each token sums its experts' rows",
-        f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}",
+        f"an expert is matrices and pointwise functions: E={body.num_experts}, φ={body.spec.activation}",
         "every expert is visited",
     )
     routing = routing_of(lifter, rows, seats, body)

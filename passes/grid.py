@@ -14,8 +14,8 @@ import sympy
 
 from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch
-from moec.passes.hot import Hot, Seats, flat, letters_of, relabel
 from moec.passes.body import BodyMatch
+from moec.passes.hot import Hot, Seats, flat, letters_of, relabel
 from moec.passes.lift import Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Row, Rows, Slice, Space, Token
@@ -194,7 +194,9 @@ def _bias(lifter: Lifter, rows: Rows, arg: Arg) -> Expert | NoMatch:
     width = kind.shape[-1] if kind.rank else sympy.S.One
     aligned = ("1",) * (rows.lead + 1 - kind.rank) + axes[rows.lead + 1 - kind.rank :]
     wanted = tuple(a if a == "e" else "1" for a in aligned)
-    real = tuple("1" if d == 1 else a for d, a in zip(((1,) * (rows.lead + 1 - kind.rank), *kind.shape), aligned, strict=False))
+    real = tuple(
+        "1" if d == 1 else a for d, a in zip(((1,) * (rows.lead + 1 - kind.rank), *kind.shape), aligned, strict=False)
+    )
     made = lifter.instr(arg)
     while made is not None and made.word == "reshape" and isinstance(made.args[0], Ref):
         arg = made.args[0]
@@ -231,7 +233,9 @@ def _gate(lifter: Lifter, rows: Rows, arg: Arg) -> Gate | NoMatch:
         whole, start, stop = made.args[0], int(str(made.attr("start"))), int(str(made.attr("stop")))
         if made.attr("dim") != lifter.type(whole).rank - 1 or stop != start + 1:
             return NoMatch("rows of one expert are not weighted by its column of gates", str(arg), 2)
-        return Gate(whole.name, start) if _tokens(lifter, rows, whole) else NoMatch("gates of other tokens", str(arg), 2)
+        return (
+            Gate(whole.name, start) if _tokens(lifter, rows, whole) else NoMatch("gates of other tokens", str(arg), 2)
+        )
     order = axes
     if made is not None and made.word == "permute" and isinstance(made.args[0], Ref):
         dims = made.attr("dims")
@@ -269,7 +273,11 @@ def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if made is None or made.word != "reshape" or not isinstance(made.args[0], Ref) or to.rank < 3:
         return NoMatch("not every token for every expert", instr.results[0])
     x = lifter.type(made.args[0])
-    if x.shape != to.shape[1:] or lifter.type(instr.args[0]).shape[0] != 1 or not isinstance(lifter.lift(made.args[0]), NoMatch):
+    if (
+        x.shape != to.shape[1:]
+        or lifter.type(instr.args[0]).shape[0] != 1
+        or not isinstance(lifter.lift(made.args[0]), NoMatch)
+    ):
         return NoMatch("not every token for every expert", instr.results[0])
     tokens = letters_of(x.rank - 1)
     sizes = (*zip(tokens, x.shape, strict=False), ("e", to.shape[0]))

@@ -1,4 +1,4 @@
-"""What masks of capacity routing mean: which (token, slot) pair a number belongs to, and its place in an expert's queue.
+"""What masks of capacity routing mean: which pair of token and slot a number is of, its place in an expert's queue.
 
 A one-hot tensor, and all that is multiplied by it, is zero but where the expert is the pair's own choice; a running
 count of such a mask, read there, is the pair's place in its expert's queue; a comparison of that place with the
@@ -8,7 +8,7 @@ two of them in one axis, b outermost), `e` expert, `c` seat, `1` an axis of size
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 
@@ -243,7 +243,6 @@ def _equal(a: Dim, b: Dim) -> bool:
     return a == b or sympy.expand(a - b) == 0
 
 
-
 def broadcast(left: Labels, right: Labels) -> Labels | None:
     """The labels of a broadcast result; None where two different labels meet."""
     rank = max(len(left), len(right))
@@ -251,4 +250,3 @@ def broadcast(left: Labels, right: Labels) -> Labels | None:
     if any(a != b and "1" not in (a, b) for a, b in zip(left, right, strict=True)):
         return None
     return tuple(b if a == "1" else a for a, b in zip(left, right, strict=True))
-

@@ -66,7 +66,9 @@ def multiplied(
     return NoMatch(f"a product of {type(a).__name__} and {type(b).__name__}", out.name)
 
 
-def _pair(x: Lift, y: Lift, axes: Labels, lifter: Lifter, out: Source) -> Lift | None:
+def _pair(  # noqa: C901  # one table of products
+    x: Lift, y: Lift, axes: Labels, lifter: Lifter, out: Source
+) -> Lift | None:
     """x · y for two known values; None where the pair is not in this order, or not known."""
     if isinstance(x, Hot) and isinstance(y, Hot | Running | Below | Flag) and x.base != y.base:
         return NoMatch("a product of masks of two choices", out.name)
@@ -230,15 +232,54 @@ def contraction(lifter: Lifter, instr: Instr) -> Lift:
 
 
 _KEEPS = frozenset(
-    "reshape permute cast same slice index gather topk max reduce_sum reduce_mean reduce_amax expand detach".split()
+    [
+        "reshape",
+        "permute",
+        "cast",
+        "same",
+        "slice",
+        "index",
+        "gather",
+        "topk",
+        "max",
+        "reduce_sum",
+        "reduce_mean",
+        "reduce_amax",
+        "expand",
+        "detach",
+    ]
 )
-_ALL = frozenset("mul div add maximum contract cumsum scatter where".split())
-_IS = frozenset("softmax sigmoid softplus relu exp one_hot arange lt le gt ge eq ne full abs square".split())
+_ALL = frozenset(["mul", "div", "add", "maximum", "contract", "cumsum", "scatter", "where"])
+_IS = frozenset(
+    [
+        "softmax",
+        "sigmoid",
+        "softplus",
+        "relu",
+        "exp",
+        "one_hot",
+        "arange",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+        "full",
+        "abs",
+        "square",
+    ]
+)
 
 
 def nonnegative(graph: Graph, seats: Seats) -> bool:
     """Whether every number that pairs bring is ≥ 0, by how it was made."""
-    return all(_nonnegative(graph, f.name, 40) for t in seats.terms for f in t.factors)
+    return all(nonnegative_value(graph, f.name) for t in seats.terms for f in t.factors)
+
+
+def nonnegative_value(graph: Graph, name: str) -> bool:
+    """Whether a value is ≥ 0, by how it was made."""
+    return _nonnegative(graph, name, 40)
 
 
 def _nonnegative(graph: Graph, name: str, depth: int) -> bool:
@@ -252,4 +293,6 @@ def _nonnegative(graph: Graph, name: str, depth: int) -> bool:
     if made.word == "clamp_min":
         return isinstance(made.args[1], int | float) and made.args[1] >= 0
     numbers = [a for a in made.args if isinstance(a, int | float)]
-    return made.word in _ALL and all(n >= 0 for n in numbers) and all(_nonnegative(graph, u, depth - 1) for u in made.uses)
+    return (
+        made.word in _ALL and all(n >= 0 for n in numbers) and all(_nonnegative(graph, u, depth - 1) for u in made.uses)
+    )

@@ -54,7 +54,12 @@ def chosen(lifter: Lifter, arg: Arg) -> Chosen | NoMatch:
     if isinstance(found, Chosen):
         return found
     kind = lifter.type(arg)
-    if not isinstance(arg, Ref) or kind.dtype not in INTEGER or not 1 <= kind.rank <= 3 or not isinstance(found, NoMatch):
+    if (
+        not isinstance(arg, Ref)
+        or kind.dtype not in INTEGER
+        or not 1 <= kind.rank <= 3
+        or not isinstance(found, NoMatch)
+    ):
         return NoMatch(f"{kind} are not the experts that tokens choose", str(arg))
     return Chosen(arg.name, letters_of(kind.rank))
 
@@ -203,7 +208,9 @@ def _equals(lifter: Lifter, instr: Instr, left: Arg, right: Arg) -> Lift:
             continue
         inner = _viewed(lifter, Instr(("",), "same", (ids,), (lifter.type(ids),)))
         if not isinstance(inner, Chosen | Running) or not inner.axes or inner.axes[-1] != "1":
-            return inner if isinstance(inner, NoMatch) else NoMatch("counted numbers compared with something else", name)
+            return (
+                inner if isinstance(inner, NoMatch) else NoMatch("counted numbers compared with something else", name)
+            )
         size = lifter.graph.types[length].shape[0]
         if isinstance(inner, Chosen):
             return Hot(inner.base, (*inner.axes[:-1], "e"))
@@ -240,7 +247,9 @@ def _filled(lifter: Lifter, instr: Instr, hot: Hot, value: Arg, fill: Arg) -> Li
     if lifter.type(value).shape != instr.types[0].shape or len(hot.axes) != instr.types[0].rank or hot.at >= 0:
         return NoMatch("a mask fills other axes", instr.results[0])
     if fill in (0, 0.0):
-        return products.product(lifter, hot, NoMatch("numbers"), (Ref("mask"), value), Source(instr.results[0], hot.axes))
+        return products.product(
+            lifter, hot, NoMatch("numbers"), (Ref("mask"), value), Source(instr.results[0], hot.axes)
+        )
     if fill == float("-inf"):
         return Sunk(hot)
     return NoMatch(f"unchosen experts get {fill}, expected 0 or -inf", instr.results[0], 3)

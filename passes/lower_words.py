@@ -22,7 +22,21 @@ def _reshape(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
         size = graph.call_method("size", (args[1],))
         with graph.inserting_after(size):
             return graph.call_method("reshape", (args[0], size))
+    attrs = dict(instr.attrs)
+    if "adds" in attrs:
+        return _unit_axes(graph, args[0], attrs["drops"], attrs["adds"])
     return graph.call_method("reshape", (args[0], [_size(d) for d in instr.types[0].shape]))
+
+
+def _unit_axes(graph: fx.Graph, value: fx.Node, drops: Any, adds: Any) -> fx.Node:
+    """Axes of size 1 dropped, then others added."""
+    steps = [("squeeze", (tuple(drops),))] if drops else []
+    steps += [("unsqueeze", (axis,)) for axis in adds]
+    node = graph.call_method(steps[0][0], (value, *steps[0][1]))
+    for name, rest in steps[1:]:
+        with graph.inserting_after(node):
+            node = graph.call_method(name, (node, *rest))
+    return node
 
 
 def _size(dim: Dim) -> int:

@@ -41,7 +41,8 @@ class Writer:
         if kind.shape == tuple(shape):
             return name
         args = (Ref(name), Ref(like)) if like else (Ref(name),)
-        return self.emit("reshape", args, Type(kind.dtype, tuple(shape)))
+        ones = {} if like else unit_axes(kind.shape, tuple(shape))
+        return self.emit("reshape", args, Type(kind.dtype, tuple(shape)), **ones)
 
     def permute(self, name: str, order: Sequence[int]) -> str:
         """The value with its axes in another order."""
@@ -55,6 +56,19 @@ class Writer:
         """The value in another dtype."""
         kind = self.type(name)
         return name if kind.dtype == dtype else self.emit("cast", (Ref(name),), Type(dtype, kind.shape), dtype=dtype)
+
+
+def unit_axes(source: tuple[Dim, ...], to: tuple[Dim, ...]) -> dict[str, Attr]:
+    """Which axes of size 1 a reshape drops, then adds; nothing where one size at most is symbolic, or it does more."""
+    if not _symbolic(to) or [d for d in source if d != 1] != [d for d in to if d != 1]:
+        return {}
+    drops = tuple(i for i, d in enumerate(source) if d == 1)
+    return {"drops": drops, "adds": tuple(i for i, d in enumerate(to) if d == 1)}
+
+
+def _symbolic(shape: Sequence[Dim]) -> bool:
+    """Whether more than one size is symbolic."""
+    return sum(not d.is_Integer for d in shape) > 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,10 @@ def at_pairs(out: Writer, source: Source, choice: Choice) -> str | NoMatch:
     flat = "".join(label for label in source.axes if label != "1")
     if set(flat) - set(letters) - {"e"} or len(set(flat)) != len(flat):
         return NoMatch(f"%{source.name} has axes {source.axes} beside the tokens' {letters}", source.name)
-    value = out.reshape(source.name, [size[c] for c in flat])
+    shape = tuple(size[c] for c in flat)
+    if _symbolic(shape) and shape != kind.shape and not unit_axes(kind.shape, shape):
+        return NoMatch(f"%{source.name} has axes {source.axes} of unknown sizes", source.name)
+    value = out.reshape(source.name, shape)
     order = [c for c in (*letters, "e") if c in flat]
     value = out.permute(value, [flat.index(c) for c in order])
     missing = "".join(c for c in letters if c not in flat)
@@ -138,7 +155,10 @@ def routed(
         if not weights:
             weights = value
             continue
-        kind = Type(_wide(out.type(weights).dtype, out.type(value).dtype), _wider(out.type(weights).shape, out.type(value).shape))
+        kind = Type(
+            _wide(out.type(weights).dtype, out.type(value).dtype),
+            _wider(out.type(weights).shape, out.type(value).shape),
+        )
         weights = out.emit("mul", (Ref(weights), Ref(value)), kind)
     if not weights:
         weights = out.emit("ge", (Ref(experts), 0), Type("bool", base.shape))

@@ -25,7 +25,6 @@ from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.rows import Apply, Gate, Row, Rows, strip
 from moec.spec import DTYPES, KernelSpec
 
-
 GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack"})
 
 
@@ -73,7 +72,9 @@ def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] 
     return NoMatch("not a sum over experts")
 
 
-def _gated(lifter: Lifter, instr: Instr, rows: Rows, gates: Arg, letters: tuple[str, str, str]) -> tuple[Rows, None] | NoMatch:
+def _gated(
+    lifter: Lifter, instr: Instr, rows: Rows, gates: Arg, letters: tuple[str, str, str]
+) -> tuple[Rows, None] | NoMatch:
     """einsum("te,teh->th", gates, rows) and its batched spelling."""
     at, of, out = letters
     axes = labels(rows)
@@ -197,7 +198,11 @@ def _needed(masks: Lifter, term: Term) -> Term:
 def _sound(masks: Lifter, sent: Seats, back: Seats) -> str:
     """'' when every pair that comes back sits alone on the seat it was sent to; else what is wrong."""
     for term in back.terms:
-        twin = [t for t in sent.terms if (t.base, t.place.queue, t.place.offset) == (term.base, term.place.queue, term.place.offset)]
+        twin = [
+            t
+            for t in sent.terms
+            if (t.base, t.place.queue, t.place.offset) == (term.base, term.place.queue, term.place.offset)
+        ]
         if len(twin) != 1:
             return "tokens come back from other seats than they were sent to"
         if not twin[0].only <= term.only:
@@ -310,6 +315,3 @@ def match_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None, Bod
     if dict(rows.space.sizes if isinstance(rows.space, Grid) else ()).get("e", body.num_experts) != body.num_experts:
         return NoMatch("rows and parameters are of different numbers of experts", instr.results[0], 6)
     return rows, seats, body
-
-
-

@@ -80,7 +80,11 @@ def raise_einsum(build: Builder, node: fx.Node) -> Arg | None:
         return None
     to = type_of_fake(fake(node))
     values = [build.value(o) for o in operands]
-    sizes = {c: d for part, v in zip(letters, values, strict=True) for c, d in zip(part, build.type_of(v).shape, strict=False)}
+    sizes = {
+        c: d
+        for part, v in zip(letters, values, strict=True)
+        for c, d in zip(part, build.type_of(v).shape, strict=False)
+    }
     acc, have = values[0], letters[0]
     for i, (part, value) in enumerate(zip(letters[1:], values[1:], strict=True), start=2):
         later = set(out).union(*letters[i:])

@@ -92,7 +92,9 @@ def measured(spelling: Spelling, counts: tuple[int, ...] = (12, 40), kernels: st
     def compiled() -> Any:
         torch._dynamo.reset()
         reports.append(Report())
-        return torch.compile(module, backend=Backend(Options.make({"rest": "eager", "kernels": kernels}), report=reports[-1]))
+        return torch.compile(
+            module, backend=Backend(Options.make({"rest": "eager", "kernels": kernels}), report=reports[-1])
+        )
 
     run, forward = compiled(), 0.0
     with torch.no_grad():
@@ -135,6 +137,8 @@ def _share(part: int, whole: int) -> str:
 
 def written(text: str) -> str:
     """The README with the table between its markers."""
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"README.md has no lines {BEGIN} and {END}; put them where the table belongs")
     head, rest = text.split(BEGIN)
     return "\n".join([head + BEGIN, *rows(), END + rest.split(END)[1]])
 

@@ -248,7 +248,9 @@ class MaskedUnrolled(Gates):
     def forward(self, x):
         g = self.sunk(x)
         a, b, c, d = self.experts
-        return a(x) * g[:, 0].unsqueeze(-1) + b(x) * g[:, 1].unsqueeze(-1) + (c(x) * g[:, 2, None] + d(x) * g[:, 3, None])
+        return (
+            a(x) * g[:, 0].unsqueeze(-1) + b(x) * g[:, 1].unsqueeze(-1) + (c(x) * g[:, 2, None] + d(x) * g[:, 3, None])
+        )
 
 
 class Shared(WhereLoop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -12,6 +12,7 @@ from torch import fx
 from moec.capture.region import regions
 from moec.graph import Graph, Instr, Ref
 from moec.passes.canonicalize import twins
+from moec.passes.hot_products import nonnegative_value
 from moec.passes.lower import Lowering, any_views, emit, groups_of, root_node
 from moec.passes.raise_graph import Raised
 from moec.proof.copying import Copy, Leaf, Source, Unprovable
@@ -75,9 +76,10 @@ class Carver:
         if site is None:
             raise Unprovable("the rewrite has no instruction with a spec")
         roles = _roles(site, instrs)
-        choice = next((self.old(name) for name, role in roles.items() if role == "choice"), "")
-        later = self._computed_from(choice, root)
-        derived = [self.old(name) for name in roles if self.old(name) in later and self.old(name) != choice]
+        choices = self._choices(roles, root)
+        roles |= {name: "choice" for name in roles if self.old(name) in choices}
+        later = self._computed_from(choices, root)
+        derived = [n for n in map(self.old, roles) if (n in later or self._constant(n)) and n not in choices]
         cut = self._cut(roles, derived)
         original, replacement = Copy(self.source, cut), Copy(self.source, cut)
         for name in derived:  # computed from the choice, so both graphs compute it: as a leaf it would not fit
@@ -92,10 +94,10 @@ class Carver:
             root,
             Half(original.graph, original.feeds),
             Half(replacement.graph, replacement.feeds),
-            tuple(leaves.values()),
+            tuple(map(self._signed, leaves.values())),
             outputs,
             site,
-            self._distinct(choice),
+            all(map(self._distinct, choices)),
             self.grad,
         )
 
@@ -114,12 +116,33 @@ class Carver:
                 found.update(dict.fromkeys((old, *self.source.lowering.twins.get(old, ())), leaf))
         return found
 
-    def _computed_from(self, choice: str, root: str) -> frozenset[str]:
-        """The values between the choice and the root that are computed from the choice."""
-        if not choice:
+    def _choices(self, roles: Mapping[str, str], root: str) -> tuple[str, ...]:
+        """The site's choice; where new instructions make it, the whole numbers they read, each on its own."""
+        given = tuple(self.old(name) for name, role in roles.items() if role == "choice")
+        if given:
+            return given
+        types = self.raised.graph.types
+        whole = [n for n in map(self.old, roles) if types[n].dtype in ("i64", "i32") and types[n].rank]
+        numbers = [n for n in whole if not self._constant(n)]
+        return tuple(n for n in numbers if not any(n in self._computed_from((o,), root) for o in numbers if o != n))
+
+    def _constant(self, name: str) -> bool:
+        """Whether a value is the same for any input of its size."""
+        made = self.raised.graph.defs.get(name)
+        return made is not None and made.word in ("arange", "full")
+
+    def _signed(self, leaf: Leaf) -> Leaf:
+        """A leaf that never is negative in the user's graph is not negative in a trial either."""
+        if leaf.role == "given" and nonnegative_value(self.raised.graph, leaf.name):
+            return replace(leaf, role="weight")
+        return leaf
+
+    def _computed_from(self, choices: tuple[str, ...], root: str) -> frozenset[str]:
+        """The values between the choices and the root that are computed from them."""
+        if not choices:
             return frozenset()
         graph = self.raised.graph
-        found = {choice, *self.source.lowering.twins.get(choice, ())}
+        found = {same for choice in choices for same in (choice, *self.source.lowering.twins.get(choice, ()))}
         first = min(graph.position[name] for name in found)
         for instr in graph.instrs[first + 1 : graph.position[root]]:
             if not found.isdisjoint(instr.uses):
