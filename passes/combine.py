@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.lift import Lift, Lifter
-from moec.passes.rows import Apply, Ids, Rows, Slot
+from moec.passes.rows import Apply, Ids, Rows, Slot, Space
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     rows = lifter.lift(instr.args[0])
     if isinstance(rows, NoMatch):
         return rows
-    if isinstance(rows, Rows) and (rows.layout, dims) in (("tk", (1,)), ("et", (0,))):
+    one = isinstance(rows, Rows) and rows.layout == "flat" and rows.space == Space("slots", 1) and source.shape[1] == 1
+    if isinstance(rows, Rows) and ((rows.layout, dims) in (("tk", (1,)), ("et", (0,))) or (one and dims == (1,))):
         return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
     return NoMatch("not a sum over slots or experts")
 

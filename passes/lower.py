@@ -126,7 +126,7 @@ def emit(state: Lowering, instrs: list[Instr], anchor: fx.Node, origin: fx.Node)
     at = state.raised.order[origin]
     for instr in instrs:
         with state.gm.graph.inserting_after(anchor):
-            anchor = _emit(state, instr, at, origin)
+            anchor = _emit(state, instr, at - 1, origin)  # operands as they were before it: it may update one in place
         if instr.word == "moe":  # at once: what comes next reads its first result
             _results(state, instr, at)
             anchor = state.made[instr.results[0]]
@@ -140,12 +140,12 @@ def root_node(state: Lowering, root: str) -> fx.Node:
 def _emit(state: Lowering, instr: Instr, at: int, origin: fx.Node) -> fx.Node:
     names = [ref.name if isinstance(ref, Ref) else "" for ref in instr.args]
     if instr.word == "same":  # readers of the result read what it is the same as
-        state.made[instr.results[0]] = state.node(names[0], at - 1)
+        state.made[instr.results[0]] = state.node(names[0], at)
         return state.made[instr.results[0]]
     if instr.word in SITES:
         node = _emit_site(state, instr, at)
     elif instr.word == "add":
-        node = state.gm.graph.call_function(torch.add, (state.node(names[0], at - 1), state.node(names[1], at)))
+        node = state.gm.graph.call_function(torch.add, (state.node(names[0], at), state.node(names[1], at)))
     elif instr.word in WORDS:
         node = WORDS[instr.word](state.gm.graph, instr, [_operand(state, arg, at) for arg in instr.args])
     else:
@@ -202,9 +202,10 @@ def _results(state: Lowering, instr: Instr, at: int) -> None:
 
 
 def _rewire(state: Lowering, root: str, origin: fx.Node) -> None:
-    """Readers of the root value read the new node; a storage seen under several shapes is updated in place."""
+    """Readers of the root value read the new node; an input, or a storage seen under several shapes, is updated."""
     new = state.made[root]
-    if root in state.viewed:
+    is_input = any(node.op in ("placeholder", "get_attr") for node, _ in state.raised.carriers[root])
+    if root in state.viewed or is_input:
         base = next(node for node, since in state.raised.carriers[root] if state.raised.order[node] < since)
         with state.gm.graph.inserting_after(new):
             state.gm.graph.call_method("copy_", (base, new))

@@ -24,6 +24,7 @@ from moec.passes.rows import (
     Row,
     Rows,
     Slice,
+    Slot,
     Space,
     Token,
 )
@@ -183,15 +184,29 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
 
 
 def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """A range of features of every row; the first item of a loop's item list."""
-    inner = lifter.lift(instr.args[0])
+    """A range of features of every row; one column of a mask's places; the first item of a loop's item list."""
     source = lifter.type(instr.args[0])
     dim, start, stop, step = (instr.attr(n) for n in ("dim", "start", "stop", "step"))
+    column = _column(lifter, instr.args[0], start, stop) if dim == 1 else None
+    if column is not None:
+        return column
+    inner = lifter.lift(instr.args[0])
     if isinstance(inner, Rows) and isinstance(dim, int) and inner.lead <= dim == source.rank - 1:
         return replace(inner, row=Slice(inner.row, int(str(start)), int(str(stop)), int(str(step))))
     if isinstance(inner, Anchor | Ids):
         return NoMatch("a slice of index values", instr.results[0])
     return inner if isinstance(inner, NoMatch) else NoMatch(f"slice along axis {dim}", instr.results[0])
+
+
+def _column(lifter: Lifter, places: Arg, start: object, stop: object) -> Ids | None:
+    """nonzero(mask[T, k])[:, j]: the token, or the slot, of each of the loop's rows."""
+    made = lifter.instr(places)
+    mask = lifter.lift(made.args[0]) if made is not None and made.word == "nonzero" else None
+    if not isinstance(mask, OneHot) or not mask.anchor or set(mask.axes) != {"t", "s"}:
+        return None
+    if not isinstance(start, int) or not isinstance(stop, int) or start not in (0, 1) or stop != start + 1:
+        return None
+    return Ids(Space("loop", 0, mask.anchor), {"t": "token", "s": "slot"}[mask.axes[start]], mask.choice)
 
 
 def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -207,6 +222,8 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             args.append(Number(float(arg)))
             continue
         inner = lifter.lift(arg)
+        if isinstance(inner, NoMatch):
+            inner = _only_slot(lifter, instr, arg) or inner
         if isinstance(inner, NoMatch):
             return inner
         if isinstance(inner, Rows):
@@ -228,6 +245,16 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if lead is None:
         return NoMatch(f"`{instr.word}` of no rows", instr.results[0])
     return replace(lead, row=Apply(instr.word, tuple(args)))
+
+
+def _only_slot(lifter: Lifter, instr: Instr, arg: Arg) -> Rows | None:
+    """w[T, 1] beside rows of one slot a token, where w.reshape(-1, 1) is w itself: its number for each row."""
+    kind = lifter.type(arg)
+    if not isinstance(arg, Ref) or kind.dtype not in base.FLOATS or kind.rank != 2 or kind.shape[1] != 1:
+        return None
+    others = [lifter.lift(other) for other in instr.args if other != arg]
+    rows = [r for r in others if isinstance(r, Rows) and r.space == Space("slots", 1) and r.layout == "flat"]
+    return Rows(rows[0].space, Slot(arg.name)) if rows else None
 
 
 def _compatible(a: Space, b: Space) -> bool:

@@ -352,6 +352,44 @@ def test_sum_seen_under_two_shapes():
     agrees(layer, tensors())
 
 
+@pytest.mark.parametrize("name", ["out", "x"])
+def test_sum_into_an_input_changes_the_input(name):
+    def layer(p):
+        w, e = route(p)
+        h = torch.bmm(p["up"][e.reshape(-1)], p["x"].repeat_interleave(K, dim=0).unsqueeze(-1)).squeeze(-1)
+        h = torch.bmm(p["down"][e.reshape(-1)], glu(h).unsqueeze(-1)).squeeze(-1) * w.reshape(-1, 1)
+        p[name].index_add_(0, torch.arange(T).repeat_interleave(K), h)
+        return p[name] * 2, p["x"] + 1
+
+    p, q = ({**tensors(), "out": torch.ones(T, H)} for _ in range(2))
+    got, report = run(layer, p)
+    assert fused(report) == ["fused"]
+    torch.testing.assert_close(got, layer(q), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((p["x"], p["out"]), (q["x"], q["out"]), rtol=1e-4, atol=1e-4)
+
+
+def test_one_slot_a_token_without_views():
+    def layer(p):
+        w, e = F.softmax(F.linear(p["x"], p["gate"]), -1).topk(1, -1)
+        h = torch.bmm(p["up"][e.reshape(-1)], p["x"].repeat_interleave(1, dim=0).unsqueeze(-1)).squeeze(-1)
+        h = torch.bmm(p["down"][e.reshape(-1)], glu(h).unsqueeze(-1)).squeeze(-1)
+        return (h * w.reshape(-1, 1)).view(-1, 1, H).sum(1)
+
+    assert fused(agrees(layer, tensors())) == ["fused"]
+
+
+def test_one_slot_in_expert_order_is_not_in_token_order():
+    def layer(p):
+        w, e = F.softmax(F.linear(p["x"], p["gate"]), -1).topk(1, -1)
+        flat = e.reshape(-1)
+        perm = flat.argsort(stable=True)
+        offs = torch.histc(flat.float(), bins=E, min=0, max=E - 1).cumsum(0).to(torch.int32)
+        h = groups(glu(groups(p["x"][perm], p["up"].transpose(1, 2), offs)), p["down"].transpose(1, 2), offs)
+        return (h * w.reshape(-1)[perm].unsqueeze(-1)).view(-1, 1, H).sum(1)
+
+    agrees(layer, tensors())
+
+
 @pytest.mark.parametrize("normal", [True, False])
 def test_gate_learns_although_the_input_needs_no_gradient(normal):
     def layer(p):
