@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from torch import fx
 
 from moec.graph import Graph
 from moec.passes.raise_graph import Raised
-from moec.proof.compare import Difference, run_trial
+from moec.proof.compare import Difference, Runner
 from moec.proof.copying import Unprovable
 from moec.proof.region import Carver, Pair
 from moec.proof.routings import SHORT, Trial, applies
@@ -83,6 +84,7 @@ def _elements(pair: Pair, sizes: Sizes) -> int:
 
 
 def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float) -> Verdict:
+    runner = Runner(pair)
     done: list[str] = []
     worst, missing = 0.0, ""
     for trial in SHORT:
@@ -90,7 +92,7 @@ def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float)
             continue
         at = sizes[min(trial.tokens, len(sizes) - 1)]
         try:
-            found = _run(pair, trial, at)
+            found = _run(runner, trial, at)
         except Unprovable as error:
             missing = missing or str(error)
             continue
@@ -105,14 +107,14 @@ def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float)
     return Verdict("proved", tuple(done), worst, spent)
 
 
-def _run(pair: Pair, trial: Trial, sizes: Sizes) -> list[Difference]:
+def _run(runner: Runner, trial: Trial, sizes: Sizes) -> list[Difference]:
     """In fp64 where every operator takes it, else in the model's own dtypes."""
     try:
-        return run_trial(pair, trial, sizes)
+        return runner.trial(trial, sizes)
     except Unprovable:
         if not trial.exact:
             raise
-        return run_trial(pair, Trial(trial.routing, False, trial.tokens), sizes)
+        return runner.trial(replace(trial, exact=False), sizes)
 
 
 def _wrong(pair: Pair, trial: Trial, sizes: Sizes, wrong: list[Difference], seconds: float) -> Verdict:

@@ -21,7 +21,8 @@ from moec.passes.words import key_of
 LIMIT = 4000  # nodes; a region that is larger than any layer has lost its way
 
 METADATA = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like size dim new_zeros new_ones new_full new_empty".split()
+    {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "size", "dim"}
+    | {"new_zeros", "new_ones", "new_full", "new_empty"}
 )
 """What these make depends on their first argument's shape and dtype, not on its numbers."""
 

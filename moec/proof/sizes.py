@@ -27,7 +27,7 @@ LARGEST = 1 << 40
 """Numbers from this on say 'to the end'."""
 
 ATOMS = (24, 40, 56, 72, 88, 104, 136, 152, 184, 232)
-"""What atoms become: distinct multiples of 8, no one a multiple of another (but 24 of 72 and such, which is harmless)."""
+"""What atoms become: distinct multiples of 8."""
 
 TOKENS = (13, 7, 16, 8, 24, 12, 32, 64, 96, 128)
 
@@ -42,7 +42,7 @@ class Sizes:
     def dim(self, expr: sympy.Expr) -> int:
         """A dimension in these sizes."""
         swapped = expr.xreplace({sympy.Integer(a): sympy.Integer(b) for a, b in self.numbers.items()})
-        return int(swapped.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()}))
+        return int(str(swapped.xreplace({s: sympy.Integer(v) for s, v in self.symbols.items()})))
 
     def shape(self, dims: Iterable[sympy.Expr]) -> tuple[int, ...]:
         """A shape in these sizes."""
@@ -136,7 +136,7 @@ def _symbol_values(pair: Pair) -> list[dict[sympy.Symbol, int]]:
     env, found = _shape_env(pair), list[dict[sympy.Symbol, int]]()
     others = itertools.product((2, 3, 4, 8, 1), repeat=len(symbols) - 1)
     for rest, tokens in itertools.islice(itertools.product(others, TOKENS), 400):
-        values = dict(zip(symbols, (*rest, tokens), strict=True))
+        values: dict[sympy.Symbol, int] = dict(zip(symbols, (*rest, tokens), strict=True))
         if _allowed(env, values):
             found.append(values)
             if len(found) == 2:

@@ -17,7 +17,6 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-import moec
 from moec.proof.region import Half, Pair
 from moec.proof.sizes import Sizes
 
@@ -50,7 +49,8 @@ def recall(key: str, folder: Path) -> Verdict | None:
     """The remembered verdict; None where there is none, or it cannot be read."""
     try:
         values: dict[str, Any] = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
-        verdict = Verdict(**{**values, "routings": tuple(values["routings"])})
+        values["routings"] = tuple(values["routings"])
+        verdict = Verdict(**values)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return replace(verdict, remembered=True)
@@ -123,8 +123,7 @@ def _target_text(target: Any) -> str | None:
 @lru_cache(maxsize=1)
 def source_hash() -> str:
     """moec's own source: a changed matcher forgets what the old one proved."""
-    assert moec.__file__ is not None
-    room = Path(moec.__file__).parent
+    room = Path(__file__).parent.parent
     found = hashlib.sha256()
     for path in sorted(p for pattern in ROOMS for p in room.glob(pattern)):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
