@@ -1,6 +1,7 @@
 """The command line: every command of `moec`, exit codes, and one-line errors.
 
-Exit codes: 0 the command's promise holds; 1 it does not (explain: a layer is not fused; doctor: something is broken;
+Exit codes: 0 the command's promise holds; 1 it does not (explain: a layer is not fused; verify: a result differs;
+doctor: something is broken;
 demo: results differ; any unexpected error); 2 bad input, with one line on stderr. `--debug` shows the traceback.
 Commands import what they need when they run, so that `--help` does not wait for torch.
 """
@@ -37,6 +38,7 @@ from moec.cli_types import (
     TargetArgument,
     report_of,
 )
+from moec.cli_verify import verify_command
 from moec.errors import MoecError, OptionError, TargetError
 
 app = typer.Typer(
@@ -56,6 +58,7 @@ app.command("kernels")(kernels_command)
 
 app.add_typer(cache_app, name="cache")
 app.command("tune")(tune_command)
+app.command("verify")(verify_command)
 
 
 @app.callback()
