@@ -1,0 +1,89 @@
+"""Random MoE layers from a grammar: matched and equal, or left alone and equal, with a reason that names a line.
+
+pytest tests/fuzz                                   a few, always the same
+pytest tests/fuzz -m fuzz -s --fuzz-seconds=600     as many as fit, new ones each time, and a summary
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
+
+QUICK = {"rest": "eager", "kernels": "eager"}
+QUIET = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
+
+
+def test_a_few_modules_of_the_grammar(grammar, checking, tmp_path):
+    seen, end = checking.Summary(), time.monotonic() + 25
+
+    @settings(max_examples=25, derandomize=True, phases=[Phase.generate], **QUIET)
+    @given(grammar.samples())
+    def few(sample):
+        if time.monotonic() < end:
+            checking.judge(sample, tmp_path, seen, QUICK)
+
+    few()
+    print(seen)
+    assert seen.modules >= 5
+    assert seen.supported_fused >= 0.8 * seen.supported, str(seen)
+
+
+def test_a_wrong_answer_is_reported_as_source(grammar, checking, tmp_path, monkeypatch):
+    """With a matcher that takes the wrong gate for the right one, the fuzzer says so and shows a module that runs."""
+    from moec.codegen import twin
+
+    halves = twin._halves
+    monkeypatch.setattr(
+        twin, "_halves", lambda ab, gate: halves(ab, gate)[::-1] if gate == "concat" else halves(ab, gate)
+    )
+    parts = grammar.Parts(
+        4,
+        2,
+        8,
+        "linear",
+        False,
+        "softmax",
+        "plain",
+        1.0,
+        "gathered_bmm",
+        "gated",
+        "silu",
+        False,
+        "index_add",
+        "none",
+        "none",
+    )
+    sample = grammar.Sample(grammar.write(parts, "float32"), 13, "float32", False, True, "", (13, grammar.H))
+    with pytest.raises(checking.Wrong, match="runnable source"):
+        checking.judge(sample, tmp_path, checking.Summary(), {**QUICK, "proof": "off"})
+
+
+@pytest.mark.fuzz
+def test_as_many_modules_as_fit(grammar, checking, tmp_path, request):
+    """Most on the eager engine with the proof off, so that the matcher stands alone; a share proved, a share in C++."""
+    seconds = request.config.getoption("--fuzz-seconds")
+    seen, end, start = checking.Summary(), time.monotonic() + seconds, time.time_ns()
+    ways = [{**QUICK, "proof": "off"}] * 6 + [QUICK] * 3 + [{"rest": "eager", "kernels": "auto", "proof": "off"}]
+    round_ = 0
+    while time.monotonic() < end:
+        round_ += 1
+
+        @seed(start + round_)
+        @settings(max_examples=200, phases=[Phase.generate, Phase.shrink], **QUIET)
+        @given(grammar.samples(), st.integers(0, len(ways) - 1))
+        def many(sample, way):
+            if time.monotonic() < end:
+                checking.judge(sample, tmp_path, seen, ways[way])
+
+        many()
+        print(f"\nafter {seconds - (end - time.monotonic()):.0f} s: {seen}", flush=True)
+    assert seen.supported_fused >= 0.95 * seen.supported, str(seen)
+    assert not seen.missing_reason, str(seen)
