@@ -115,7 +115,7 @@ def judge(sample: Any, folder: Path, seen: Summary, options: dict[str, Any], dyn
             got = outputs(run, model, x, sample.training)
         except Exception as error:
             raise Wrong(f"{type(error).__name__}: {str(error)[:600]}\n{_runnable(sample)}") from error
-    floor = 0.02 * scale_of(want)
+    floor = {"float32": 0.02, "bfloat16": 0.2}[sample.dtype] * scale_of(want)
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         off = close(g, w, TOLERANCE[sample.dtype], floor)
         if off:
