@@ -192,12 +192,13 @@ def _experts_backward(
     engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    if engine == "triton" or (engine == "auto" and x.device.type == "cuda"):
-        found = _triton_backward(spec, engine, x.device)
-        if found is not None and _takes(found.takes(grad, x, params), spec, engine, (grad, x, *params)):
+    kind, tensors = Engine.parse(engine).kind, (grad, x, *params)
+    if kind == "triton" or (kind == "auto" and x.device.type == "cuda"):
+        found = _triton_backward(spec, kind, x.device)
+        if found is not None and _takes(found.takes(grad, x, params), spec, kind, tensors):
             return found(grad, x, weights, experts, params, needs)
-    kernel = _backward_kernel(spec, engine) if x.device.type == "cpu" else None
-    if kernel is not None and _takes(kernel.takes(grad, x, params), spec, engine, (grad, x, *params)):
+    kernel = _backward_kernel(spec, kind) if x.device.type == "cpu" else None
+    if kernel is not None and _takes(kernel.takes(grad, x, params), spec, kind, tensors):
         return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
     return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
 
