@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.compiler import config as compiler_config
 
 import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
 from moec.capture import install
@@ -180,7 +181,7 @@ class Backend:
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
-        with torch.compiler.config.patch(cache_key_tag=_cache_tag()):
+        with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
             return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
 
 
@@ -232,7 +233,7 @@ def explain(
 
 def _cache_tag() -> str:
     """The user's own tag and moec's source: what torch keeps on disk knows ops by name, not how they differentiate."""
-    return f"{torch.compiler.config.cache_key_tag}moec-{source_hash()}"
+    return f"{compiler_config.cache_key_tag}moec-{source_hash()}"
 
 
 def _whole(parts: Sequence[GraphReport]) -> GraphReport:

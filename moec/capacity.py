@@ -44,7 +44,7 @@ def at_least(a: Dim, b: Dim) -> bool:
     if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor", "ToFloat"):
         return at_least(a.args[0], b)  # ⌊x⌋ ≥ b ⇔ x ≥ b for whole b
     if kind in ("FloorDiv", "CeilDiv"):
-        return at_least(a.args[0] / a.args[1], b) if a.args[1].is_positive else False
+        return at_least(_quotient(*a.args), b) if a.args[1].is_positive else False
     gap = sympy.expand(_below(a) - b)
     return all(term.is_nonnegative or _nonnegative(term) for term in sympy.Add.make_args(gap))
 
@@ -84,5 +84,9 @@ def _below(a: Any) -> Any:
 
 def _exact(number: Any) -> Any:
     """A float as a fraction, a little smaller where it is not a short one, so that rounding cannot hide a miss."""
-    fraction = sympy.Rational(number)
+    fraction: Any = sympy.Rational(number)
     return fraction if fraction.q <= 2**20 else fraction * (1 - _SLACK)
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    return a / b

@@ -226,7 +226,8 @@ def _skip(running: _Race, way: Way, tokens: int) -> str:
 def _prepare(running: _Race, way: Way, tokens: int) -> str:
     """Start the process, compile and call; says why not, where that takes too long, fails or is wrong."""
     known = running.workers.get(way.name)
-    seconds = max(START_SECONDS, running.budget.prepare) if way.ours else min(running.budget.prepare, running.budget.left_to_prepare())
+    wanted, left = running.budget.prepare, running.budget.left_to_prepare()
+    seconds = max(START_SECONDS, wanted) if way.ours else min(wanted, left)
     worker = known or running.workers.setdefault(way.name, running.stack.enter_context(_started(way)))
     start = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""Measures every spelling, as the tests do, and writes the table of the README: `python tests/spelling_table.py --write`."""
+"""Measures every spelling, as the tests do, and writes the README's table: `python tests/spelling_table.py --write`."""
 
 from __future__ import annotations
 

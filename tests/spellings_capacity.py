@@ -117,7 +117,7 @@ class Counted(Routed):
 
     def forward(self, x):
         count = x.shape[0]
-        capacity = int(math.ceil(2 * count * self.factor / E))
+        capacity = math.ceil(2 * count * self.factor / E)
         w, chosen = self.choose(x)
         hot = F.one_hot(chosen, E)
         flat = hot.view(-1, E)

@@ -25,4 +25,5 @@ def test_what_torch_keeps_on_disk_is_keyed_on_moecs_source_and_the_users_tag(mon
 
 
 def test_the_entry_point_is_known_as_moecs_own():
-    assert compile_graph.__moec_backend__ and Backend.__moec_backend__
+    assert compile_graph.__moec_backend__
+    assert Backend.__moec_backend__
