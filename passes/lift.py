@@ -106,6 +106,16 @@ def _real(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
     return tuple(d for d in shape if d != 1)
 
 
+def _with_units(axes: tuple[str, ...], source: Type, to: Type) -> tuple[str, ...] | None:
+    """A mask's axes after axes of size 1, called "1", were added or dropped."""
+    left = [(axis, size) for axis, size in zip(axes, source.shape, strict=True) if axis != "1"]
+    found: list[str] = []
+    for i, size in reversed(list(enumerate(to.shape))):
+        named = bool(left) and (left[-1][1] == size or i + 1 == len(left))
+        found.append(left.pop()[0] if named else "1")
+    return None if left else tuple(reversed(found))
+
+
 def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A reshape that only splits or joins the row axes, or adds and drops axes of size 1."""
     source, to = lifter.type(instr.args[0]), instr.types[0]
@@ -128,7 +138,8 @@ def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return _gate_rows(inner, source, to)
     if _real(source.shape) == _real(to.shape):
         if isinstance(inner, OneHot):
-            return inner if len(inner.axes) == to.rank else NoMatch(f"mask reshaped to {to}", instr.results[0])
+            axes = _with_units(inner.axes, source, to)
+            return NoMatch(f"mask reshaped to {to}", instr.results[0]) if axes is None else replace(inner, axes=axes)
         return inner
     return NoMatch(f"reshape {source} → {to} of {type(inner).__name__}", instr.results[0])
 

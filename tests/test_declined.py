@@ -83,6 +83,26 @@ class Placed(Loop):
         return y
 
 
+class ListedRows(Loop):
+    """Lists of rows, whose lengths only data decide, are looked up at the loop's expert; results are written by row."""
+
+    def forward(self, x):
+        weights, chosen = F.softmax(self.gate(x), dim=-1).max(-1)
+        rows = [torch.eq(chosen, e).nonzero(as_tuple=True)[0] for e in range(E)]
+        parts = [self.experts[e](x[rows[e], :]) for e in range(E)]
+        y = x.new_zeros(x.shape)
+        for e in range(E):
+            y[rows[e], :] = parts[e]
+        return y * weights[:, None]
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_a_loop_that_cannot_be_rolled_runs_as_written(tokens):
+    model, x = ListedRows(mlp), torch.randn(tokens, H)
+    with torch.no_grad():
+        assert torch.equal(run(model, x), model(x))
+
+
 def test_the_reason_names_the_predicate_and_the_line():
     with torch.no_grad():
         report = moec.explain(Placed(NormExpert), torch.randn(13, H), moec_options=QUICK)

@@ -112,7 +112,26 @@ class HitLoop(Layer):
         return y
 
 
-LOOPS = (WhereLoop, MaskLoop, EnumerateLoop, HitLoop)
+class KeyedLoop(Layer):
+    """Experts in a ModuleDict, by a key that is text; the item indexes as a list of one."""
+
+    def __init__(self, expert=Expert, experts=E, k=K):
+        super().__init__(expert, experts, k)
+        self.experts = nn.ModuleDict({f"expert_{i}": expert() for i in range(experts)})
+
+    def forward(self, x):
+        x = x.reshape(-1, H)
+        weights, chosen = self.route(x)
+        y = torch.zeros_like(x)
+        mask = F.one_hot(chosen, num_classes=self.num_experts).permute(2, 1, 0)
+        for e in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            slot, token = torch.where(mask[e].squeeze(0))
+            current = self.experts[f"expert_{e[0]}"](x[None, token].reshape(-1, H))
+            y.index_add_(0, token, current * weights[token, slot, None])
+        return y
+
+
+LOOPS = (WhereLoop, MaskLoop, EnumerateLoop, HitLoop, KeyedLoop)
 
 
 def make(kind, **kwargs):

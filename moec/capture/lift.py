@@ -12,6 +12,7 @@ from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture.alike import difference
 from moec.capture.state import retrace_without
@@ -99,8 +100,13 @@ def _unlike_tensors(values: Sequence[Any]) -> str | None:
         return "the body indexes with the loop's item a list that mixes tensors and others"
     first = values[0]
     for i, value in enumerate(values):
-        if (value.shape, value.dtype, value.device) != (first.shape, first.dtype, first.device):
+        if (value.dtype, value.device) != (first.dtype, first.device) or not _same_shape(value, first):
             return (
                 f"tensor {i} of the list is {value.dtype}{list(value.shape)}, tensor 0 {first.dtype}{list(first.shape)}"
             )
     return None
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    """Whether sizes are known to be equal; two sizes that only data decide are not."""
+    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
