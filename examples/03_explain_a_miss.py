@@ -7,8 +7,8 @@ from torch import nn
 import moec
 
 
-class MixingMoE(nn.Module):
-    """Each expert's rows are normalised over the tokens of that expert: rows are not independent, so no kernel fits."""
+class NeighbourMoE(nn.Module):
+    """An expert reads its token and the one before: a row is not one token's, so no kernel fits."""
 
     def __init__(self, hidden=32, width=24, experts=4, top_k=2):
         super().__init__()
@@ -22,8 +22,7 @@ class MixingMoE(nn.Module):
         out = torch.zeros_like(x)
         for i in range(self.up.shape[0]):
             token, slot = torch.where(chosen == i)
-            rows = F.gelu(F.linear(x[token], self.up[i]))
-            rows = rows - rows.sum(dim=0, keepdim=True)  # mixes the tokens of one expert
+            rows = F.gelu(F.linear(x[token] - x[token - 1], self.up[i]))
             out.index_add_(0, token, F.linear(rows, self.down[i]) * weights[token, slot, None])
         return out
 
@@ -31,7 +30,7 @@ class MixingMoE(nn.Module):
 def make():
     """The target of `moec explain examples/03_explain_a_miss.py:make`."""
     torch.manual_seed(0)
-    return MixingMoE(), (torch.randn(13, 32),)
+    return NeighbourMoE(), (torch.randn(13, 32),)
 
 
 def main():

@@ -84,7 +84,7 @@ def test_moec_command(command, tmp_path, monkeypatch, capsys):
     if command.startswith(("moec cache", "moec tune")):  # never the user's own results
         monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
         (tmp_path / "tuned.jsonl").touch()
-    for name in ("report.html", "tuned.jsonl", "both.jsonl", "tuned.png"):
+    for name in ("report.html", "tuned.jsonl", "both.jsonl", "tuned.png", "repro.py", "loads.jsonl"):
         command = command.replace(name, str(tmp_path / name))
     words = shlex.split(command)
     assert cli.run(words[1:]) == cli.OK, capsys.readouterr().err

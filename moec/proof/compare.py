@@ -103,7 +103,7 @@ def _run(
     inputs = [fresh[half.feeds[n.name]] for n in module.graph.nodes if n.op == "placeholder"]
     inputs = [leaf.clone() for leaf in inputs]  # the code may update them in place
     try:
-        outputs = list(module(*inputs))
+        outputs = list(module.forward(*inputs))  # a call of the module itself prints what fails
         grads = _gradients(outputs, [fresh[name] for name in needs])
     except Exception as error:
         text = f"the {what} fails on made-up values: {type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,8 @@ class Maker:
 
     def _choice(self, shape: tuple[int, ...]) -> Tensor:
         """Different experts for each token; the same for all; or the same one twice."""
-        rows, k = (shape[0], shape[1]) if len(shape) == 2 else (shape[0] if shape else 1, 1)
+        k = shape[-1] if len(shape) > 1 else 1
+        rows = math.prod(shape) // k if k else 0
         if self.trial.routing == "random":
             order: Any = torch.rand((rows, max(self.experts, k)), generator=self.generator, device="cpu").argsort(-1)
             return order[:, :k].reshape(shape)

@@ -97,7 +97,8 @@ def _numbers(pair: Pair) -> dict[int, int]:
     """What each large number becomes."""
     integers = {abs(int(i)) for e in _expressions(pair) for i in e.atoms(sympy.Integer)}
     experts = dict(pair.site.attrs).get("experts")
-    fixed = {experts} if isinstance(experts, int) else set[int]()
+    # One class more than there are experts is where masks put tokens that belong to none.
+    fixed = {experts - 1, experts, experts + 1} if isinstance(experts, int) else set[int]()
     large = sorted(n for n in integers - fixed if SMALL < n < LARGEST)
     return _assign(large, fixed, {n for n in integers if n <= SMALL} | fixed)
 
