@@ -109,7 +109,8 @@ def test_compiled_forward_with_dynamic_tokens(layer):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_compiled_training_step_equals_plain_pytorch(layer, stacked, monkeypatch):
+@torch.compiler.config.patch(force_disable_caches=True)  # without moec's backend nothing keys them on moec's source
+def test_compiled_training_step_equals_plain_pytorch(layer, stacked):
     w, params = layer
     spec = str(KernelSpec(ExpertsSpec(stacked=stacked)))
     torch._dynamo.reset()
@@ -120,8 +121,6 @@ def test_compiled_training_step_equals_plain_pytorch(layer, stacked, monkeypatch
         y = torch.ops.moec.experts(x, top, index, list(flat), spec, "cpp")
         return (y * y).mean() + x.mean()
 
-    # Without moec's backend nothing keys torch's caches on moec's source.
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     compiled = torch.compile(ours, backend="inductor", fullgraph=True, dynamic=True)
     for T in (13, 7, 40):
         x = torch.randn(T, H)
