@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SETTLED = 0.25  # seconds; a call this long does not notice what the process before it left in caches and on cores
+LONG = 0.25  # seconds; a call this long does not notice what the process before it left in caches and on cores
+SETTLED = 0.1  # seconds of calls before one that counts
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,16 @@ def _answer(built: Built, word: str, tokens: int) -> float:
 
 
 def _settled(built: Built, tokens: int) -> float:
-    """Seconds of one call of several in a row, as in decoding.
+    """Seconds of one call of many in a row, as in decoding.
 
-    The way timed before this one leaves threads that spin for a while and its own data in the caches; a first short
-    call pays for both and is not counted.
+    The way timed before this one leaves threads that spin for a while and its own data in the caches; short calls are
+    made until that is over, and the last one counts.
     """
+    end = time.perf_counter() + SETTLED
     seconds = _seconds(built, tokens)
-    return seconds if seconds > SETTLED else _seconds(built, tokens)
+    while seconds < LONG and time.perf_counter() < end:
+        seconds = _seconds(built, tokens)
+    return seconds
 
 
 def _seconds(built: Built, tokens: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,8 @@ def _run(
     inputs = [fresh[half.feeds[n.name]] for n in module.graph.nodes if n.op == "placeholder"]
     inputs = [leaf.clone() for leaf in inputs]  # the code may update them in place
     try:
-        outputs = list(module.forward(*inputs))  # a call of the module itself prints what fails
+        with redirect_stderr(io.StringIO()):  # a generated module prints its own code where it fails
+            outputs = list(module(*inputs))
         grads = _gradients(outputs, [fresh[name] for name in needs])
     except Exception as error:
         text = f"the {what} fails on made-up values: {type(error).__name__}: {error}"

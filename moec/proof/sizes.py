@@ -104,7 +104,7 @@ def _numbers(pair: Pair) -> dict[int, int]:
 
 
 def _assign(large: list[int], fixed: Collection[int], taken: Collection[int]) -> dict[int, int]:
-    """Atoms, their multiples and products, in ascending order."""
+    """Atoms, their multiples and products, in ascending order; a multiple of the largest first: 2 F before 7 H."""
     becomes: dict[int, int] = {}
     free = iter([n for n in ATOMS if n not in taken])
     for n in large:
@@ -113,7 +113,7 @@ def _assign(large: list[int], fixed: Collection[int], taken: Collection[int]) ->
         if product is not None:
             becomes[n] = becomes[product[0]] * becomes[product[1]]
             continue
-        base = next((a for a in becomes if n % a == 0 and (n // a <= SMALL or n // a in fixed)), None)
+        base = next((a for a in reversed(becomes) if n % a == 0 and (n // a <= SMALL or n // a in fixed)), None)
         if base is not None:
             becomes[n] = becomes[base] * (n // base)
             continue
