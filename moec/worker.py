@@ -37,9 +37,13 @@ def serve(pipe: Connection, build: Callable[..., Built], args: tuple[Any, ...]) 
                 return
             try:
                 built = built or build(*args)
-                pipe.send(("ok", _answer(built, word, tokens)))
+                answer: tuple[str, Any] = ("ok", _answer(built, word, tokens))
             except Exception as error:
-                pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+                answer = ("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            try:
+                pipe.send(answer)
+            except OSError:  # whoever asked did not wait: the comparison went on without this way
+                return
 
 
 def _answer(built: Built, word: str, tokens: int) -> float:

@@ -1,8 +1,10 @@
 """Comparing ways to run a layer: real processes, tiny layers, and nothing that hangs."""
 
 import importlib
+import multiprocessing
 import re
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from moec.compare import Budget, Row, Way, empty_cells, race, tokens_text
 from moec.compare_view import cell, times_table
 from moec.measure import Ceilings, Layer, Timing, interleaved, measure_ceilings, summary
+from moec.worker import serve
 
 LAYER = Layer(8, 4, 2, 1, 4)
 CEILINGS = Ceilings(10.0, 100.0, 100.0)
@@ -114,3 +117,12 @@ def test_best_is_never_moec():
     assert Row(1, 1, 1.0, {"moec": timing, "moec (on grouped_mm)": timing}, {}).best is None
     assert tokens_text(1) == "1 token"
     assert tokens_text(1, 8) == "1, 8 tokens"
+
+
+def test_a_way_that_answers_nobody_ends_quietly(ways):
+    here, there = multiprocessing.Pipe()
+    here.send(("start", 1))
+    here.close()
+    with warnings.catch_warnings():
+        assert serve(there, ways.good, ()) is None
+    there.close()
