@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
@@ -24,6 +22,7 @@ from moec.codegen.triton_backward import projections, slope_names
 from moec.codegen.triton_phi import function, functions, number, used
 from moec.errors import BuildError
 from moec.expr import Var, call, derivative
+from moec.files import write_whole
 from moec.options import Environment
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
@@ -213,12 +212,10 @@ def _load(source: str, interpreted: bool) -> ModuleType:
 def _written(path: Path, source: str) -> Path:
     """`path` with `source` in it; what is there already is kept where it is the same."""
     try:
-        if path.exists() and path.read_text() == source:
+        if path.exists() and path.read_text(encoding="utf-8") == source:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(source)
-        os.replace(file.name, path)
+        write_whole(path, source)
     except OSError as error:
         raise BuildError(f"the Triton module {path} cannot be written: {error}; set MOEC_CACHE_DIR") from error
     return path

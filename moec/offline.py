@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moec.figures import Figures, read_figures
+from moec.files import write_whole
 from moec.gpu_target import GpuTarget
 
 _TEXTS = ("ttir", "ttgir", "llir", "ptx", "sass", "usage", "amdgcn")
@@ -113,12 +114,10 @@ def _kept(path: Path) -> dict[str, Any] | None:
 
 
 def _keep(made: dict[str, Any], path: Path) -> None:
-    """Write the result so that readers see all of it or nothing; a cache that cannot be written is done without."""
+    """Keep the result; a cache that cannot be written is done without."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(gzip.compress(json.dumps(made).encode(), 3))
-        os.replace(file.name, path)
+        write_whole(path, gzip.compress(json.dumps(made).encode(), 3))
 
 
 def _write(job: Job, target: GpuTarget, folder: Path) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +21,7 @@ from moec.codegen.build import compiler_version
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.tuning import Tuning
 from moec.errors import MoecError, ParseError
+from moec.files import write_whole
 from moec.options import Environment
 from moec.spec import KernelSpec
 from moec.target import Target
@@ -210,7 +209,7 @@ def store(entries: Sequence[Entry], where: Path | None = None) -> None:
     where.mkdir(parents=True, exist_ok=True)
     with FileLock(where / ".lock"):
         for entry in entries:
-            _write(_place(where, entry), entry.to_line() + "\n")
+            write_whole(_place(where, entry), entry.to_line() + "\n")
     _load.cache_clear()
 
 
@@ -226,20 +225,9 @@ def _place(where: Path, entry: Entry) -> Path:
         tries += 1
 
 
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_file(path: Path, entries: Sequence[Entry]) -> None:
     """Entries as one file to copy elsewhere."""
-    _write(path.absolute(), "".join(f"{entry.to_line()}\n" for entry in entries))
+    write_whole(path.absolute(), "".join(f"{entry.to_line()}\n" for entry in entries))
 
 
 def clear(where: Path | None = None) -> int:

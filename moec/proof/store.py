@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,6 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from moec.files import write_whole
 from moec.proof.region import Half, Pair
 from moec.proof.sizes import Sizes
 
@@ -60,9 +59,7 @@ def remember(key: str, folder: Path, verdict: Verdict) -> None:
     """Keep a verdict; a cache that cannot be written costs the next compile a proof, and nothing else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(asdict(verdict), file)
-        os.replace(file.name, folder / f"{key}.json")
+        write_whole(folder / f"{key}.json", json.dumps(asdict(verdict)))
     except OSError:
         return
 
