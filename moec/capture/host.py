@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import copy
+from dataclasses import dataclass
 
-from moec.capture.events import Event, events, stored
+from moec.capture.events import loaded, stored
 
 _MOVING = frozenset(("tolist", "numpy"))
 _LISTING = _MOVING | {"cpu", "detach"}
@@ -60,20 +61,28 @@ def kept_form(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
     return found if found is not None else chunks_of(expr, hosts)
 
 
-def host_names(function: ast.AST) -> frozenset[str]:
-    """The names of lists that came from tensors, and of chunks cut by them, in a function."""
-    found: frozenset[str] = frozenset()
-    for assignment in assignments(function):
-        target = assignment.targets[0]
-        if isinstance(target, ast.Name) and kept_form(assignment.value, found) is not None:
-            found |= {target.id}
-    return found
+@dataclass(frozen=True)
+class Scope:
+    """What the loops of a function see of it, as it is written now.
+
+    assignments  to one target, in the order of their lines
+    hosts        names of lists that came from tensors, and of chunks cut by them
+    """
+
+    assignments: tuple[ast.Assign, ...]
+    hosts: frozenset[str]
 
 
-def assignments(function: ast.AST) -> list[ast.Assign]:
-    """The assignments to one target in a function, in the order of their lines."""
+def scope_of(function: ast.AST) -> Scope:
+    """One look at a whole function, for all its loops."""
     found = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and len(n.targets) == 1]
-    return sorted(found, key=lambda n: n.lineno)
+    found.sort(key=lambda n: n.lineno)
+    hosts: frozenset[str] = frozenset()
+    for assignment in found:
+        target = assignment.targets[0]
+        if isinstance(target, ast.Name) and kept_form(assignment.value, hosts) is not None:
+            hosts |= {target.id}
+    return Scope(tuple(found), hosts)
 
 
 def read_after(function: ast.AST, assignment: ast.Assign, name: str) -> list[ast.Name]:
@@ -92,11 +101,12 @@ def read_after(function: ast.AST, assignment: ast.Assign, name: str) -> list[ast
 
 def keep_on_device(function: ast.AST, loop: ast.For, ask: ast.expr) -> str | None:
     """Have the lists that a loop reads stay tensors where `ask` holds; the name that something else reads, or None."""
-    hosts = host_names(function)
-    wanted = {e.name for e in events([loop.iter, *loop.body]) if not e.store} & hosts
+    scope = scope_of(function)
+    hosts = scope.hosts
+    wanted = loaded([loop.iter, *loop.body]) & hosts
     inside = {id(n) for n in ast.walk(loop)}
     changes: list[tuple[ast.Assign, ast.expr]] = []
-    for assignment in reversed(assignments(function)):
+    for assignment in reversed(scope.assignments):
         target = assignment.targets[0]
         if not isinstance(target, ast.Name) or target.id not in wanted or id(assignment) in inside:
             continue
@@ -107,17 +117,17 @@ def keep_on_device(function: ast.AST, loop: ast.For, ask: ast.expr) -> str | Non
             return target.id
         changes.append((assignment, form))
         inside |= {id(n) for n in ast.walk(assignment.value)}
-        wanted |= {name for name, store in _events(assignment.value) if not store} & hosts
+        wanted |= loaded([assignment.value]) & hosts
     for assignment, form in changes:
         assignment.value = ast.IfExp(copy.deepcopy(ask), form, assignment.value)
     return None
 
 
-def counters(function: ast.AST, loop: ast.For) -> frozenset[str]:
+def counters(scope: Scope, loop: ast.For) -> frozenset[str]:
     """The names that hold a whole number before the loop and are bound again in it: `start = 0`."""
     inside = {id(n) for n in ast.walk(loop)}
     values: dict[str, list[ast.expr]] = {}
-    for assignment in assignments(function):
+    for assignment in scope.assignments:
         target, value = assignment.targets[0], assignment.value
         if id(assignment) in inside:
             continue
@@ -130,10 +140,6 @@ def counters(function: ast.AST, loop: ast.For) -> frozenset[str]:
                 values.setdefault(name.id, []).append(held)
     bound = stored(loop.body)
     return frozenset(n for n, held in values.items() if n in bound and all(map(_is_whole, held)))
-
-
-def _events(node: ast.AST) -> list[Event]:
-    return list(events([node]))
 
 
 def _called(expr: ast.Call, hosts: frozenset[str]) -> ast.expr | None:

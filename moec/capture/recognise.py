@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.capture.events import Path, after, events, loaded, read_first, stored
-from moec.capture.host import counters
+from moec.capture.host import Scope, counters
 from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts
 
 # Torch's words for "add or write at these rows"; the place of the row index among the arguments of the method.
@@ -65,7 +65,7 @@ class _Write:
     rebinds: bool  # `y = y.index_add(…)` rather than in place
 
 
-def examine(loop: ast.For, path: Path) -> Candidate | Declined | None:
+def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | None:
     """The loop as a candidate, as one that nearly is, or None where it has nothing of a loop over experts."""
     writes = [w for w in _writes(loop) if _root(w.target) is not None]
     collected = collected_names(loop, path)
@@ -73,11 +73,11 @@ def examine(loop: ast.For, path: Path) -> Candidate | Declined | None:
         return None
     inner = stored(loop.body) | stored([loop.target])
     rebound = read_first([loop.target, *loop.body]) & stored(loop.body)
-    counted = counters(path[0][0], loop) & rebound
+    counted = counters(scope, loop) & rebound
     aliases = _aliases(loop) - counted
     tainted = _tainted(loop)
-    bounds = bound_names(loop, path, aliases, tainted)
-    selectors = (_derived(loop, aliases, bounds) - bounds) | chunk_names(loop, path)
+    bounds = bound_names(loop, scope, aliases, tainted)
+    selectors = (_derived(loop, aliases, bounds) - bounds) | chunk_names(loop, scope)
     writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
     writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases, bounds) for key in w.keys)]
     appends = [s for s in loop.body if loaded([s]) & selectors or cuts(s, bounds, aliases)]

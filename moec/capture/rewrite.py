@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from moec.capture import source
 from moec.capture.comprehend import unfolded
 from moec.capture.events import Path, functions, loops
-from moec.capture.host import keep_on_device
+from moec.capture.host import keep_on_device, scope_of
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
+from moec.capture.slices import JOINING
 from moec.capture.state import NotRolled, loop_key
 from moec.capture.words import RUNTIME, Unrollable, call
 
 _FOR = dis.opmap["FOR_ITER"]
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = dis.opmap["LIST_APPEND"]
-_JOINS = frozenset(("cat", "concat", "concatenate", "vstack", "row_stack"))
 _WRITES = frozenset(
     f"{word}{end}"
     for word in ("index_add", "scatter_add", "index_put", "index_copy", "scatter", "scatter_reduce", "index_reduce")
@@ -51,7 +51,7 @@ class _Found:
 def promising(code: types.CodeType) -> bool:
     """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function."""
     ops = code.co_code[::2]
-    if not _JOINS.isdisjoint(code.co_names) and _lists(code):
+    if not JOINING.isdisjoint(code.co_names) and _lists(code):
         return True
     if _FOR in ops and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
         return True
@@ -83,10 +83,11 @@ def rewrite(code: types.CodeType) -> Rewritten:
 
 
 def _candidates(owner: ast.FunctionDef) -> Iterator[_Found]:
+    scope = scope_of(owner)
     for loop, path in loops(owner):
-        yield _Found(owner, loop, path, examine(loop, path))
+        yield _Found(owner, loop, path, examine(loop, path, scope))
     for one in unfolded(owner):
-        yield _Found(owner, one.loop, one.loop_path, examine(one.loop, one.loop_path), one.stmt)
+        yield _Found(owner, one.loop, one.loop_path, examine(one.loop, one.loop_path, scope), one.stmt)
 
 
 def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) -> Rewritten:

@@ -7,7 +7,7 @@ import copy
 from dataclasses import dataclass, field
 
 from moec.capture.events import loaded, stored
-from moec.capture.host import host_names, kept_form, strip_listing
+from moec.capture.host import kept_form, scope_of, strip_listing
 from moec.capture.recognise import Candidate, is_alias
 from moec.capture.slices import appended_to
 from moec.capture.words import Unrollable, Words, assign, call, name
@@ -17,7 +17,7 @@ _ITEM = "_moec_item"
 
 def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
     """The straight-line body that stands for the loop in `function`; raises Unrollable."""
-    return _Roller(candidate, ast.Constant(key), host_names(function)).run()
+    return _Roller(candidate, ast.Constant(key), scope_of(function).hosts).run()
 
 
 @dataclass

@@ -6,14 +6,13 @@ import ast
 from collections.abc import Iterator
 
 from moec.capture.events import Path, after, loaded, stored
-from moec.capture.host import host_names, tensor_of
+from moec.capture.host import Scope, chunks_of, tensor_of
 
-_JOINING = frozenset(("cat", "concat", "concatenate", "vstack", "row_stack"))
+JOINING = frozenset(("cat", "concat", "concatenate", "vstack", "row_stack"))
 
 
-def bound_names(loop: ast.For, path: Path, aliases: set[str], tainted: set[str]) -> set[str]:
+def bound_names(loop: ast.For, scope: Scope, aliases: set[str], tainted: set[str]) -> set[str]:
     """The names of bounds of slices that hold counts of rows; empty where bounds are made of the item alone."""
-    hosts = host_names(path[0][0])
     names: set[str] = set()
     for bound in _bounds(loop):
         names |= loaded([bound]) & tainted - aliases
@@ -27,7 +26,7 @@ def bound_names(loop: ast.For, path: Path, aliases: set[str], tainted: set[str])
             break
         names = more
     values: list[ast.AST] = [s.value for s in statements if stored([s]) & names]
-    counted = names & _joint_hosts(loop, hosts)
+    counted = names & _joint_hosts(loop, scope.hosts)
     return names if counted or any(looks_up(v, aliases) for v in (*values, *_bounds(loop))) else set()
 
 
@@ -46,21 +45,17 @@ def looks_up(expr: ast.AST, aliases: set[str]) -> bool:
     return any(isinstance(n, ast.Subscript) and loaded([n.slice]) & aliases for n in ast.walk(expr))
 
 
-def chunk_names(loop: ast.For, path: Path) -> set[str]:
+def chunk_names(loop: ast.For, scope: Scope) -> set[str]:
     """The targets of the loop that are chunks cut by counts: `for i, chunk in enumerate(chunks)`."""
-    from moec.capture.host import assignments, chunks_of
-
-    function = path[0][0]
-    hosts = host_names(function)
     cut = {
         a.targets[0].id
-        for a in assignments(function)
-        if isinstance(a.targets[0], ast.Name) and chunks_of(a.value, hosts) is not None
+        for a in scope.assignments
+        if isinstance(a.targets[0], ast.Name) and chunks_of(a.value, scope.hosts) is not None
     }
     found: set[str] = set()
     for target, sequence in _joint(loop):
         named = isinstance(sequence, ast.Name) and sequence.id in cut
-        if named or chunks_of(sequence, hosts) is not None:
+        if named or chunks_of(sequence, scope.hosts) is not None:
             found |= stored([target])
     for stmt in ast.walk(ast.Module(loop.body, [])):
         if isinstance(stmt, ast.Assign) and isinstance(stmt.value, ast.Subscript):
@@ -124,7 +119,7 @@ def _only_joined(loop: ast.For, path: Path, name: str) -> bool:
 def _joins(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     dims = [*call.args[1:], *(k.value for k in call.keywords)]
-    return name in _JOINING and all(isinstance(d, ast.Constant) and d.value == 0 for d in dims)
+    return name in JOINING and all(isinstance(d, ast.Constant) and d.value == 0 for d in dims)
 
 
 def _bounds(loop: ast.For) -> Iterator[ast.expr]:

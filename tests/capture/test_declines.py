@@ -12,6 +12,7 @@ from torch import nn
 
 from moec.capture import install
 from moec.capture.events import loops
+from moec.capture.host import scope_of
 from moec.capture.recognise import Candidate, Declined, examine
 
 
@@ -139,7 +140,7 @@ def verdicts(body):
     code = "def f(self, x, idx, y, n):\n" + textwrap.indent(textwrap.dedent(body), "    ")
     function = ast.parse(code).body[0]
     assert isinstance(function, ast.FunctionDef)
-    return [examine(loop, path) for loop, path in loops(function)]
+    return [examine(loop, path, scope_of(function)) for loop, path in loops(function)]
 
 
 PLAIN = """
