@@ -7,7 +7,7 @@ Value names are the names of the torch.fx nodes that made them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -115,6 +115,15 @@ class Graph:
         return {name: -1 for name, _ in self.inputs} | {
             name: i for i, instr in enumerate(self.instrs) for name in instr.results
         }
+
+    def behind(self, arg: Arg, words: Collection[str]) -> Arg:
+        """The value that `arg` is after instructions of these words alone, each applied to its first argument."""
+        while isinstance(arg, Ref):
+            made = self.defs.get(arg.name)
+            if made is None or made.word not in words or not made.args:
+                break
+            arg = made.args[0]
+        return arg
 
     def with_instrs(self, instrs: Iterable[Instr]) -> Graph:
         """This graph with other instructions."""

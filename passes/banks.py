@@ -66,13 +66,8 @@ def banks_of(graph: Graph, choices: Sequence[Instr], params: Collection[str] = (
 
 def root_of(graph: Graph, arg: Arg) -> str:
     """The value that `arg` is a view of; '' for a literal."""
-    if not isinstance(arg, Ref):
-        return ""
-    name, made = arg.name, graph.defs.get(arg.name)
-    while made is not None and made.word in VIEWS and made.uses:
-        name = made.uses[0]
-        made = graph.defs.get(name)
-    return name
+    behind = graph.behind(arg, VIEWS)
+    return behind.name if isinstance(behind, Ref) else ""
 
 
 def _bank(graph: Graph, instr: Instr, inputs: set[str]) -> Bank | None:

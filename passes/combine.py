@@ -101,9 +101,7 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
 
 def _added(lifter: Lifter, base: object, source: object, ids: object) -> Lift:
     """The rows r in `y[i] = y[i] + r`."""
-    made = lifter.instr(source) if isinstance(source, Ref) else None
-    while made is not None and made.word in ("same", "cast"):
-        made = lifter.instr(made.args[0])
+    made = lifter.instr(lifter.graph.behind(source, ("same", "cast"))) if isinstance(source, Ref) else None
     if made is None or made.word != "add":
         return NoMatch("overwrites tokens instead of adding to them")
     for old, new in (made.args, made.args[::-1]):
@@ -127,14 +125,11 @@ def _scatter_index(lifter: Lifter, wide: object) -> Lift:
 def _start(lifter: Lifter, base: object) -> str:
     """'' when the sum starts from zeros, else the value it starts from."""
     assert isinstance(base, Ref)
-    made = lifter.instr(base)
-    while made is not None and made.word == "carry":
-        (base,) = (a for a in made.args[:1] if isinstance(a, Ref))
-        made = lifter.instr(base)
-    while made is not None and made.word in ("reshape", "same", "cast"):
-        made = lifter.instr(made.args[0])
+    first = lifter.graph.behind(base, ("carry",))
+    assert isinstance(first, Ref)
+    made = lifter.instr(lifter.graph.behind(first, ("reshape", "same", "cast")))
     zeros = made is not None and made.word == "full" and made.attr("value") == 0.0
-    return "" if zeros else base.name
+    return "" if zeros else first.name
 
 
 def form_of(graph: Graph, rows: Rows) -> str:

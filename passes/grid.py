@@ -197,10 +197,7 @@ def _bias(lifter: Lifter, rows: Rows, arg: Arg) -> Expert | NoMatch:
     real = tuple(
         "1" if d == 1 else a for d, a in zip(((1,) * (rows.lead + 1 - kind.rank), *kind.shape), aligned, strict=False)
     )
-    made = lifter.instr(arg)
-    while made is not None and made.word == "reshape" and isinstance(made.args[0], Ref):
-        arg = made.args[0]
-        made = lifter.instr(arg)
+    arg = lifter.graph.behind(arg, ("reshape",))
     base = lifter.type(arg)
     if not isinstance(arg, Ref) or "e" not in wanted or base.rank not in (2, 3) or base.shape[-1] != width:
         return NoMatch(f"{kind} is not an experts' bias", str(arg), 2)

@@ -149,12 +149,7 @@ def boolean(lifter: Lifter, arg: Arg) -> str:
     """The name of a value that is 0 or 1, being a mask in whatever dtype; '' where that is not known."""
     if not isinstance(arg, Ref):
         return ""
-    made, behind = lifter.instr(arg), arg
-    while made is not None and made.word in ("cast", "same", "reshape", "detach"):
-        if not isinstance(made.args[0], Ref):
-            return ""
-        behind = made.args[0]
-        made = lifter.instr(behind)
+    behind = lifter.graph.behind(arg, ("cast", "same", "reshape", "detach"))
     return arg.name if lifter.type(behind).dtype == "bool" else ""
 
 

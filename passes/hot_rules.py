@@ -226,9 +226,8 @@ def counting(lifter: Lifter, arg: Arg) -> str:
     if made is not None and made.word == "reshape" and lifter.type(made.args[0]).rank == 1:
         if made.types[0].shape[-1] != lifter.type(made.args[0]).shape[0]:
             return ""
-        made = lifter.instr(made.args[0])
-    while made is not None and made.word in ("cast", "same"):
-        made = lifter.instr(made.args[0])
+        arg = made.args[0]
+    made = lifter.instr(lifter.graph.behind(arg, ("cast", "same")))
     return made.results[0] if made is not None and made.word == "arange" else ""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from moec.graph import Instr, Ref
+from moec.graph import Ref
 from moec.passes.canonicalize import twins
 from moec.passes.lift import Lifter
 from moec.passes.lower import Lowering, any_views
@@ -79,7 +79,9 @@ class _Loop:
         """Whether everything that is needed has a node of its own; then the loop is changed."""
         try:
             choice = self.before(self.site.choice)
-            base = self.before(_first_of(self.state.raised.graph.defs, self.root.args[0]))
+            first = self.state.raised.graph.behind(self.root.args[0], ("carry",))
+            assert isinstance(first, Ref)
+            base = self.before(first.name)
             origin = self.named(self.site.root)
             rows = self.state.node(self.added(), self.state.raised.order[origin])
         except KeyError:
@@ -222,13 +224,3 @@ def _effects(raised: Raised, inside: list[fx.Node]) -> frozenset[str]:
     sets = {n.name for n in inside if n.target is operator.setitem}
     marks = {n.name for n in inside if n.target in (_M.yield_.default, _M.carry.default, _M.carry_int.default)}
     return frozenset(names | writes | sets | marks)
-
-
-def _first_of(defs: Any, arg: Any) -> str:
-    """The value that an accumulator holds before the loop."""
-    assert isinstance(arg, Ref)
-    made: Instr | None = defs.get(arg.name)
-    while made is not None and made.word == "carry":
-        (arg,) = (a for a in made.args[:1] if isinstance(a, Ref))
-        made = defs.get(arg.name)
-    return arg.name

@@ -204,11 +204,9 @@ def _groups(graph: Graph, choice: str, spec: RouterSpec) -> tuple[RouterSpec, st
 
 def _mask(graph: Graph, name: str) -> str:
     """The value behind casts and copies of a mask, which is 0 and 1 in any dtype."""
-    made = graph.defs.get(name)
-    while made is not None and made.word in ("cast", "same"):
-        name = made.uses[0]
-        made = graph.defs.get(name)
-    return name
+    behind = graph.behind(Ref(name), ("cast", "same"))
+    assert isinstance(behind, Ref)
+    return behind.name
 
 
 def _largest(instr: Instr, dim: int) -> bool:

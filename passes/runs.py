@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from moec.graph import Arg, Dim, Instr, Ref
+from moec.graph import Dim, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.lift import Lift, Lifter, Rule
 from moec.passes.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span
@@ -38,10 +38,7 @@ def rule_carry_int(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     turns = [i for i in lifter.graph.users.get(name, ()) if i.word == "turn" and i.args[0] == Ref(name)]
     if instr.args[0] != 0 or len(turns) != 1:
         return NoMatch(f"a running number starts at {instr.args[0]}, expected 0", name)
-    new = _plain(lifter, turns[0].args[1])
-    made = lifter.instr(new)
-    while made is not None and made.word in ("cast", "same"):
-        made = lifter.instr(made.args[0])
+    made = lifter.instr(lifter.graph.behind(turns[0].args[1], ("cast", "same")))
     if made is None or made.word != "add" or Ref(name) not in made.args:
         return NoMatch("a running number changes by something else than adding", name)
     by = lifter.lift(made.args[1] if made.args[0] == Ref(name) else made.args[0])
@@ -235,15 +232,6 @@ def rule_index_copy(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """y.index_copy(0, perm, rows) is y[perm] = rows."""
     found = write_run(lifter, instr, which) if instr.attr("dim") == 0 else None
     return NoMatch("copies something else than rows to their places", instr.results[0]) if found is None else found
-
-
-def _plain(lifter: Lifter, arg: Arg) -> Arg:
-    """The value without casts."""
-    made = lifter.instr(arg)
-    while made is not None and made.word in ("cast", "same"):
-        arg = made.args[0]
-        made = lifter.instr(arg)
-    return arg
 
 
 def flat_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:

@@ -154,11 +154,9 @@ class Carver:
         graph = self.raised.graph
         if not choice or graph.types[choice].rank < 2 or graph.types[choice].shape[-1] == 1:
             return True
-        made = graph.defs.get(choice)
-        while made is not None and made.word in ("cast", "same", "slice", "detach") and made.uses:
-            choice = made.uses[0]
-            made = graph.defs.get(choice)
-        return made is not None and made.word in ("topk", "sort") and choice == made.results[1]
+        first = graph.behind(Ref(choice), ("cast", "same", "slice", "detach"))
+        made = graph.defs.get(first.name) if isinstance(first, Ref) else None
+        return made is not None and made.word in ("topk", "sort") and first == Ref(made.results[1])
 
     def _emit(self, copy: Copy, instrs: list[Instr], outputs: tuple[str, ...]) -> None:
         """The new instructions as nodes of `copy`, by the same code that lowers them into the user's graph."""

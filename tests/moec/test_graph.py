@@ -39,6 +39,14 @@ def test_lookups():
     assert cat.uses == ("v", "v", "x")
 
 
+def test_behind_stops_at_other_words_inputs_and_literals():
+    graph = body("%a = neg(%x) : f32[T]", "%b = cast(%a) : f64[T]", "%y = cast(%b) : f32[T]")
+    assert graph.behind(Ref("y"), ("cast",)) == Ref("a")
+    assert graph.behind(Ref("y"), ("cast", "neg")) == Ref("x")
+    assert graph.behind(Ref("y"), ()) == Ref("y")
+    assert graph.behind(3, ("cast",)) == 3
+
+
 def test_attributes():
     assert GRAPH.instrs[1].attr("k") == 2
     with pytest.raises(KeyError, match="topk has no attribute 'largest'"):
