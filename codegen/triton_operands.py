@@ -45,19 +45,10 @@ def contiguous(spec: KernelSpec, sizes: Sizes) -> Operands:
     return Operands(dtype, (sizes.H, 1), params, weights, dtype, (sizes.H, 1), dtype, "f32")
 
 
-def shape(e: ExpertsSpec, group: str, H: int, F: int) -> tuple[int, ...]:
-    """(rows, columns) of one expert's matrix, its rows being outputs; (rows,) of its bias."""
-    width = F * (2 if e.gate in ("concat", "interleaved") else 1)
-    if group.startswith("bias_"):
-        return (H,) if group == "bias_out" else (width,)
-    return (H, F) if group == "out" else (width, H)
-
-
 def _contiguous(e: ExpertsSpec, group: str, sizes: Sizes) -> Strides:
-    extent = shape(e, group, sizes.H, sizes.F)
+    extent = e.shape(group, sizes.H, sizes.F)
     if len(extent) == 1:
         return (extent[0] if e.stacked else 0, 1)
     rows, columns = extent
-    layout = e.layout_out if group == "out" else e.layout_in
     each = rows * columns if e.stacked else 0
-    return (each, columns, 1) if layout == "nk" else (each, 1, rows)
+    return (each, columns, 1) if e.layout(group) == "nk" else (each, 1, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,7 +12,6 @@ from moec.codegen import triton_emit
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_launch import Launch, program
-from moec.codegen.triton_operands import shape
 from moec.errors import CodegenError, OptionError, ParseError
 from moec.gpu_target import GpuTarget, gpu_target
 from moec.offline import DTYPE_BYTES, Job, Pointer
@@ -98,10 +98,7 @@ def tensor_bytes(spec: KernelSpec, sizes: Sizes) -> dict[str, int]:
 def _group_bytes(e: ExpertsSpec, group: str, sizes: Sizes) -> int:
     if not e.stacked:
         return 8 * sizes.E  # a table of pointers
-    elements = sizes.E
-    for extent in shape(e, group, sizes.H, sizes.F):
-        elements *= extent
-    return elements * _bytes(e.dtype)
+    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F)) * _bytes(e.dtype)
 
 
 def parse_spec(text: str) -> KernelSpec:

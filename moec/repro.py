@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import files
 
 import sympy
 
 from moec import ir
+from moec.codegen.tuning import Sizes
 from moec.errors import TargetError
 from moec.graph import Type
 from moec.report import Report, Site
 from moec.site_parse import parse_site
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """T tokens, H hidden, F expert width, E experts, k experts a token."""
-
-    T: int
-    H: int
-    F: int
-    E: int
-    k: int
 
 
 def find_site(report: Report, wanted: str | None) -> Site:
@@ -81,9 +70,6 @@ def source(site: Site, sizes: Sizes, seed: int = 0) -> str:
 
 def _shape(spec: ExpertsSpec, group: str) -> str:
     """A parameter's shape in letters, as code: `E, 2 * F, H`."""
-    lead = "E, " if spec.stacked else ""
-    width = "2 * F" if spec.gate in ("concat", "interleaved") else "F"
-    if group.startswith("bias_"):
-        return f"{lead}{'H' if group == 'bias_out' else width}" + ("" if lead else ",")
-    rows, columns, layout = ("H", "F", spec.layout_out) if group == "out" else (width, "H", spec.layout_in)
-    return lead + (f"{rows}, {columns}" if layout == "nk" else f"{columns}, {rows}")
+    shape = spec.stored_shape(group, *sympy.symbols("H F"))
+    sizes = [*(["E"] if spec.stacked else []), *(str(size).replace("*", " * ") for size in shape)]
+    return f"{sizes[0]}," if len(sizes) == 1 else ", ".join(sizes)

@@ -20,7 +20,7 @@ from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
 from moec.options import Environment
-from moec.runtime_cpu import CODES, bind, workspace
+from moec.runtime_cpu import CODES, bindings, workspace
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
 from moec.target import Target
 
@@ -45,6 +45,7 @@ class BackwardKernel:
     def __init__(self, spec: KernelSpec, target: Target, library: ctypes.CDLL) -> None:
         self.spec, self.target = spec, target
         self._dtype = DTYPES[spec.experts.dtype]
+        self._bindings = bindings(spec)
         library.args_words.restype = ctypes.c_int64
         self._words = int(library.args_words())
         self._call = library.backward
@@ -90,7 +91,7 @@ class BackwardKernel:
         saved: Tensor | None,
         results: Sequence[Tensor],
     ) -> None:
-        bound = bind(self.spec, params)
+        bound = self._bindings.of(params)
         if x.shape[1] != bound.H or grad.shape != x.shape:
             raise CodegenError(
                 f"x is {list(x.shape)} and the gradient of y {list(grad.shape)}, but the experts' parameters want "

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from moec import tune_cache
+from moec.binding import Bindings, checked_sizes
 from moec.codegen.build import build
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
 from moec.options import Environment
-from moec.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec
+from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
 from moec.target import Target
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -113,7 +114,7 @@ class Kernel:
         self._words = int(library.args_words())
         self._call_experts = self._function("experts")
         self._call_moe = self._function("moe") if spec.router else None
-        self._bounds: dict[tuple[object, ...], Bound] = {}
+        self._bindings = bindings(spec)
         self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
 
     def tuned(self, tuning: Tuning | None) -> Kernel:
@@ -157,17 +158,7 @@ class Kernel:
         return tune_cache.made_here(str(self.spec), self.target)
 
     def _bound(self, params: Sequence[Tensor]) -> Bound:
-        """Where the parameters lie: worked out once for tensors that stay where they are."""
-        first, last = params[0], params[-1]
-        key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
-        bound = self._bounds.get(key)
-        if bound is None:
-            bound = bind(self.spec, params)
-            if not bound.copied:
-                if len(self._bounds) >= 4096:
-                    self._bounds.clear()
-                self._bounds[key] = bound
-        return bound
+        return self._bindings.of(params)
 
     def _function(self, name: str) -> ctypes._NamedFuncPointer:
         function = getattr(self.library, name)
@@ -251,54 +242,33 @@ def _vector(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), CODES[t.dtype])
 
 
+def bindings(spec: KernelSpec) -> Bindings[Bound]:
+    """Where parameters of `spec` lie; copies are made anew for each call."""
+    return Bindings(lambda params: bind(spec, params), lambda bound: not bound.copied)
+
+
 def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     """Where each parameter group lies: a base and a stride when stacked, a table of pointers when not."""
     s = spec.experts
     groups = s.param_groups
     alive: list[object] = []
     found: dict[str, tuple[int, ...]] = {}
-    count = 1 if s.stacked else len(params) // len(groups)
-    out = params[count * groups.index("out")]
-    experts = params[0].shape[0] if s.stacked else count
-    hidden, width = out.shape[-2:] if s.layout_out == "nk" else (out.shape[-1], out.shape[-2])
-    _check_shapes(s, params, count, experts, hidden, width)
+    experts, hidden, width = checked_sizes(s, params)
+    count = 1 if s.stacked else experts
+    item = params[0].element_size()
     for i, group in enumerate(groups):
         found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
-    a, b = _pair(found, "", s.gate, width, out.element_size(), s.layout_in == "nk")
-    bias_a, bias_b = _pair(found, "bias_", s.gate, width, out.element_size(), False)
+    a, b = _pair(found, "", s.gate, width, item, s.layout_in == "nk")
+    bias_a, bias_b = _pair(found, "bias_", s.gate, width, item, False)
     words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", ABSENT))
     return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
 
 
-def _check_shapes(s: ExpertsSpec, params: Sequence[Tensor], count: int, E: int, H: int, F: int) -> None:
-    """Raises CodegenError where a parameter has not the shape that the others imply: a kernel would read past it."""
-    for i, (group, shape) in enumerate(_shapes(s, H, F)):
-        wanted = (E, *shape) if s.stacked else shape
-        for p in params[i * count : (i + 1) * count]:
-            if p.shape != wanted:
-                raise CodegenError(f"parameter {group!r} is {list(p.shape)}, expected {list(wanted)} for {s}")
-
-
 def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
     """The shape of each parameter in the order in which an op takes them."""
-    each = [shape for _, shape in _shapes(spec.experts, sizes.H, sizes.F)]
-    if spec.experts.stacked:
-        return [(sizes.E, *shape) for shape in each]
-    return [shape for shape in each for _ in range(sizes.E)]
-
-
-@lru_cache(maxsize=1024)
-def _shapes(s: ExpertsSpec, H: int, F: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """(group, one expert's shape) of each parameter group."""
-    widths = {"ab": F * (2 if s.gate in ("concat", "interleaved") else 1), "a": F, "b": F}
-
-    def shape(group: str) -> tuple[int, ...]:
-        if group.startswith("bias_"):
-            return (H,) if group == "bias_out" else (widths[group[5:]],)
-        rows, columns, layout = (H, F, s.layout_out) if group == "out" else (widths[group], H, s.layout_in)
-        return (rows, columns) if layout == "nk" else (columns, rows)
-
-    return tuple((group, shape(group)) for group in s.param_groups)
+    e = spec.experts
+    each = [e.stored_shape(group, sizes.H, sizes.F) for group in e.param_groups]
+    return [(sizes.E, *shape) for shape in each] if e.stacked else [shape for shape in each for _ in range(sizes.E)]
 
 
 def _group(tensors: Sequence[Tensor], stacked: bool, alive: list[object]) -> tuple[int, ...]:

@@ -16,12 +16,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moec.binding import Bindings, checked_sizes
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Program
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import program
-from moec.codegen.triton_operands import Operands, Strides, shape
+from moec.codegen.triton_operands import Operands, Strides
 from moec.errors import CodegenError
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
 from moec.target import GpuFigures, gpu_figures
@@ -67,7 +68,8 @@ class TritonKernel:
         self.spec, self.figures = spec, figures
         self._dtype = DTYPES[spec.experts.dtype]
         self._module = load(spec)
-        self._bounds: dict[tuple[object, ...], Bound] = {}
+        # A stacked tensor is bound as it is: to keep that would keep the user's weights alive.
+        self._bindings = Bindings(lambda params: _bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
         self._program = lru_cache(maxsize=1024)(self._make_program)
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -155,17 +157,8 @@ class TritonKernel:
         run(self._module, self._program(sizes, operands, entry), {"x": x, "y": y, **bound.tensors, **given})
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
-        """Where the parameters lie: worked out once for tensors that stay where they are."""
-        first, last = params[0], params[-1]
-        key = (tuple(map(Tensor.data_ptr, params)), first.shape, first.stride(), last.shape, last.stride())
-        bound = self._bounds.get(key)
-        if bound is None or bound.copied or self.spec.experts.stacked:
-            bound = _bind(self.spec, params)
-            if not bound.copied and not self.spec.experts.stacked:
-                if len(self._bounds) >= 4096:
-                    self._bounds.clear()
-                self._bounds[key] = bound
-        return bound
+        """Where the parameters lie."""
+        return self._bindings.of(params)
 
 
 def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
@@ -186,18 +179,13 @@ def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
 def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     """The parameter groups as kernels take them; raises CodegenError where shapes contradict each other."""
     s = spec.experts
-    groups = s.param_groups
-    each = 1 if s.stacked else len(params) // len(groups)
-    count = params[0].shape[0] if s.stacked else each
-    out = params[each * groups.index("out")]
-    hidden, width = out.shape[-2:] if s.layout_out == "nk" else (out.shape[-1], out.shape[-2])
+    count, hidden, width = checked_sizes(s, params)
+    each = 1 if s.stacked else count
     tensors: dict[str, Tensor] = {}
     strides: list[tuple[str, Strides]] = []
     copied = False
-    for i, group in enumerate(groups):
-        mine = params[i * each : (i + 1) * each]
-        _check_shape(spec, group, mine, count, hidden, width)
-        tensor, own, copy = _group(spec, group, mine)
+    for i, group in enumerate(s.param_groups):
+        tensor, own, copy = _group(spec, group, params[i * each : (i + 1) * each])
         tensors[group] = tensor
         strides.append((group, own))
         copied = copied or copy
@@ -206,17 +194,7 @@ def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
 
 def _transposed(spec: KernelSpec, group: str) -> bool:
     """Whether a matrix is stored with its summed axis before its outputs."""
-    s = spec.experts
-    return not group.startswith("bias_") and (s.layout_out if group == "out" else s.layout_in) == "kn"
-
-
-def _check_shape(spec: KernelSpec, group: str, tensors: Sequence[Tensor], E: int, H: int, F: int) -> None:
-    wanted = shape(spec.experts, group, H, F)
-    wanted = wanted[::-1] if _transposed(spec, group) else wanted
-    wanted = (E, *wanted) if spec.experts.stacked else wanted
-    for t in tensors:
-        if t.shape != wanted:
-            raise CodegenError(f"parameter {group!r} is {list(t.shape)}, expected {list(wanted)} for {spec.experts}")
+    return not group.startswith("bias_") and spec.experts.layout(group) == "kn"
 
 
 def _group(spec: KernelSpec, group: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Strides, bool]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
+import sympy
 import torch
 
 from moec import expr as ex
@@ -20,6 +21,8 @@ from moec.errors import ParseError
 
 DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+N = TypeVar("N", int, sympy.Expr)  # a size, or its letter
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,22 @@ class ExpertsSpec:
         first = ("a", "b") if self.gate == "separate" else ("ab",)
         biases = tuple(f"bias_{g}" for g in first) if self.bias_in else ()
         return (*first, "out", *biases, *(("bias_out",) if self.bias_out else ()))
+
+    def layout(self, group: str) -> str:
+        """nk or kn, of the matrices of a parameter group."""
+        return self.layout_out if group == "out" else self.layout_in
+
+    def shape(self, group: str, H: N, F: N) -> tuple[N, ...]:
+        """(rows, columns) of one expert's matrix, its rows being outputs; (rows,) of its bias."""
+        width = 2 * F if self.gate in ("concat", "interleaved") else F
+        if group.startswith("bias_"):
+            return (H,) if group == "bias_out" else (width,)
+        return (H, F) if group == "out" else (width, H)
+
+    def stored_shape(self, group: str, H: N, F: N) -> tuple[N, ...]:
+        """The shape of one expert's parameter as it is stored."""
+        shape = self.shape(group, H, F)
+        return shape if self.layout(group) == "nk" else shape[::-1]
 
     @property
     def ab_views(self) -> int:
