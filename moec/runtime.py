@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,12 +84,10 @@ def _moe(
     x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str, engine: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mode = Engine.parse(engine)
-    kernel = _kernel(spec, mode.kind, x.device, router[0].dtype)
-    if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
-        if not mode.plain:
-            _warn_unused(str(mode))
+    kernel = _chosen(x, params, spec, mode, router[0].dtype)
+    if kernel is None:
         return _twin_moe(x, router, params, k, spec)
-    if mode.plain or not _opts(kernel, mode):
+    if mode.plain or not isinstance(kernel, Kernel):
         return kernel.moe(x, router, params, k)
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,11 +96,16 @@ def _moe(
     return _opted(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k, call)
 
 
-def _opts(kernel: _AnyKernel, mode: Engine) -> TypeGuard[Kernel]:
-    """Whether race, freeze and weights are possible for this kernel; warns once where they are not."""
-    if not isinstance(kernel, Kernel):
+def _chosen(
+    x: Tensor, params: Sequence[Tensor], spec: str, mode: Engine, router_dtype: torch.dtype | None
+) -> _AnyKernel | None:
+    """The kernel that runs, or None for the twin; warns once where it leaves race, freeze and weights unused."""
+    kernel = _kernel(spec, mode.kind, x.device, router_dtype)
+    if kernel is not None and not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        kernel = None
+    if not mode.plain and not isinstance(kernel, Kernel):
         _warn_unused(str(mode))
-    return isinstance(kernel, Kernel)
+    return kernel
 
 
 @lru_cache(maxsize=64)
@@ -133,12 +136,10 @@ def _twin_moe(
 
 def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str) -> Tensor:
     mode = Engine.parse(engine)
-    kernel = _kernel(spec, mode.kind, x.device, None)
-    if kernel is None or not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
-        if not mode.plain:
-            _warn_unused(str(mode))
+    kernel = _chosen(x, params, spec, mode, None)
+    if kernel is None:
         return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
-    if mode.plain or not _opts(kernel, mode):
+    if mode.plain or not isinstance(kernel, Kernel):
         return kernel.experts(x, weights, experts, params)
 
     def call(chosen: Kernel | None) -> Tensor:
@@ -164,8 +165,8 @@ def _experts_training(
     saved = _saved(x, experts, params, spec, engine, save)
     if saved.numel() == 0:
         return _experts(x, weights, experts, params, spec, engine), saved
-    kernel = _kernel(spec, engine, x.device, None)
-    if isinstance(kernel, Kernel) and _takes(kernel.takes(x, params), spec, engine, (x, *params)):
+    kernel = _chosen(x, params, spec, Engine.parse(engine), None)
+    if isinstance(kernel, Kernel):
         return kernel.experts(x, weights, experts, params, saved), saved
     return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
 
@@ -192,40 +193,26 @@ def _experts_backward(
     engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    kind, tensors = Engine.parse(engine).kind, (grad, x, *params)
-    if kind == "triton" or (kind == "auto" and x.device.type == "cuda"):
-        found = _triton_backward(spec, kind, x.device)
-        if found is not None and _takes(found.takes(grad, x, params), spec, kind, tensors):
-            return found(grad, x, weights, experts, params, needs)
-    kernel = _backward_kernel(spec, kind) if x.device.type == "cpu" else None
-    if kernel is not None and _takes(kernel.takes(grad, x, params), spec, kind, tensors):
-        return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
-    return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
+    kind = Engine.parse(engine).kind
+    kernel = _gradients(spec, kind, x.device)
+    if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
+        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
+    if isinstance(kernel, TritonBackward):
+        return kernel(grad, x, weights, experts, params, needs)
+    return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
 
 
 @lru_cache(maxsize=1024)
-def _triton_backward(spec: str, engine: str, device: torch.device) -> TritonBackward | None:
-    try:
-        return load_triton_backward(spec, device)
-    except (BuildError, CodegenError) as error:
-        if engine != "auto":
-            raise
-        _warn_once(str(error))
+def _gradients(spec: str, kind: str, device: torch.device) -> BackwardKernel | TritonBackward | None:
+    """The kernels of the gradients, or None for the twin. An engine asked for by name raises where it has none."""
+    if kind == "eager" or (kind == "cpp" and device.type != "cpu"):
         return None
-
-
-def _backward_kernel(spec: str, engine: str) -> BackwardKernel | None:
-    """The kernel of the gradients, or None for the twin: C++ or Triton has them."""
-    if engine == "cpp":
-        return load_backward(spec)
-    return _backward_or_warning(spec) if engine == "auto" else None
-
-
-@lru_cache(maxsize=1024)
-def _backward_or_warning(spec: str) -> BackwardKernel | None:
     try:
-        return load_backward(spec)
+        triton = kind == "triton" or device.type != "cpu"
+        return load_triton_backward(spec, device) if triton else load_backward(spec)
     except (BuildError, CodegenError) as error:
+        if kind != "auto":
+            raise
         _warn_once(str(error))
         return None
 
