@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from spelling import WIDTH, E, H, K, Spelling, tokens
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-H, WIDTH, E, K = 16, 24, 4, 2
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """One way to write an MoE layer.
-
-    name    of the example          spelling  P1 … P15
-    make    builds the module, with random parameters that the caller seeds
-    inputs  T → the module's arguments
-    sites   MoE layers in it        trains  whether eager itself can differentiate it
-    """
-
-    name: str
-    spelling: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[int], tuple[Tensor, ...]]
-    sites: int = 1
-    trains: bool = True
 
 
 class Mlp(nn.Module):
@@ -195,11 +175,6 @@ class SlotMasks(Layer):
         for i, expert in enumerate(self.experts):
             y[flat == i] = expert(rows[flat == i]).to(y.dtype)
         return (y.view(*w.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
-
-
-def tokens(count: int) -> tuple[Tensor, ...]:
-    """x [T, H]."""
-    return (torch.randn(count, H),)
 
 
 P7 = (CountsByScatter, RunningEnds, SplitAndCat, SliceWrites, RunningStart, NumpyEdges, SlotMasks)
