@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import datetime
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
+from moec.compare import MOEC, Row, empty_cells
 from moec.demo_check import TOLERANCE, reference, relative_error
 from moec.demo_forms import MoE, make_moe
 from moec.measure import Layer, environment_line
@@ -29,6 +33,9 @@ class Shape:
     width: int
     experts: int
     top_k: int
+
+    def __str__(self) -> str:
+        return f"H={self.hidden} F={self.width} E={self.experts} k={self.top_k}"
 
     def layer(self, dtype: torch.dtype) -> Layer:
         """With a dtype, for limits."""
@@ -101,6 +108,58 @@ def wanted(plain: MoE, x: Tensor) -> Wanted:
     gap = best[:, plain.top_k - 1] - best[:, -1] if best.shape[1] > plain.top_k else torch.full((len(x),), torch.inf)
     clear = gap > 4 * torch.finfo(x.dtype).eps * logits.float().abs().amax(-1)
     return Wanted(reference(plain, x, logits.topk(plain.top_k).indices), clear, TOLERANCE[x.dtype])
+
+
+def check_names(parser: argparse.ArgumentParser, asked: argparse.Namespace, **options: Collection[str]) -> None:
+    """Every name in the lists of these options is one that there is; else the parser says which is not, and ends."""
+    for name, known in options.items():
+        unknown = [each for each in getattr(asked, name).split(",") if each not in known]
+        if unknown:
+            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+
+
+def show_rows(console: Console, table: Table, rows: Sequence[Row]) -> None:
+    """A table of ways, and why cells of it are empty."""
+    console.print(table)
+    for line in empty_cells(rows):
+        console.print(line, style="dim", highlight=False)
+
+
+def rows_data(tables: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows as JSON takes them, each with the name of the best alternative."""
+    return {title: [asdict(row) | {"best": row.best} for row in rows] for title, rows in tables.items()}
+
+
+def panels(count: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure, drawn without a screen, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    figure.suptitle(environment_line(), fontsize=8)
+    return figure, axes[0]
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure; its folder is made."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def plot_times(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """One panel a layer and dtype: ms over tokens, with the limit."""
+    figure, axes = panels(len(tables), 5.2, 4.2)
+    for axis, (title, rows) in zip(axes, tables.items(), strict=True):
+        for name in dict.fromkeys(name for row in rows for name in row.times):
+            points = [(row.tokens, row.times[name].median) for row in rows if name in row.times]
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == MOEC else 1)
+        axis.plot([r.tokens for r in rows], [r.limit_ms for r in rows], "k--", label="limit of this machine")
+        axis.set(title=title, xlabel="tokens", ylabel="ms a layer", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    save_figure(figure, path)
 
 
 def write_json(name: str, data: dict[str, Any], path: Path | None = None) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, Shape, library_block, plain_layer, write_json
+from common import RESULTS, Shape, check_names, library_block, plain_layer, write_json
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -203,9 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.child:
         child(asked.child, asked.backend, asked.experts, asked.layers)
         return
-    unknown = [part for part in asked.parts.split(",") if part not in PARTS]
-    if unknown:
-        parser.error(f"--parts {unknown[0]!r} is unknown; expected of {', '.join(PARTS)}")
+    check_names(parser, asked, parts=PARTS)
     say = Console(stderr=True, highlight=False)
     found = measure(asked, lambda one: say.log(" ".join(table_row(one))))
     table = plain_table("seconds to the first result of a fresh compile")

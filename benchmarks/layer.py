@@ -22,15 +22,19 @@ from common import (
     RESULTS,
     Shape,
     active_experts,
+    check_names,
     layer_inputs,
     library_block,
     plain_layer,
+    plot_times,
+    rows_data,
+    show_rows,
     wanted,
     write_json,
 )
 from rich.console import Console
 
-from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
+from moec.compare import MOEC, Budget, Row, Way, race
 from moec.compare_view import times_table
 from moec.measure import Ceilings, environment_line, measure_ceilings
 from moec.worker import Built
@@ -57,10 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if asked.quick:
         asked.layers, asked.tokens, asked.dtypes = "A", "1,64", "bf16"
         asked.budget, asked.seconds, asked.repeats = 20.0, 5.0, 9
-    for name, known in (("layers", LAYERS), ("dtypes", DTYPES)):
-        unknown = [each for each in getattr(asked, name).split(",") if each not in known]
-        if unknown:
-            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+    check_names(parser, asked, layers=LAYERS, dtypes=DTYPES)
     return asked
 
 
@@ -105,27 +106,6 @@ def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceili
     )
 
 
-def plot(tables: dict[str, tuple[Row, ...]], path: Path) -> None:
-    """One panel a layer and dtype: ms over tokens, with the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(tables), figsize=(5.2 * len(tables), 4.2), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
-        for name in dict.fromkeys(name for row in rows for name in row.times):
-            points = [(row.tokens, row.times[name].median) for row in rows if name in row.times]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == MOEC else 1)
-        axis.plot([r.tokens for r in rows], [r.limit_ms for r in rows], "k--", label="limit of this machine")
-        axis.set(title=title, xlabel="tokens", ylabel="ms a layer", xscale="log", yscale="log")
-        axis.legend(fontsize=7)
-    figure.suptitle(environment_line(), fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print tables, write JSON and the plot."""
     asked = parse(arguments)
@@ -138,17 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ceilings[dtype] = measure_ceilings(DTYPES[dtype])
             for layer in asked.layers.split(","):
                 shape = LAYERS[layer]
-                title = f"{layer} {dtype}: H={shape.hidden} F={shape.width} E={shape.experts} k={shape.top_k}"
+                title = f"{layer} {dtype}: {shape}"
                 rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
                 names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
-                console.print(times_table(title, rows, names))
-                for line in empty_cells(rows):
-                    console.print(line, style="dim", highlight=False)
-    data = {title: [asdict(row) | {"best": row.best} for row in rows] for title, rows in tables.items()}
+                show_rows(console, times_table(title, rows, names), rows)
+    data = rows_data(tables)
     limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
     say.print(f"wrote {write_json('layer', {'ceilings': limits, 'layers': data}, asked.out)}")
     if asked.plot:
-        plot(tables, asked.plot)
+        plot_times(tables, asked.plot)
         say.print(f"wrote {asked.plot}")
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, LAYERS, RESULTS, Shape, write_json
+from common import DTYPES, LAYERS, RESULTS, Shape, check_names, panels, rows_data, save_figure, show_rows, write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
+from moec.compare import MOEC, Budget, Row, Way, race
 from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
 from moec.worker import Built
 
@@ -69,9 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if asked.layer not in LAYERS:
         parser.error(f"--layer {asked.layer!r} is unknown; expected one of {', '.join(LAYERS)}")
-    unknown = [each for each in asked.dtypes.split(",") if each not in DTYPES]
-    if unknown:
-        parser.error(f"--dtypes {unknown[0]!r} is unknown; expected of {', '.join(DTYPES)}")
+    check_names(parser, asked, dtypes=DTYPES)
     for name in ("layers", "vocabulary", "prompt", "decode"):
         if getattr(asked, name) < 1:
             parser.error(f"--{name} {getattr(asked, name)} is too small; expected 1 or more")
@@ -202,23 +200,15 @@ def rates_table(title: str, rows: Sequence[Row]) -> Table:
 
 def plot(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Tokens a second, prefill and decode, one panel a dtype and phase."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [(title, row) for title, rows in tables.items() for row in rows]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False)
-    for axis, (title, row) in zip(axes[0], panels, strict=True):
+    phases = [(title, row) for title, rows in tables.items() for row in rows]
+    figure, axes = panels(len(phases), 4.6, 3.8)
+    for axis, (title, row) in zip(axes, phases, strict=True):
         names = list(row.times)
         colours = ["tab:green" if name == MOEC else "tab:gray" for name in names]
         axis.barh(names, [1e3 * row.tokens / row.times[name].median for name in names], color=colours)
         axis.set(title=f"{title.partition(':')[0]} {'decode' if row.tokens == 1 else 'prefill'}", xlabel="tokens/s")
         axis.invert_yaxis()
-    figure.suptitle(environment_line(), fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -232,11 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in asked.dtypes.split(","):
             title = f"{dtype}: {asked.layers} × {asked.layer} with attention, vocabulary {asked.vocabulary}"
             rows = tables[title] = measure(model, dtype, asked, measure_ceilings(DTYPES[dtype]), say)
-            console.print(rates_table(title, rows))
-            for line in empty_cells(rows):
-                console.print(line, style="dim", highlight=False)
-    data = {title: [asdict(row) | {"best": row.best} for row in rows] for title, rows in tables.items()}
-    say.print(f"wrote {write_json('model', {'model': asdict(model), 'ways': data}, asked.out)}")
+            show_rows(console, rates_table(title, rows), rows)
+    say.print(f"wrote {write_json('model', {'model': asdict(model), 'ways': rows_data(tables)}, asked.out)}")
     if asked.plot:
         plot(tables, asked.plot)
         say.print(f"wrote {asked.plot}")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from common import DTYPES, LAYERS, RESULTS, Shape, write_json
+from common import DTYPES, LAYERS, RESULTS, Shape, check_names, panels, save_figure, write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -35,10 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS / "roofline.json")
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
-    for name, known in (("layers", LAYERS), ("dtypes", DTYPES)):
-        unknown = [each for each in getattr(asked, name).split(",") if each not in known]
-        if unknown:
-            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+    check_names(parser, asked, layers=LAYERS, dtypes=DTYPES)
     for name in ("megabytes", "size", "repeats"):
         if getattr(asked, name) < 1:
             parser.error(f"--{name} {getattr(asked, name)} is too small; expected 1 or more")
@@ -104,20 +101,12 @@ def limits_table(title: str, found: Mapping[int, Mapping[str, float | str]]) -> 
 
 def plot(tables: Mapping[str, Mapping[int, Mapping[str, float | str]]], path: Path) -> None:
     """Least time a layer over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.4))
+    figure, (axis,) = panels(1, 6.4, 4.4)
     for title, rows in tables.items():
         axis.plot(list(rows), [float(row["ms"]) for row in rows.values()], marker="o", label=title)
     axis.set(xlabel="tokens", ylabel="least ms a layer", xscale="log", yscale="log")
     axis.legend(fontsize=8)
-    axis.set_title(environment_line(), fontsize=7)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -134,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for dtype, each in found.items():
         for name in asked.layers.split(","):
             shape = LAYERS[name]
-            title = f"{name} {dtype}: H={shape.hidden} F={shape.width} E={shape.experts} k={shape.top_k}"
+            title = f"{name} {dtype}: {shape}"
             tables[title] = limits(shape, shape.layer(DTYPES[dtype]), best(each))
             console.print(limits_table(title, tables[title]))
     ceilings = {dtype: {"best": asdict(best(each)), "all": [asdict(c) for c in each]} for dtype, each in found.items()}

@@ -29,17 +29,20 @@ from common import (
     RESULTS,
     Shape,
     active_experts,
+    check_names,
     layer_inputs,
     library_block,
     plain_layer,
+    plot_times,
+    rows_data,
+    show_rows,
     wanted,
     write_json,
 )
-from layer import plot
 from rich.console import Console
 from torch import Tensor
 
-from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
+from moec.compare import MOEC, Budget, Row, Way, race
 from moec.compare_view import plain_table, times_table
 from moec.demo_check import TOLERANCE, relative_error
 from moec.demo_forms import MoE
@@ -94,10 +97,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if asked.quick:
         asked.layers, asked.tokens, asked.dtypes = "A", "512", "f32"
         asked.budget, asked.seconds, asked.repeats = 60.0, 20.0, 3
-    for name, known in (("layers", LAYERS), ("dtypes", DTYPES)):
-        unknown = [each for each in getattr(asked, name).split(",") if each not in known]
-        if unknown:
-            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+    check_names(parser, asked, layers=LAYERS, dtypes=DTYPES)
     return asked
 
 
@@ -261,20 +261,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ceilings[dtype] = measure_ceilings(DTYPES[dtype])
             for layer in asked.layers.split(","):
                 shape = LAYERS[layer]
-                title = f"{layer} {dtype} training: H={shape.hidden} F={shape.width} E={shape.experts} k={shape.top_k}"
+                title = f"{layer} {dtype} training: {shape}"
                 rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
                 names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
-                console.print(times_table(title, rows, names))
-                for line in empty_cells(rows):
-                    console.print(line, style="dim", highlight=False)
+                show_rows(console, times_table(title, rows, names), rows)
                 if not asked.no_memory and os.path.exists("/proc/self/clear_refs"):
                     memory[title] = peaks(shape, dtype, rows, asked.inductor, console, title)
-    data = {title: [asdict(row) | {"best": row.best} for row in rows] for title, rows in tables.items()}
+    data = rows_data(tables)
     held = {title: [asdict(p) for p in each] for title, each in memory.items()}
     limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
     say.print(f"wrote {write_json('train', {'ceilings': limits, 'layers': data, 'memory': held}, asked.out)}")
     if asked.plot:
-        plot(tables, asked.plot)
+        plot_times(tables, asked.plot)
         say.print(f"wrote {asked.plot}")
 
 
