@@ -27,7 +27,8 @@ def repro_command(
     debug: Debug = False,
 ) -> int:
     """Write one runnable file that reproduces a layer: spec, sizes, random inputs; it compares kernel and twin."""
-    from moec.repro import find_site, sizes_of, source
+    from moec.repro import find_site, source
+    from moec.site_sizes import sizes_of
 
     if tokens is not None and tokens < 1:
         raise OptionError(f"--tokens {tokens} is too small; expected 1 or more")

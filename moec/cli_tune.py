@@ -129,20 +129,16 @@ def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int]]]
 
     from moec.backend import explain
     from moec.loading import load
-    from moec.site_parse import parse_site
+    from moec.site_sizes import sizes_of
 
     loaded = load(target)
     with console(stderr=True).status(f"compiling {target}"), torch.no_grad():
         report = explain(loaded.model, *loaded.args, **loaded.kwargs)
     found: dict[tuple[str, tuple[int, int, int, int]], None] = {}
     for site in report.sites:
-        if site.status != "fused":
-            continue
-        body = parse_site(site.ir)
-        try:
-            found[site.spec, (int(body.x_type.shape[1]), int(body.body.width), site.num_experts, site.top_k)] = None
-        except TypeError as error:
-            raise TargetError(f"layer {site.name!r}: its sizes are not known numbers ({error})") from error
+        if site.status == "fused":
+            s = sizes_of(site)
+            found[site.spec, (s.H, s.F, s.E, s.k)] = None
     if not found:
         raise TargetError(f"target {target!r}: no MoE layer was fused; `moec explain {target}` says why")
     return list(found)

@@ -84,7 +84,7 @@ def _layers(what: str, sizes: str) -> list[tuple[str, str, Sizes]]:
     """(name, spec, sizes) of each distinct fused layer of the model that the command-line target names."""
     from moec.backend import explain
     from moec.loading import load
-    from moec.site_parse import parse_site
+    from moec.site_sizes import sizes_of
 
     loaded = load(what)
     fast = {"kernels": "eager", "rest": "eager"}
@@ -93,9 +93,8 @@ def _layers(what: str, sizes: str) -> list[tuple[str, str, Sizes]]:
     for site in report.sites:
         if site.status != "fused":
             continue
-        parsed = parse_site(site.ir)
-        known = {"H": int(parsed.x_type.shape[-1]), "F": int(parsed.body.width), "E": site.num_experts, "k": site.top_k}
-        found.setdefault((site.spec, parse_sizes(sizes, {"T": DEFAULT_TOKENS, **known})), site.name)
+        known = asdict(sizes_of(site, DEFAULT_TOKENS))
+        found.setdefault((site.spec, parse_sizes(sizes, known)), site.name)
     if not found:
         raise TargetError(f"{what}: no MoE layer is fused, so there are no kernels (moec explain {what} says why)")
     return [(name, spec, known) for (spec, known), name in found.items()]

@@ -6,12 +6,9 @@ from importlib.resources import files
 
 import sympy
 
-from moec import ir
 from moec.codegen.tuning import Sizes
 from moec.errors import TargetError
-from moec.graph import Type
 from moec.report import Report, Site
-from moec.site_parse import parse_site
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec
 
 
@@ -28,26 +25,6 @@ def find_site(report: Report, wanted: str | None) -> Site:
     if wanted.isdigit() and int(wanted) < len(fused):
         return fused[int(wanted)]
     raise TargetError(f"no fused layer {wanted!r}; there are: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
-
-
-def sizes_of(site: Site, tokens: int | None) -> Sizes:
-    """The sizes in the site's IR; T is `tokens`, where given, and 16 where the model leaves it open."""
-    parsed = parse_site(site.ir)
-    numbers = {
-        "H": parsed.x_type.shape[-1],
-        "F": parsed.body.width,
-        "E": parsed.num_experts,
-        "k": parsed.select.k,
-    }
-    for letter, size in numbers.items():
-        if not size.is_Integer:
-            raise TargetError(f"layer {site.name}: {letter} is {size}, expected a number")
-    return Sizes(tokens or _tokens(parsed, parsed.x_type), **{name: int(size) for name, size in numbers.items()})
-
-
-def _tokens(site: ir.Site, kind: Type) -> int:
-    count = sympy.Mul(*kind.shape[:-1])
-    return int(count) if count.is_Integer else 16
 
 
 def source(site: Site, sizes: Sizes, seed: int = 0) -> str:
