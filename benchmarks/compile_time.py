@@ -1,17 +1,20 @@
 """How compile time grows with experts and layers: stacked weights, separate parameters, and a whole deep model.
 
-    python benchmarks/compile_time.py                     # all three parts, some minutes
+    python benchmarks/compile_time.py                     # all three parts, five minutes
     python benchmarks/compile_time.py --parts stacked,separate
     python benchmarks/compile_time.py --parts deep --layers 4 --experts 8
 
-Each figure is the time from torch.compile's first call to its result, caches of Dynamo cleared, kernels' cache warm
-after a first round that is not counted (a user pays for a kernel's build once a machine, for tracing in every process).
+Each figure is the median, over rounds in one process, of the time from torch.compile's first call to its result: caches
+of Dynamo cleared, kernels' cache warm after a first round that is not counted (a user pays for a kernel's build once a
+machine, for tracing in every process).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import subprocess
 import sys
 import time
@@ -39,8 +42,13 @@ class Compile:
     experts: int
     layers: int
     parameters: int
-    seconds: float | None
+    rounds: tuple[float, ...] = ()
     note: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """The median of the rounds."""
+        return statistics.median(self.rounds) if self.rounds else None
 
 
 class Expert(nn.Module):
@@ -116,31 +124,30 @@ def deep_grouped(experts: int, layers: int) -> tuple[nn.Module, Tensor]:
 
 
 MODELS = {
-    "stacked, loop": stacked,
-    "ModuleList, loop": separate,
-    "deep, eager form": deep_eager,
-    "deep, grouped_mm form": deep_grouped,
+    "stacked": stacked,
+    "ModuleList": separate,
+    "deep, eager": deep_eager,
+    "deep, grouped_mm": deep_grouped,
 }
 
 
-def child(what: str, backend: str, experts: int, layers: int) -> None:
-    """In a process of its own: seconds of the first call of two fresh compiles."""
+def child(what: str, backend: str, experts: int, layers: int, rounds: int) -> None:
+    """In a process of its own: seconds of the first call of fresh compiles, the warming one first."""
     torch.manual_seed(0)
     model, x = MODELS[what](experts, layers)
-    seconds: list[float] = []
+    parameters = len(list(model.parameters()))
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(1 + rounds):
             torch._dynamo.reset()
             start = time.perf_counter()
             torch.compile(model, backend=backend)(x)
-            seconds.append(time.perf_counter() - start)
-            # Each figure as soon as it is known: the second round may run out of time.
-            print(json.dumps({"seconds": seconds[-1], "parameters": len(list(model.parameters()))}), flush=True)
+            # Each figure as soon as it is known: a later round may run out of time.
+            print(json.dumps({"seconds": time.perf_counter() - start, "parameters": parameters}), flush=True)
 
 
-def record(what: str, backend: str, experts: int, layers: int, budget: float) -> Compile:
-    """One model compiled by one backend; the second of two fresh compiles counts where there is time for it."""
-    sizes = ["--experts", str(experts), "--layers", str(layers)]
+def record(what: str, backend: str, experts: int, layers: int, rounds: int, budget: float) -> Compile:
+    """One model compiled by one backend; the first round counts only where there is no time for another."""
+    sizes = ["--experts", str(experts), "--layers", str(layers), "--rounds", str(rounds)]
     command = [sys.executable, str(Path(__file__).resolve()), "--child", what, "--backend", backend, *sizes]
     note = ""
     try:
@@ -153,33 +160,50 @@ def record(what: str, backend: str, experts: int, layers: int, budget: float) ->
         note = f"> {budget:.0f} s (stopped)"
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if not lines:
-        return Compile(what, backend, experts, layers, 0, None, note)
-    last = lines[-1]
-    return Compile(
-        what, backend, experts, layers, last["parameters"], last["seconds"], note or ("cold" * (len(lines) < 2))
-    )
+        return Compile(what, backend, experts, layers, 0, note=note)
+    seconds = [line["seconds"] for line in lines]
+    note = note or "cold" * (len(lines) == 1)
+    return Compile(what, backend, experts, layers, lines[0]["parameters"], tuple(seconds[1:] or seconds), note)
 
 
 def measure(asked: argparse.Namespace, say: Callable[[Compile], None]) -> list[Compile]:
     """All parts asked for."""
     parts = asked.parts.split(",")
-    runs = [("stacked, loop", "moec", n, 1) for n in asked.stacked if "stacked" in parts]
-    runs += [("ModuleList, loop", "moec", n, 1) for n in asked.separate if "separate" in parts]
+    runs = [("stacked", "moec", n, 1) for n in asked.stacked if "stacked" in parts]
+    runs += [("ModuleList", "moec", n, 1) for n in asked.separate if "separate" in parts]
     if "deep" in parts:
-        runs.append(("deep, eager form", "moec", asked.experts, asked.layers))
-        runs.append(("deep, grouped_mm form", "inductor", asked.experts, asked.layers))
+        runs.append(("deep, eager", "moec", asked.experts, asked.layers))
+        runs.append(("deep, grouped_mm", "inductor", asked.experts, asked.layers))
     found: list[Compile] = []
     for run in runs:
-        found.append(record(*run, asked.budget))
+        rounds = asked.rounds if run[3] == 1 else max(1, asked.rounds // 3)
+        found.append(record(*run, rounds, asked.budget))
         say(found[-1])
     return found
 
 
-def table_row(one: Compile) -> tuple[str, ...]:
-    """Cells of one line of the table."""
-    seconds = "–" if one.seconds is None else f"{one.seconds:.2f}"
-    each = "–" if one.seconds is None else f"{1e3 * one.seconds / max(one.parameters, 1):.1f}"
-    return (one.what, one.backend, str(one.experts), str(one.layers), str(one.parameters), seconds, each, one.note)
+def table_row(one: Compile, least: Compile) -> tuple[str, ...]:
+    """Cells of one line of the table; `least` is the smallest of the same model, that growth is counted from."""
+    model = one.what if one.layers == 1 else f"{one.layers} {one.what}"
+    name = (model, one.backend, str(one.experts), str(one.parameters))
+    if one.seconds is None or least.seconds is None:
+        return (*name, "–", "–", "–", one.note)
+    added = one.parameters - least.parameters
+    growth = f"{1e3 * (one.seconds - least.seconds) / added:.1f}" if added else "–"
+    seconds = f"{one.seconds:.2f} ({min(one.rounds):.2f}–{max(one.rounds):.2f})"
+    return (*name, seconds, f"{one.seconds / least.seconds:.2f}", growth, one.note)
+
+
+def show(found: Sequence[Compile], console: Console) -> None:
+    """The table; a deep model's rows are compared with moec's, the others' with the fewest experts'."""
+    table = plain_table("seconds to the first result of a fresh compile")
+    for name in ("model", "backend", "E", "params", "s (range)", "×", "ms/param", ""):
+        table.add_column(name, justify="left" if name in ("model", "backend", "") else "right", no_wrap=name != "")
+    for one in found:
+        least = next(each for each in found if each.what == one.what or min(each.layers, one.layers) > 1)
+        table.add_row(*table_row(one, least))
+    console.print(table)
+    console.print("×: of the first row of its model; ms/param: for each parameter more than there", style="dim")
 
 
 def numbers(text: str) -> list[int]:
@@ -195,24 +219,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--separate", type=numbers, default=[8, 32, 128], help="expert counts")
     parser.add_argument("--layers", type=int, default=48, help="layers of the deep model")
     parser.add_argument("--experts", type=int, default=128, help="experts of the deep model")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="compiles a figure is the median of; a third of it where deep"
+    )
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which a compile is stopped")
     parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
     parser.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--backend", default="moec", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.child:
-        child(asked.child, asked.backend, asked.experts, asked.layers)
+        child(asked.child, asked.backend, asked.experts, asked.layers, asked.rounds)
         return
     check_names(parser, asked, parts=PARTS)
     say = Console(stderr=True, highlight=False)
-    found = measure(asked, lambda one: say.log(" ".join(table_row(one))))
-    table = plain_table("seconds to the first result of a fresh compile")
-    for name in ("model", "backend", "experts", "layers", "parameters", "seconds", "ms a parameter", ""):
-        table.add_column(name, justify="left" if name in ("model", "backend", "") else "right")
-    for one in found:
-        table.add_row(*table_row(one))
-    Console().print(table)
-    write_json("compile_time", {"compiles": [asdict(one) for one in found]}, asked.out)
+    if asked.rounds < 1:
+        parser.error(f"--rounds {asked.rounds} is too few; expected 1 or more")
+    found = measure(
+        asked,
+        lambda one: say.log(f"{one.what}, E={one.experts}, {one.backend}: {one.seconds or math.nan:.2f} s {one.note}"),
+    )
+    show(found, Console())
+    write_json("compile_time", {"compiles": [asdict(one) | {"seconds": one.seconds} for one in found]}, asked.out)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,21 @@ def test_wrong_gradients_are_told(monkeypatch):
 
 def test_compile_time(tmp_path):
     out = tmp_path / "compile.json"
-    run("compile_time.py", "--parts", "stacked,separate", "--stacked", "4", "--separate", "4", "--out", str(out))
+    run(
+        "compile_time.py",
+        "--parts",
+        "stacked,separate",
+        "--stacked",
+        "4",
+        "--separate",
+        "4",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    )
     compiles = json.loads(out.read_text())["compiles"]
-    assert [one["what"] for one in compiles] == ["stacked, loop", "ModuleList, loop"]
+    assert [one["what"] for one in compiles] == ["stacked", "ModuleList"]
     assert all(one["seconds"] > 0 for one in compiles), compiles
 
 
