@@ -68,6 +68,8 @@ def emit_backward(spec: KernelSpec, target: Target) -> str:
 
 
 def _unit(spec: KernelSpec, target: Target, header: str, parts: Sequence[str], entries: Sequence[str]) -> str:
+    if spec.experts.codes:
+        raise CodegenError(f"no C++ kernel reads parameters that are kept as {spec.experts.codes}")
     lines = [
         f"// moec: {spec}",
         f"// {target.isa}: {target.lanes} lanes",

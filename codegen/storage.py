@@ -40,7 +40,7 @@ def storage_of(weights: str, experts: ExpertsSpec, target: Target) -> Storage:
         _, _, group = weights.partition(":")
         return Storage("int8", group=int(group or 0))
     if weights not in ("packed", "bf16"):
-        raise CodegenError(f"weights={weights!r}: no kernel stores them so; expected packed, bf16, int8 or int8:N")
+        raise CodegenError(f"weights={weights!r}: no C++ kernel stores them so; expected packed, bf16, int8 or int8:N")
     element = "bf16" if weights == "bf16" and experts.dtype == "f32" else experts.dtype
     return Storage(element, pairs=element == experts.dtype == "bf16" and target.bf16_pairs)
 

@@ -15,7 +15,7 @@ from moec.codegen.triton_operands import Operands
 from moec.errors import CodegenError
 from moec.spec import KernelSpec
 
-_TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64"}
+_TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64", "int8": "i8", "fp8": "u8"}
 WIDE = 2**31
 """Offsets from here on want 64 bits."""
 
@@ -168,8 +168,8 @@ def tile_pointers(at: At) -> tuple[Argument, ...]:
 def param_arguments(at: At, first: bool) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
     """Pointers and strides of the parameter groups of the first or the second product."""
     s = at.spec.experts
-    groups = [g for g in s.param_groups if (g in ("out", "bias_out")) != first]
-    pointers = tuple(pointer(g, s.dtype) if s.stacked else Argument(g, "*i64") for g in groups)
+    groups = [g for g in s.param_groups if g.endswith("out") != first]
+    pointers = tuple(_param(at, g) if s.stacked else Argument(g, "*i64") for g in groups)
     strides: dict[str, int | bool] = {}
     for group in groups:
         axes = ("e", "n") if group.startswith("bias_") else ("e", "n", "k")
@@ -178,9 +178,24 @@ def param_arguments(at: At, first: bool) -> tuple[tuple[Argument, ...], dict[str
     return pointers, strides
 
 
+def _param(at: At, group: str) -> Argument:
+    """A stacked parameter; fp8 is read as such where the configuration says that the target knows it, else as bytes."""
+    kind = at.spec.experts.stored(group)
+    return Argument(group, "*fp8e4nv") if kind == "fp8" and at.config.native_fp8 else pointer(group, kind)
+
+
+def depth_of_step(at: At, depth: int) -> int:
+    """Numbers summed in one step: no more than share a scale."""
+    coding = at.spec.experts.coding
+    shared = coding.columns & -coding.columns if coding else 0
+    if shared and shared < 16:
+        raise CodegenError(f"codes {coding}: expected a scale for 16 numbers of a row, or a multiple of 16, or for all")
+    return min(at.config.block_k, max(16, power_of_two(depth)), *((shared,) if shared else ()))
+
+
 def gemm_consts(at: At, depth: int) -> dict[str, int | bool]:
     c = at.config
-    block_k = min(c.block_k, max(16, power_of_two(depth)))
+    block_k = depth_of_step(at, depth)
     return {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": block_k, "GROUP_M": c.group_m,
         "EVEN_K": depth % block_k == 0,

@@ -14,6 +14,7 @@ from moec.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
 COMBINES = ("fused", "separate")
+NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
@@ -42,6 +43,7 @@ class GpuConfig:
     variant     sorted: pairs are grouped by expert; decode: one token and slot at a time, nothing is sorted
     combine     fused: the last blocks of the down projection's launch add each token's slots, in order;
                 separate: a launch of its own does, in the same order
+    native_fp8  the target converts fp8 (e4m3) itself; else its bits are moved
     """
 
     block_m: int
@@ -52,6 +54,7 @@ class GpuConfig:
     num_stages: int = 3
     variant: str = "sorted"
     combine: str = "fused"
+    native_fp8: bool = False
 
     def __post_init__(self) -> None:
         """Raises CodegenError for a number that no kernel takes."""
@@ -83,9 +86,14 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
     """The configuration used where no tuning result is known."""
     dtype = spec.experts.dtype
     if _few_pairs(sizes):
-        return GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")
-    rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
-    return _fitting(_by_rows(rows, dtype, target), dtype, target)
+        config = GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")
+    else:
+        rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
+        config = _fitting(_by_rows(rows, dtype, target), dtype, target)
+    coding = spec.experts.coding
+    if coding and coding.element == "fp8" and target is not None and target.name in NATIVE_FP8:
+        return replace(config, native_fp8=True)
+    return config
 
 
 def _few_pairs(sizes: Sizes) -> bool:

@@ -19,14 +19,14 @@ import jinja2
 
 from moec.codegen.cpp import check
 from moec.codegen.triton_backward import projections, slope_names
+from moec.codegen.triton_codes import TYPES, base, coded_context
 from moec.codegen.triton_phi import function, functions, number, used
-from moec.errors import BuildError
+from moec.errors import BuildError, CodegenError
 from moec.expr import Var, call, derivative
 from moec.files import write_whole
 from moec.options import Environment
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
-TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 _HEAD = '''"""{spec}
 
 Generated. Letters: T tokens, H hidden, F expert width, E experts, K experts a token; a pair is one (token, slot).
@@ -78,6 +78,8 @@ def emit_backward(spec: KernelSpec) -> str:
     """The Triton module of the experts' gradients. Raises CodegenError for a spec that has no kernel."""
     check(spec)
     e = spec.experts
+    if e.codes:
+        raise CodegenError(f"there are no gradients of experts kept as {e.codes}; use weights='stored'")
     inputs = ("a", "b")[: e.ab_views]
     slopes = {"h": e.phi, **{f"d{name}": call("mul", Var("dh"), derivative(e.phi, name)) for name in inputs}}
     parts = [
@@ -111,7 +113,7 @@ def _template(name: str) -> jinja2.Template:
 def _context(spec: KernelSpec) -> dict[str, Any]:
     """What the templates read."""
     s, r = spec.experts, spec.router
-    first = [g for g in s.param_groups if g not in ("out", "bias_out")]
+    first = [g for g in s.param_groups if not g.endswith("out")]
     return {
         "s": s,
         "r": r,
@@ -124,12 +126,13 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "aligned": 16,
         "on_input": s.weight_on == "input",
         "first": first,
-        "last": [g for g in s.param_groups if g in ("out", "bias_out")],
-        "matrices": [g for g in first if not g.startswith("bias_")],
+        "last": [g for g in s.param_groups if g.endswith("out")],
+        "matrices": [g for g in first if not g.startswith(("bias_", "scale_"))],
         "projections": _rows(s, "f_in", ""),
         "biases": _rows(s, "f_in", "bias_") if s.bias_in else [],
-        "base": lambda group: f"{group} + e.to(tl.int64) * stride_{group}_e" if s.stacked else f"own({group}, e)",
-        "own_base": lambda name: f"{name} + e.to(tl.int64) * stride_{name}_e" if s.stacked else f"own({name}, e)",
+        "base": lambda group: base(s, group, s.stored(group)),
+        "own_base": lambda name: base(s, name, s.dtype),
+        **coded_context(s),
         "slopes": slope_names(spec),
         "outputs": projections(spec),
         "strides": _strides,

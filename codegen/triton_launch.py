@@ -32,6 +32,7 @@ from moec.codegen.triton_call import (
     at,
     ceil_div,
     constants,
+    depth_of_step,
     dispatch,
     gemm_consts,
     param_arguments,
@@ -217,8 +218,7 @@ def _decode_logits(at: At) -> Launch:
 
 
 def _gemv_consts(at: At, depth: int) -> dict[str, int | bool]:
-    block_k = min(at.config.block_k, max(16, power_of_two(depth)))
-    return {"BLOCK_N": at.config.block_n, "BLOCK_K": block_k}
+    return {"BLOCK_N": at.config.block_n, "BLOCK_K": depth_of_step(at, depth)}
 
 
 def _decode_gate_up(at: At) -> Launch:

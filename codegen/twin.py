@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from moec.codegen.codes import decoded
 from moec.expr import derivative, evaluate
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
@@ -80,10 +81,10 @@ class Expert:
 
 def expert(params: Sequence[Tensor], spec: ExpertsSpec, e: int) -> Expert:
     """Expert `e` of the flat parameter list: a group is one tensor [E, …] when stacked, else E tensors."""
-    return _views(_select(params, spec, e), spec)
+    return _views(selected(params, spec, e), spec)
 
 
-def _select(params: Sequence[Tensor], spec: ExpertsSpec, e: int) -> dict[str, Tensor]:
+def selected(params: Sequence[Tensor], spec: ExpertsSpec, e: int) -> dict[str, Tensor]:
     """Expert `e`'s part of each parameter group; what is empty as a whole stays empty."""
     groups = spec.param_groups
     if not spec.stacked:
@@ -92,6 +93,7 @@ def _select(params: Sequence[Tensor], spec: ExpertsSpec, e: int) -> dict[str, Te
 
 
 def _views(named: dict[str, Tensor], spec: ExpertsSpec) -> Expert:
+    named = _dequantised(named, spec)
     nk_in, nk_out = spec.layout_in == "nk", spec.layout_out == "nk"
     w_out = named["out"] if nk_out else named["out"].t()
     if spec.gate == "separate":
@@ -100,6 +102,21 @@ def _views(named: dict[str, Tensor], spec: ExpertsSpec) -> Expert:
     w_a, w_b = _halves(named["ab"] if nk_in else named["ab"].t(), spec.gate)
     b_a, b_b = _halves(named["bias_ab"], spec.gate) if spec.bias_in else (None, None)
     return Expert(w_a, w_b, w_out, b_a, b_b, named.get("bias_out"))
+
+
+def _dequantised(named: dict[str, Tensor], spec: ExpertsSpec) -> dict[str, Tensor]:
+    """Parameters that are codes as the numbers that they stand for, in the dtype of the products."""
+    if spec.coding is None:
+        return named
+    found = {g: p for g, p in named.items() if g.startswith("bias_")}
+    for group in named:
+        if group in found or group.startswith("scale_"):
+            continue
+        turn = spec.layout(group) == "kn"
+        codes, scales = named[group], named.get(f"scale_{group}", named[group])
+        wide = decoded(codes.t(), scales.t(), spec.coding).t() if turn else decoded(codes, scales, spec.coding)
+        found[group] = wide.to(DTYPES[spec.dtype])
+    return found
 
 
 def _halves(ab: Tensor, gate: str) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +173,8 @@ def experts(
     A slot whose expert is outside [0, E) contributes nothing. `saved`[T·k, F or 2F] is given the projections of each
     pair, a then b, for a kernel's backward.
     """
-    s, dtype = spec.experts, params[0].dtype
+    s = spec.experts
+    dtype = DTYPES[s.dtype] if s.codes else params[0].dtype
     wide = _wide(dtype)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for e, tokens, slots in _hits(experts, num_experts(params, s)):

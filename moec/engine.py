@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from moec.errors import OptionError
 
-_WEIGHTS = re.compile(r"stored|packed|bf16|int8(:[1-9]\d{0,5})?")
+_WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Engine:
     """kind: auto, cpp, triton or eager; race: candidates and eager's form race at first use of a size.
 
     weights: stored, the user's own tensors are read; packed: a copy in the order in which kernels read; bf16, int8 (a
-    scale a channel) or int8:N (a scale for N numbers of it): a copy in fewer bytes.
+    scale a channel), int8:N (a scale for N numbers of it), fp8 (a scale a matrix) or fp8:N (a scale for N×N numbers of
+    it): a copy in fewer bytes.
     """
 
     kind: str = "auto"
@@ -41,7 +42,9 @@ class Engine:
 def check_weights(text: str) -> None:
     """Raises OptionError for what names no way to store weights."""
     if not _WEIGHTS.fullmatch(text):
-        raise OptionError(f"option weights={text!r}; expected stored, packed, bf16, int8 or int8:N such as int8:128")
+        raise OptionError(
+            f"option weights={text!r}; expected stored, packed, bf16, int8, int8:N such as int8:128, fp8 or fp8:N"
+        )
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from moec.codegen.triton_launch import Launch, program
 from moec.errors import CodegenError, OptionError, ParseError
 from moec.gpu_target import GpuTarget, gpu_target
 from moec.offline import DTYPE_BYTES, Job, Pointer
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.spec import STORED, ExpertsSpec, KernelSpec
 
 _SMALL = 1 << 20  # bytes of tensors whose size never matters: biases, routing weights
 
@@ -84,7 +84,7 @@ def _job(source: str, launch: Launch, extents: Mapping[str, int]) -> Job:
 
 
 def _bytes(dtype: str) -> int:
-    return DTYPES[dtype].itemsize if dtype in DTYPES else DTYPE_BYTES[dtype]
+    return STORED[dtype].itemsize if dtype in STORED else DTYPE_BYTES[dtype]
 
 
 def tensor_bytes(spec: KernelSpec, sizes: Sizes) -> dict[str, int]:
@@ -98,7 +98,7 @@ def tensor_bytes(spec: KernelSpec, sizes: Sizes) -> dict[str, int]:
 def _group_bytes(e: ExpertsSpec, group: str, sizes: Sizes) -> int:
     if not e.stacked:
         return 8 * sizes.E  # a table of pointers
-    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F)) * _bytes(e.dtype)
+    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F)) * _bytes(e.stored(group))
 
 
 def parse_spec(text: str) -> KernelSpec:

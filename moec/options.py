@@ -34,8 +34,9 @@ class Options:
     race     on: at first use of a layer and a size, eager's form and a few plans are timed, the fastest is kept on disk
     freeze   inference only: kernels read a copy of the experts' weights, made once in the order in which they read;
              made anew when a parameter was changed
-    weights  inference only: stored: as they are; bf16, int8 (a scale a channel), int8:N (a scale for N numbers of it):
-             kernels read a copy in fewer bytes, which changes results by as much as the report says
+    weights  inference only: stored: as they are; bf16, int8 (a scale a channel), int8:N (a scale for N numbers of it),
+             fp8 (Triton only: e4m3, a scale a matrix), fp8:N (a scale for N×N numbers of it): kernels read a copy in
+             fewer bytes, which changes results by as much as the report says
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 

@@ -21,6 +21,7 @@ from moec.codegen.backward_plan import saves_activations
 from moec.engine import Engine
 from moec.errors import BuildError, CodegenError
 from moec.runtime_backward import BackwardKernel, load_backward
+from moec.runtime_coded import coded_kernel
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
 from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
@@ -103,15 +104,21 @@ def _chosen(
     kernel = _kernel(spec, mode.kind, x.device, router_dtype)
     if kernel is not None and not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
         kernel = None
+    if isinstance(kernel, TritonKernel) and mode.weights != "stored":
+        kernel = coded_kernel(kernel, mode.weights, params)
     if not mode.plain and not isinstance(kernel, Kernel):
-        _warn_unused(str(mode))
+        _warn_unused(mode, isinstance(kernel, TritonKernel))
     return kernel
 
 
 @lru_cache(maxsize=64)
-def _warn_unused(mode: str) -> None:
-    text = f"moec: {mode!r}: race, freeze and weights are for C++ kernels on a CPU; weights are read as stored"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+def _warn_unused(mode: Engine, triton: bool) -> None:
+    """Say once which options the kernel that runs leaves unused."""
+    if triton and not mode.race:
+        return
+    unused = "race is" if triton else "race, freeze and weights are"
+    read = "" if triton else "; weights are read as stored"
+    warnings.warn(f"moec: {str(mode)!r}: {unused} for C++ kernels on a CPU{read}", RuntimeWarning, stacklevel=2)
 
 
 def _opted(

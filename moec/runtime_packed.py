@@ -6,16 +6,14 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from moec.codegen.build import build
 from moec.codegen.cpp import emit
@@ -23,6 +21,7 @@ from moec.codegen.pack import Packed, pack
 from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.storage import Storage, panel_spec, storage_of
 from moec.codegen.tuning import Sizes, Tuning
+from moec.copies import Copies
 from moec.errors import BuildError, CodegenError
 from moec.options import Environment
 from moec.report import PackRecord
@@ -31,36 +30,11 @@ from moec.spec import DTYPES, KernelSpec
 from moec.target import Target
 from moec.tune_cache import Key
 
-_MOST = 4096  # layers whose copies one kernel keeps
-
 
 @lru_cache(maxsize=1)
 def pack_log() -> list[PackRecord]:
     """Every packing of this process, in order."""
     return []
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A layer's copy, and what it was made from: versions and addresses of the parameters, and whether they live."""
-
-    state: tuple[tuple[int, int], ...]
-    sources: tuple[StorageWeakRef, ...]
-    bound: Bound
-
-    def is_of(self, params: Sequence[Tensor], state: tuple[tuple[int, int], ...]) -> bool:
-        """Whether it is still the copy of these parameters: the same memory, never freed since, and unchanged."""
-        if self.state != state:
-            return False
-        return all(ref.cdata == p.untyped_storage()._cdata for ref, p in zip(self.sources, params, strict=True))
-
-
-class _Copies:
-    """The copies of one kernel's layers, by where their parameters lie."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, _Copy] = {}
-        self.lock = threading.Lock()
 
 
 class PackedKernel(Kernel):
@@ -74,12 +48,12 @@ class PackedKernel(Kernel):
         router_dtype: torch.dtype,
         library: ctypes.CDLL,
         tuning: Tuning | None = None,
-        copies: _Copies | None = None,
+        copies: Copies[Bound] | None = None,
     ) -> None:
         super().__init__(panel_spec(user), target, router_dtype, library, tuning)
         self.user, self.weights = user, weights
         self._storage: Storage = storage_of(weights, user.experts, target)
-        self._copies = copies or _Copies()
+        self._copies = copies or Copies(self._copied)
 
     def tuned(self, tuning: Tuning | None) -> PackedKernel:
         """The same kernel over the same copies, all of whose plans have these numbers (None: the default's)."""
@@ -96,33 +70,17 @@ class PackedKernel(Kernel):
         return make_plan(self.spec, sizes, x, self.target, threads, tuning, self._storage)
 
     def _bound(self, params: Sequence[Tensor]) -> Bound:
-        state = tuple((p.data_ptr(), p._version) for p in params)
-        copy = self._copies.held.get(state[0][0])
-        if copy is not None and copy.is_of(params, state):
-            return copy.bound
-        with self._copies.lock:
-            held = self._copies.held
-            copy = held.get(state[0][0])
-            if copy is None or not copy.is_of(params, state):
-                copy = None
-                held.pop(state[0][0], None)  # let go of the old copy before the new one is made
-                for where in [where for where, c in held.items() if any(ref.expired() for ref in c.sources)]:
-                    del held[where]
-                if len(held) >= _MOST:
-                    held.clear()
-                copy = held[state[0][0]] = self._copied(params, state)
-        return copy.bound
+        return self._copies.of(params)
 
-    def _copied(self, params: Sequence[Tensor], state: tuple[tuple[int, int], ...]) -> _Copy:
+    def _copied(self, params: Sequence[Tensor]) -> Bound:
         start = time.perf_counter()
         original = bind(self.user, params)  # checks the shapes
         packed = pack(params, self.user, self._storage, self.target.lanes * self.target.tile_vectors)
         seconds = time.perf_counter() - start
         stored = sum(p.numel() * p.element_size() for p in params)
         pack_log().append(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
-        sources = tuple(StorageWeakRef(p.untyped_storage()) for p in params)
         words = _words(packed, self._storage, original.H, original.F)
-        return _Copy(state, sources, Bound(words, original.E, original.H, original.F, (packed,), True))
+        return Bound(words, original.E, original.H, original.F, (packed,), True)
 
 
 def _words(packed: Packed, storage: Storage, hidden: int, width: int) -> tuple[int, ...]:
@@ -164,15 +122,16 @@ def packed_kernel(
 ) -> PackedKernel | None:
     """The packed kernel for these parameters; None, with one warning, where there is none."""
     if any(p.is_inference() for p in params):
-        _warn_once("parameters that were made under inference_mode carry no version")
+        warn_once("parameters that were made under inference_mode carry no version")
         return None
     try:
         return load_packed(spec, weights, router_dtype)
     except (BuildError, CodegenError) as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         return None
 
 
 @lru_cache(maxsize=16)
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
+    """Say once why weights are read as they are stored."""
     warnings.warn(f"moec: weights are read as stored, not from a packed copy: {reason}", RuntimeWarning, stacklevel=2)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from moec.binding import Bindings, checked_sizes
 from moec.codegen.plan import Sizes
-from moec.codegen.triton_call import Program
+from moec.codegen.triton_call import Argument, Program
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import program
 from moec.codegen.triton_operands import Operands, Strides
 from moec.errors import CodegenError
-from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
+from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
 from moec.target import GpuFigures, gpu_figures
 
 _BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
@@ -66,15 +66,15 @@ class TritonKernel:
 
     def __init__(self, spec: KernelSpec, figures: GpuFigures | None) -> None:
         self.spec, self.figures = spec, figures
-        self._dtype = DTYPES[spec.experts.dtype]
         self._module = load(spec)
         # A stacked tensor is bound as it is: to keep that would keep the user's weights alive.
-        self._bindings = Bindings(lambda params: _bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
+        self._bindings = Bindings(lambda params: bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
         self._program = lru_cache(maxsize=1024)(self._make_program)
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        return x.dtype in DTYPE_NAMES and all(p.dtype == self._dtype for p in params)
+        wanted = stored_dtypes(self.spec.experts, len(params))
+        return x.dtype in DTYPE_NAMES and all(p.dtype == d for p, d in zip(params, wanted, strict=True))
 
     def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
         """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
@@ -170,13 +170,17 @@ def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
         for launch in made.launches:
             kernel = getattr(module, launch.kernel)
             pointers = (a.type.startswith("*") for a in launch.arguments)
-            args = [
-                tensors[a.binding or a.name] if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)
-            ]
+            args = [_argument(a, tensors) if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)]
             kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
-def _bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
+def _argument(pointer: Argument, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The tensor behind a pointer; fp8 that a target does not know is given as bytes."""
+    tensor = tensors[pointer.binding or pointer.name]
+    return tensor.view(torch.uint8) if pointer.type == "*u8" else tensor
+
+
+def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     """The parameter groups as kernels take them; raises CodegenError where shapes contradict each other."""
     s = spec.experts
     count, hidden, width = checked_sizes(s, params)

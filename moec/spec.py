@@ -17,10 +17,14 @@ import sympy
 import torch
 
 from moec import expr as ex
+from moec.coding import Coding
 from moec.errors import ParseError
 
 DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+STORED: dict[str, torch.dtype] = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""The dtype of what a parameter may be stored in."""
 
 N = TypeVar("N", int, sympy.Expr)  # a size, or its letter
 
@@ -68,6 +72,8 @@ class ExpertsSpec:
     activation  φ as an expression over a and b
     weight_on   output: y is multiplied by the routing weight; input: x is
     stacked     True: one [E, …] tensor a parameter; False: E separate tensors (a ModuleList), bound by pointer table
+    codes       how matrices are kept (a `moec.coding.Coding`'s text); empty: in `dtype`. int8 and fp8 have scales in
+                fp32, groups of their own. Products are computed in `dtype` in any case
     """
 
     dtype: str = "f32"
@@ -79,6 +85,12 @@ class ExpertsSpec:
     bias_out: bool = False
     weight_on: str = "output"
     stacked: bool = True
+    codes: str = ""
+
+    @property
+    def coding(self) -> Coding | None:
+        """How matrices are kept where that is not in `dtype`."""
+        return Coding.parse(self.codes) if self.codes else None
 
     @property
     def phi(self) -> ex.Expr:
@@ -93,14 +105,25 @@ class ExpertsSpec:
         """
         first = ("a", "b") if self.gate == "separate" else ("ab",)
         biases = tuple(f"bias_{g}" for g in first) if self.bias_in else ()
-        return (*first, "out", *biases, *(("bias_out",) if self.bias_out else ()))
+        scales = tuple(f"scale_{g}" for g in (*first, "out")) if self.coding and self.coding.scaled else ()
+        return (*first, "out", *biases, *(("bias_out",) if self.bias_out else ()), *scales)
+
+    def stored(self, group: str) -> str:
+        """The element type of a parameter group: f32, bf16, f16, int8 or fp8."""
+        if group.startswith("scale_"):
+            return "f32"
+        return self.coding.element if self.coding and not group.startswith("bias_") else self.dtype
 
     def layout(self, group: str) -> str:
-        """nk or kn, of the matrices of a parameter group."""
-        return self.layout_out if group == "out" else self.layout_in
+        """nk or kn, of the matrices of a parameter group, or of their scales."""
+        return self.layout_out if group.endswith("out") else self.layout_in
 
     def shape(self, group: str, H: N, F: N) -> tuple[N, ...]:
-        """(rows, columns) of one expert's matrix, its rows being outputs; (rows,) of its bias."""
+        """(rows, columns) of one expert's matrix or of its scales, its rows being outputs; (rows,) of its bias."""
+        if group.startswith("scale_"):
+            assert self.coding is not None
+            rows, columns = self.shape(group.removeprefix("scale_"), H, F)
+            return self.coding.scale_shape(rows, columns)
         width = 2 * F if self.gate in ("concat", "interleaved") else F
         if group.startswith("bias_"):
             return (H,) if group == "bias_out" else (width,)
@@ -133,6 +156,12 @@ class KernelSpec:
     def parse(text: str) -> KernelSpec:
         """The spec that prints as `text`; raises ParseError."""
         return _parse(text)
+
+
+def stored_dtypes(s: ExpertsSpec, count: int) -> list[torch.dtype]:
+    """The dtype of each of a spec's `count` parameters."""
+    groups = s.param_groups
+    return [STORED[s.stored(group)] for group in groups for _ in range(count // len(groups))]
 
 
 def out_sizes(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int]:

@@ -27,13 +27,17 @@ def test_kernels_equal_the_twin(cache_dir):
     interpreted("triton_cases.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
 
 
+def test_kernels_over_codes_equal_the_twin_on_what_they_stand_for(cache_dir):
+    interpreted("triton_codes_cases.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+
+
 def test_models_equal_eager(cache_dir):
     pytest.importorskip("transformers")
     interpreted("triton_models.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["triton_cases.py", "triton_models.py"])
+@pytest.mark.parametrize("name", ["triton_cases.py", "triton_codes_cases.py", "triton_models.py"])
 def test_the_full_cross_product(name, cache_dir):
     interpreted(name, cache_dir, "-m", "slow", "-o", "addopts=--import-mode=importlib")
 

@@ -9,6 +9,7 @@ from moec.backend import Backend
 from moec.codegen import twin
 from moec.options import Options
 from moec.report import Report
+from moec.runtime_packed import pack_log
 
 FORWARD = {"kernels": "triton", "rest": "eager", "proof": "off"}  # the proof of a rewrite is not on trial here
 
@@ -29,6 +30,21 @@ def test_logits(name):
     assert {k for s in report.sites for k in s.kernels} == {"moe_f32_triton"}, report
     assert [s.status for s in report.sites] == ["fused"] * zoo.MODELS[name][2]
     assert relative(got, want) <= 1e-5
+
+
+def test_weights_kept_as_codes():
+    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(4, batch=1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    before = len(pack_log())
+    backend = Backend(Options.make({**FORWARD, "weights": "fp8:32"}))
+    with torch.no_grad():
+        got = torch.compile(model, backend=backend)(ids, use_cache=False).logits
+    copies = pack_log()[before:]
+    assert [c.weights for c in copies] == ["fp8:32"] * zoo.MODELS["mixtral"][2]
+    assert all(c.packed_bytes < 0.3 * c.stored_bytes and 0.01 < c.error < 0.05 for c in copies)
+    assert 1e-5 < relative(got, want) < 0.05
 
 
 def test_training_step(monkeypatch):

@@ -1,0 +1,77 @@
+"""Triton kernels that read a copy of the weights in codes: made at first use, and again when the weights changed.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moec.binding import checked_sizes
+from moec.codegen.encode import coded_spec, encode
+from moec.copies import Copies
+from moec.errors import CodegenError
+from moec.report import PackRecord
+from moec.runtime_packed import pack_log, warn_once
+from moec.runtime_triton import Bound, TritonKernel, bind
+from moec.spec import DTYPES
+
+
+class CodedKernel(TritonKernel):
+    """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel."""
+
+    def __init__(self, plain: TritonKernel, weights: str) -> None:
+        super().__init__(coded_spec(plain.spec, weights), plain.figures)
+        self.user, self.weights = plain.spec, weights
+        self._copies = Copies(self._copied)
+
+    def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
+        """Whether the dtypes are those of the user's spec."""
+        return x.dtype in DTYPES.values() and all(p.dtype == DTYPES[self.user.experts.dtype] for p in params)
+
+    def bound(self, params: Sequence[Tensor]) -> Bound:
+        """Where the copy of the parameters lies."""
+        return self._copies.of(params)
+
+    def _copied(self, params: Sequence[Tensor]) -> Bound:
+        start = time.perf_counter()
+        count, _, _ = checked_sizes(self.user.experts, params)
+        copy = encode(params, self.user, self.spec)
+        if copy.tensors["out"].is_cuda:
+            torch.cuda.synchronize(copy.tensors["out"].device)
+        seconds = time.perf_counter() - start
+        stored = sum(p.numel() * p.element_size() for p in params)
+        pack_log().append(PackRecord(self.weights, count, stored, copy.bytes, seconds, copy.error))
+        return bind(self.spec, list(copy.tensors.values()))
+
+
+def coded_kernel(plain: TritonKernel, weights: str, params: Sequence[Tensor]) -> TritonKernel:
+    """The kernel that reads these parameters as `weights` says; `plain`, with one warning, where there is none."""
+    if weights == "bf16" and plain.spec.experts.dtype != "f32":
+        return plain  # in two bytes already
+    if any(p.is_inference() for p in params):
+        warn_once("parameters that were made under inference_mode carry no version")
+        return plain
+    try:
+        return _coded(plain, weights)
+    except CodegenError as error:
+        warn_once(str(error))
+        return plain
+
+
+@lru_cache(maxsize=256)
+def _coded(plain: TritonKernel, weights: str) -> CodedKernel:
+    """Raises CodegenError where no kernel reads such a copy."""
+    if weights == "packed":
+        raise CodegenError(
+            "Triton kernels have no order of their own for weights; leave out freeze and weights='packed'"
+        )
+    columns = coded_spec(plain.spec, weights).experts.coding
+    if columns and columns.columns % 16:
+        raise CodegenError(f"weights={weights!r}: Triton kernels take a scale for a multiple of 16 numbers, or for all")
+    return CodedKernel(plain, weights)
