@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moec.graph import Arg, Graph, Instr, Ref, Type
-from moec.passes.choices import dependence
+from moec.passes.choices import dependence, is_choice
 
 ANCHORS = frozenset({"anchor", "anchor_range"})
 SITES = frozenset({"experts", "moe"})
@@ -124,7 +124,7 @@ def _loops(graph: Graph) -> Iterator[Bank]:
     for anchor in (i for i in graph.instrs if i.word in ANCHORS):
         members = _dependent(graph, anchor)
         chosen = [i for i in members if i.word in ("take", "pick") and anchor.results[0] in i.uses]
-        tables = [i for i in chosen if i.types[0].rank >= 1 and not i.types[0].dtype.startswith(("i", "b", "u"))]
+        tables = [i for i in chosen if i.types[0].rank >= 1 and not is_choice(i.types[0].dtype)]
         if not tables:
             continue
         experts = {_count(graph, i) for i in tables}

@@ -12,7 +12,7 @@ _NOT_CHOICES = frozenset({"anchor", "anchor_range", "cast", "size", "assert", "e
 
 def choices_of(graph: Graph) -> tuple[Instr, ...]:
     """Top-k, sort, argmax, threshold, draw: every instruction that chooses, in order. Plain noise chooses nothing."""
-    data = {name for name, kind in graph.inputs if kind.dtype in FLOATS or _counts(kind.dtype)}
+    data = {name for name, kind in graph.inputs if kind.dtype in FLOATS or is_choice(kind.dtype)}
     found: list[Instr] = []
     for instr in graph.instrs:
         if data.isdisjoint(instr.uses):
@@ -29,10 +29,10 @@ def _becomes_integer(graph: Graph, instr: Instr, data: set[str]) -> bool:
     if not instr.results or instr.word in _NOT_CHOICES:
         return False
     given = any(graph.types[name].dtype in FLOATS and name in data for name in instr.uses)
-    return given and any(kind.rank and _counts(kind.dtype) for kind in instr.types)
+    return given and any(kind.rank and is_choice(kind.dtype) for kind in instr.types)
 
 
-def _counts(dtype: str) -> bool:
+def is_choice(dtype: str) -> bool:
     """Whether a value of this dtype is a choice: whole numbers or a mask, not floats nor complex numbers."""
     return dtype == "bool" or (dtype[:1] in ("i", "u") and dtype[1:].isdigit())
 
