@@ -6,9 +6,10 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from moec.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
 from moec.codegen.tuning import Sizes, few_rows
 from moec.spec import ExpertsSpec, KernelSpec
@@ -76,9 +77,9 @@ def saves_activations(spec: KernelSpec, H: int, F: int, k: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def make_backward_plan(
-    spec: KernelSpec, sizes: Sizes, x: Rows, g: Rows, most: int, target: Target, threads: int
+    spec: KernelSpec, sizes: Sizes, x: Rows, g: Rows, most_rows: int, target: Target, threads: int
 ) -> BackwardPlan:
-    """The plan of a call with x and y's gradient as they lie; `most` bounds the pairs of one expert."""
+    """The plan of a call with x and y's gradient as they lie; `most_rows` bounds the pairs of one expert."""
     e = spec.experts
     back = {"nk": "kn", "kn": "nk"}
     layouts = (e.layout_in, back[e.layout_out], back[e.layout_in])
@@ -86,21 +87,9 @@ def make_backward_plan(
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
     outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)
-    x_direct, g_direct = _in_place(spec, sizes, x), _in_place(spec, sizes, g, gradient=True)
-    ld = (padded_ld(sizes.H, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4))
-    n = sizes.T * sizes.k
-    rows = min(n, max(group_pairs(spec, sizes.H, sizes.F), most))
-    x_rows = 0 if x_direct else sizes.T if e.weight_on == "output" else rows
-    hits = min(sizes.E, n)
-    sections = (
-        x_rows * ld[0] * 4,
-        0 if g_direct else sizes.T * ld[0] * 4,
-        sizes.T * sizes.H * 4 if x.dtype != "f32" else 0,
-        *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
-        *(hits * 32, (hits + n // _ROW_BLOCK + 1) * 40, (hits + 1) * 64),
-        *(n * 8, n * 8, n * 8, n * 8),
-        *(rows * ld[1] * 4, rows * ld[2] * 4, rows * sizes.H * 4),
-    )
+    direct = (_in_place(spec, sizes, x), _in_place(spec, sizes, g, gradient=True))
+    (x_direct, g_direct), ld = direct, _row_lengths(spec, sizes)
+    sections = _sections(spec, sizes, sizes.T, direct, x.dtype, cols, most_rows)
     places: list[int] = []
     end = 0
     for size in sections:
@@ -114,6 +103,52 @@ def make_backward_plan(
         x_direct=x_direct, g_direct=g_direct, ld=ld, places=(*places, end), thread_places=thread,
         workspace_bytes=end + threads * thread[0],
     )  # fmt: skip
+
+
+def _row_lengths(spec: KernelSpec, sizes: Sizes) -> tuple[int, int, int]:
+    """Of a row of x, of h and of slopes."""
+    e = spec.experts
+    return padded_ld(sizes.H, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4)
+
+
+def _sections(
+    spec: KernelSpec, sizes: Sizes, tokens: Size, direct: tuple[bool, bool], x_dtype: str, cols: int, most_rows: Size
+) -> tuple[Size, ...]:
+    """Bytes of each part of the workspace for `tokens`, a number or a symbol; `most_rows` bounds one expert's pairs."""
+    ld, n = _row_lengths(spec, sizes), tokens * sizes.k
+    rows = least(n, most(group_pairs(spec, sizes.H, sizes.F), most_rows))
+    x_rows = 0 if direct[0] else tokens if spec.experts.weight_on == "output" else rows
+    hits = least(sizes.E, n)
+    return (
+        x_rows * ld[0] * 4,
+        0 if direct[1] else tokens * ld[0] * 4,
+        tokens * sizes.H * 4 if x_dtype != "f32" else 0,
+        *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
+        *(hits * 32, (hits + floor_div(n, _ROW_BLOCK) + 1) * 40, (hits + 1) * 64),
+        *(n * 8, n * 8, n * 8, n * 8),
+        *(rows * ld[1] * 4, rows * ld[2] * 4, rows * sizes.H * 4),
+    )
+
+
+def backward_formula(
+    spec: KernelSpec, sizes: Sizes, x: Rows, g: Rows, most_rows: Size, target: Target, threads: int
+) -> Size:
+    """A bound on `make_backward_plan(…).workspace_bytes` in T, for every T up to `sizes.T`."""
+    tries = [replace(sizes, T=tokens) for tokens in tokens_to_try(sizes.T)]
+    direct = (
+        all(_in_place(spec, at, x) for at in tries),
+        all(_in_place(spec, at, g, gradient=True) for at in tries),
+    )
+    plan = make_backward_plan(spec, sizes, x, g, sizes.T, target, threads)
+    parts = _sections(spec, sizes, TOKENS, direct, x.dtype, plan.cols, most_rows)
+    fixed = len(parts) * (LINE - 1) + 4096 + threads * plan.thread_places[0]
+    return plain_bound(sum(parts)) + fixed
+
+
+def saved_bytes(spec: KernelSpec, H: int, F: int, k: int, save: str) -> int:
+    """Bytes a token of the projections that forward keeps for backward; `save` is the option's value."""
+    keep = save == "always" or (save == "auto" and saves_activations(spec, H, F, k))
+    return k * views(spec.experts) * F * BYTES[spec.experts.dtype] if keep else 0
 
 
 def _in_place(spec: KernelSpec, sizes: Sizes, rows: Rows, gradient: bool = False) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from moec.bounds import TOKENS, Size, floor_div, least, plain_bound, tokens_to_try
 from moec.codegen.storage import Storage
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.spec import ExpertsSpec, KernelSpec
@@ -85,19 +86,50 @@ def make_plan(
     """
     t = tuning or default_tuning(spec, sizes, target, threads)
     t = _whole_panels(t, target) if storage else t
-    e, pairs = spec.experts, storage.pairs if storage else pairs_of_bf16(spec.experts, target)
+    pairs = storage.pairs if storage else pairs_of_bf16(spec.experts, target)
     item = 2 if pairs else 4
-    x_direct = _read_in_place(spec, sizes, x, pairs)
-    router_direct = x.dtype == "f32" and x.contiguous and spec.router is not None and spec.router.compute == "f32"
+    copied = _copied(spec, sizes, x, pairs)
     ld_x, ld_h = padded_ld(sizes.H, item), padded_ld(sizes.F, item)
-    tokens = min(sizes.T, t.chunk)
-    n = tokens * sizes.k
-    shared = not x_direct and not pairs and e.weight_on == "output" and _exact(x.dtype, spec)
-    x_rows = 0 if x_direct else tokens if e.weight_on == "output" else n
+    sections = _sections(spec, sizes, min(sizes.T, t.chunk), t, copied, item)
+    places: list[int] = []
+    end = 0
+    for size in sections.values():
+        places.append(end)
+        end += up(size, LINE)
+    if copied.shared:
+        places[0] = places[1]
+    at_tile, per_thread = _thread_bytes(sizes, target, t)
+    return Plan(
+        threads=threads, sizes=sizes, tuning=t, x_direct=not copied.experts, router_direct=not copied.router,
+        ld_x=ld_x, ld_h=ld_h,
+        places=(*places, end), per_thread=per_thread, at_tile=at_tile, workspace_bytes=end + threads * per_thread,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Whether x is copied for the experts, for the router, and whether one copy serves both."""
+
+    experts: bool
+    router: bool
+    shared: bool
+
+
+def _copied(spec: KernelSpec, sizes: Sizes, x: Rows, pairs: bool) -> Copied:
+    direct = _read_in_place(spec, sizes, x, pairs)
+    router = x.dtype == "f32" and x.contiguous and spec.router is not None and spec.router.compute == "f32"
+    shared = not direct and not pairs and spec.experts.weight_on == "output" and _exact(x.dtype, spec)
+    return Copied(not direct, not router, shared)
+
+
+def _sections(spec: KernelSpec, sizes: Sizes, tokens: Size, t: Tuning, copied: Copied, item: int) -> dict[str, Size]:
+    """Bytes of each part of the workspace for `tokens` at a time, a number or a symbol."""
     router = spec.router is not None
-    segments = min(sizes.E, n) + n // t.row_block + 1
-    sections = {
-        "router_x": 0 if not router or router_direct or shared else tokens * ld_x * 4,
+    ld_x, ld_h, n = padded_ld(sizes.H, item), padded_ld(sizes.F, item), tokens * sizes.k
+    x_rows = 0 if not copied.experts else tokens if spec.experts.weight_on == "output" else n
+    segments = least(sizes.E, n) + floor_div(n, t.row_block) + 1
+    return {
+        "router_x": 0 if not router or not copied.router or copied.shared else tokens * ld_x * 4,
         "x": x_rows * ld_x * item,
         "logits": tokens * sizes.E * 4 if router else 0,
         "weights": n * 4,
@@ -111,19 +143,26 @@ def make_plan(
         "h": n * ld_h * item,
         "out": n * sizes.H * 4,
     }
-    places: list[int] = []
-    end = 0
-    for size in sections.values():
-        places.append(end)
-        end += up(size, LINE)
-    if shared:
-        places[0] = places[1]
-    at_tile, per_thread = _thread_bytes(sizes, target, t)
-    return Plan(
-        threads=threads, sizes=sizes, tuning=t, x_direct=x_direct, router_direct=router_direct,
-        ld_x=ld_x, ld_h=ld_h,
-        places=(*places, end), per_thread=per_thread, at_tile=at_tile, workspace_bytes=end + threads * per_thread,
-    )  # fmt: skip
+
+
+def workspace_formula(
+    spec: KernelSpec, sizes: Sizes, x: Rows, target: Target, threads: int, storage: Storage | None = None
+) -> Size:
+    """A bound on `make_plan(…).workspace_bytes` in T, for every T up to `sizes.T`, with the default's tuning.
+
+    The largest of what is decided for some T in that range: copies of x from 16 tokens on, wider tasks for more hits.
+    """
+    pairs = storage.pairs if storage else pairs_of_bf16(spec.experts, target)
+    totals: list[Size] = []
+    for tokens in tokens_to_try(sizes.T):
+        at = replace(sizes, T=tokens)
+        t = default_tuning(spec, at, target, threads)
+        t = _whole_panels(t, target) if storage else t
+        parts = _sections(spec, at, TOKENS, t, _copied(spec, at, x, pairs), 2 if pairs else 4)
+        whole = plain_bound(sum(parts.values())) + len(parts) * (LINE - 1)
+        totals.append((whole.coeff(TOKENS), whole.subs(TOKENS, 0) + threads * _thread_bytes(at, target, t)[1], t.chunk))
+    slope, fixed, chunk = (max(column) for column in zip(*totals, strict=True))
+    return slope * least(TOKENS, chunk) + fixed
 
 
 def _whole_panels(t: Tuning, target: Target) -> Tuning:

@@ -5,9 +5,11 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from moec.bounds import Choices
 from moec.codegen import triton_operands as ops
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
@@ -16,6 +18,7 @@ from moec.errors import CodegenError
 from moec.spec import KernelSpec
 
 _TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64", "int8": "i8", "fp8": "u8"}
+_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "i64": 8, "int8": 1, "fp8": 1}
 WIDE = 2**31
 """Offsets from here on want 64 bits."""
 
@@ -68,6 +71,11 @@ class Buffer:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def bytes(self) -> int:
+        """Its size; an expression where T is a symbol."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Program:
@@ -93,9 +101,9 @@ class At:
 
     @property
     def m_tiles(self) -> int:
-        """The most row tiles that any choice of experts makes: Σ ⌈count/BM⌉ ≤ (T·k + hit·(BM − 1)) / BM."""
-        hit, rows = min(self.sizes.E, self.pairs), self.config.block_m
-        return (self.pairs + hit * (rows - 1)) // rows
+        """The most row tiles that any choice of experts makes; a router's choices for a token differ."""
+        s = self.sizes
+        return Choices(s.T, s.E, s.k, distinct=self.routed).tiles(self.config.block_m)
 
     @property
     def columns(self) -> int:

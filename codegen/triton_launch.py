@@ -19,8 +19,10 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
+from moec.bounds import TOKENS, Size, plain_bound, tokens_to_try
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import (
     WIDE,
@@ -41,8 +43,8 @@ from moec.codegen.triton_call import (
     tile_buffers,
     tile_pointers,
 )
-from moec.codegen.triton_config import GpuConfig
-from moec.codegen.triton_operands import Operands
+from moec.codegen.triton_config import GpuConfig, GpuFigures, default_config
+from moec.codegen.triton_operands import Operands, contiguous
 from moec.spec import KernelSpec
 
 
@@ -72,16 +74,31 @@ def _sorted(at: At) -> Program:
         steps.insert(0, _router(at))
     if at.config.combine == "separate":
         steps.append(_combine(at))
+    return Program(tuple(steps), buffers(at))
+
+
+def buffers(at: At) -> tuple[Buffer, ...]:
+    """What the launches share; T may be a symbol."""
     s, dtype = at.sizes, at.spec.experts.dtype
-    rows = (Buffer("h", dtype, (at.pairs, s.F)), Buffer("slots", dtype, (at.pairs, s.H)))
-    return Program(tuple(steps), (*tile_buffers(at), *rows))
+    h = Buffer("h", dtype, (at.pairs, s.F))
+    return (h,) if at.config.variant == "decode" else (*tile_buffers(at), h, Buffer("slots", dtype, (at.pairs, s.H)))
+
+
+def buffer_formula(spec: KernelSpec, sizes: Sizes, routed: bool, target: GpuFigures | None = None) -> Size:
+    """A bound on the bytes of `program(…).buffers` in T, for every T up to `sizes.T`, with default configurations."""
+    tries = [replace(sizes, T=tokens) for tokens in tokens_to_try(sizes.T)]
+    configs = [default_config(spec, at, target) for at in tries]
+    small = min(config.block_m for config in configs)  # the smaller the tiles, the more of them
+    config = replace(configs[-1], block_m=small, variant="sorted")
+    at = At(spec, replace(sizes, T=TOKENS), config, contiguous(spec, sizes), routed)
+    return plain_bound(sum(buffer.bytes for buffer in buffers(at)))
 
 
 def _decode(at: At) -> Program:
     steps = [_decode_gate_up(at), _decode_down(at)]
     if at.routed:
         steps.insert(0, _decode_logits(at))
-    return Program(tuple(steps), (Buffer("h", at.spec.experts.dtype, (at.pairs, at.sizes.F)),))
+    return Program(tuple(steps), buffers(at))
 
 
 def _router_operands(at: At) -> tuple[Argument, ...]:

@@ -1,10 +1,11 @@
-"""Capacity as formulas: bounds that can be proved, rows and workspace an expert, and capacities from recorded loads.
+"""Sizes as formulas: reading them, and proving that one is at least as large as another for every T.
 
-Letters: T tokens, k experts a token, E experts, C capacity (rows an expert may get).
+A capacity is an expression of the user's: a product, rounded by `ceil` or `int`, at least 4, padded to a multiple.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -33,19 +34,18 @@ def at_least(a: Dim, b: Dim) -> bool:
     if sympy.expand(a - b).is_nonnegative:
         return True
     kind = type(a).__name__
-    if kind in ("Max",):
-        return any(at_least(arg, b) for arg in a.args)
-    if kind in ("Min",):
-        return all(at_least(arg, b) for arg in a.args)
+    for part in sympy.Add.make_args(a):  # n·max(p, q) + rest ≥ b where n·p + rest is, or n·q + rest
+        number, inner = part.as_coeff_Mul()
+        if number > 0 and type(inner).__name__ in ("Max", "Min"):
+            enough = any if type(inner).__name__ == "Max" else all
+            return enough(at_least(a - part + number * arg, b) for arg in inner.args)
     if type(b).__name__ == "Max":
         return all(at_least(a, arg) for arg in b.args)
     if type(b).__name__ == "Min":
         return any(at_least(a, arg) for arg in b.args)
     if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor", "ToFloat"):
         return at_least(a.args[0], b)  # ⌊x⌋ ≥ b ⇔ x ≥ b for whole b
-    if kind in ("FloorDiv", "CeilDiv"):
-        return at_least(_quotient(*a.args), b) if a.args[1].is_positive else False
-    gap = sympy.expand(_below(a) - b)
+    gap = sympy.expand(_bound(a, upper=False) - b)
     return all(term.is_nonnegative or _nonnegative(term) for term in sympy.Add.make_args(gap))
 
 
@@ -56,37 +56,45 @@ def _nonnegative(term: Any) -> bool:
     return bool(number >= 0) and all(base.is_Symbol and exp.is_positive for base, exp in powers.items() if base != 1)
 
 
-def _below(a: Any) -> Any:
-    """A polynomial that is ≤ a."""
+def _bound(a: Any, upper: bool) -> Any:
+    """A polynomial that is ≥ a, or ≤ a; what has no such bound stays as it is."""
     kind = type(a).__name__
-    if kind in ("CeilToInt", "ceiling", "ToFloat"):
-        return _below(a.args[0])
-    if kind in ("FloorToInt", "TruncToInt", "floor"):
-        return _below(a.args[0]) - 1
-    if kind in ("FloatTrueDiv", "IntTrueDiv") and a.args[1].is_number:
-        return _below(a.args[0]) / _exact(a.args[1])
-    if kind == "CeilDiv":
-        return _below(a.args[0]) / a.args[1]
-    if kind == "FloorDiv":
-        return _below(a.args[0]) / a.args[1] - 1
-    if kind in ("Mod", "PythonMod"):
-        return sympy.Integer(0)
+    if kind == "ToFloat":
+        return _bound(a.args[0], upper)
+    if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor"):
+        return _rounded(_bound(a.args[0], upper), kind, upper)
+    if kind in ("FloatTrueDiv", "IntTrueDiv", "FloorDiv", "CeilDiv") and a.args[1].is_positive and a.args[1].is_number:
+        quotient = _bound(a.args[0], upper) / _exact(a.args[1], not upper)
+        rounding = {"FloorDiv": "floor", "CeilDiv": "ceiling"}.get(kind)
+        return _rounded(quotient, rounding, upper) if rounding else quotient
+    if kind in ("Mod", "PythonMod") and a.args[1].is_positive:
+        return a.args[1] - 1 if upper else sympy.Integer(0)
     if a.is_Float:
-        return _exact(a)
+        return _exact(a, upper)
     if isinstance(a, sympy.Add):
-        return sympy.Add(*map(_below, a.args))
+        return sympy.Add(*(_bound(arg, upper) for arg in a.args))
     if isinstance(a, sympy.Mul):
         number, rest = a.as_coeff_Mul()
-        if number >= 0 and not isinstance(rest, sympy.Mul):
-            return _exact(number) * _below(rest)
+        if not isinstance(rest, sympy.Mul):
+            return _exact(number, upper) * _bound(rest, upper == (number >= 0))
     return a
 
 
-def _exact(number: Any) -> Any:
-    """A float as a fraction, a little smaller where it is not a short one, so that rounding cannot hide a miss."""
+def _rounded(bound: Any, kind: str, upper: bool) -> Any:
+    """The bound of a value after it was rounded: rounding up from below, or down from above, keeps the bound."""
+    keeps = kind in ("CeilToInt", "ceiling") if not upper else kind in ("FloorToInt", "floor")
+    if keeps:
+        return bound
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(bound))]
+    parts = math.lcm(*(int(number.q) for number, _ in terms)) if all(n.is_Rational for n, _ in terms) else 0
+    # With denominator d a value is at most (d − 1)/d away from the next whole number.
+    away = sympy.Rational(parts - 1, parts) if parts and (parts * bound).is_integer else 1
+    return bound + away if upper else bound - away
+
+
+def _exact(number: Any, upper: bool) -> Any:
+    """A float as a fraction, a little to the safe side where it is not a short one: rounding must not hide a miss."""
     fraction: Any = sympy.Rational(number)
-    return fraction if fraction.q <= 2**20 else fraction * (1 - _SLACK)
-
-
-def _quotient(a: Any, b: Any) -> Any:
-    return a / b
+    if fraction.q <= 2**20:
+        return fraction
+    return fraction * (1 + _SLACK if upper == (fraction >= 0) else 1 - _SLACK)

@@ -42,10 +42,8 @@ def routes_command(
 
     Exit code 1: no layer's choice of experts could be seen.
     """
-    from dataclasses import asdict
-
     from moec.loading import load, load_batches
-    from moec.loads import write_loads
+    from moec.loads import load_data, write_loads
     from moec.options import Options
     from moec.routes import record
 
@@ -62,7 +60,7 @@ def routes_command(
         write_loads(loads, out)
         console(stderr=True).print(f"wrote {out}", highlight=False, markup=False)
     if json:
-        print_json([_data(load, asdict(load)) for load in loads])
+        print_json([_data(load, load_data(load)) for load in loads])
     elif loads:
         console().print(loads_table(loads))
     else:
@@ -81,7 +79,7 @@ def loads_table(loads: Iterable[Load]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column("layer", overflow="fold")
-    for name in ("tokens", "batches", "k", "E", "max / mean", "entropy", "idle experts", "busiest"):
+    for name in ("tokens", "batches", "k", "E", "max / mean", "entropy", "idle experts", "busiest", "cos to gate"):
         table.add_column(name, justify="right")
     for load in loads:
         total = load.total
@@ -96,5 +94,6 @@ def loads_table(loads: Iterable[Load]) -> Table:
             f"{load.entropy:.3f}",
             f"{load.idle:.1f}",
             f"#{busiest}: {100 * total[busiest] / max(sum(total), 1):.0f} %",
+            f"{load.angles.delta():.3f} … {load.angles.cosines[-1]:.3f}" if load.angles else "–",
         )
     return table

@@ -1,7 +1,8 @@
 """Loads of experts: how many rows each expert of a layer got in each batch, as JSON lines and in a few figures.
 
 One line a layer: {"site": str, "tokens": int, "k": int, "experts": int, "batches": [[rows of expert 0, …], …]}.
-`tokens` counts the tokens of all batches together; a batch's own tokens are sum(batch) / k.
+`tokens` counts the tokens of all batches together; a batch's own tokens are sum(batch) / k. Where the router's weight
+was seen, "angles" holds what `moec.angles.Angles` says of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.angles import Angles
 from moec.errors import ParseError
 
 
@@ -25,6 +27,7 @@ class Load:
     k: int
     experts: int
     batches: tuple[tuple[int, ...], ...]
+    angles: Angles | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.experts < 1:
@@ -60,7 +63,12 @@ class Load:
 
 def write_loads(loads: Iterable[Load], path: Path) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(load)) + "\n" for load in loads), encoding="utf-8")
+    path.write_text("".join(json.dumps(load_data(load)) + "\n" for load in loads), encoding="utf-8")
+
+
+def load_data(load: Load) -> dict[str, Any]:
+    """The fields of one line; no angles where none were measured."""
+    return {name: value for name, value in asdict(load).items() if value is not None}
 
 
 def read_loads(path: Path) -> tuple[Load, ...]:
@@ -78,4 +86,5 @@ def read_loads(path: Path) -> tuple[Load, ...]:
 
 def _load(data: dict[str, Any]) -> Load:
     batches = tuple(tuple(int(count) for count in batch) for batch in data["batches"])
-    return Load(str(data["site"]), int(data["tokens"]), int(data["k"]), int(data["experts"]), batches)
+    angles = Angles.parse(data["angles"]) if "angles" in data else None
+    return Load(str(data["site"]), int(data["tokens"]), int(data["k"]), int(data["experts"]), batches, angles)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, fx
 
+from moec.angles import QUANTILES, Angles
 from moec.backend import Backend
 from moec.loading import Target
 from moec.loads import Load
@@ -17,6 +19,23 @@ from moec.report import GraphReport, Report, Site
 
 _OPS = torch.ops.moec
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Angles in one run of a layer: D channels, cosines of tokens to chosen gates f32[T·k], the largest of gates."""
+
+    channels: int
+    cosines: Tensor
+    gates: float
+
+
+def seen_angles(x: Tensor, router: Tensor, chosen: Tensor) -> Seen:
+    """x[T, D], the router's weight[E, D], chosen experts i64[T, k]."""
+    tokens, gates = nnf.normalize(x.float(), dim=-1), nnf.normalize(router.float(), dim=-1)
+    between = (gates @ gates.t()).abs().fill_diagonal_(0)
+    cosines = (tokens @ gates.t()).gather(-1, chosen).reshape(-1)
+    return Seen(x.shape[-1], cosines.cpu(), float(between.max()))
 
 
 @dataclass
@@ -29,6 +48,7 @@ class Tally:
     tokens: int = 0
     k: int = 1
     batches: list[list[int]] = field(default_factory=list[list[int]])
+    seen: list[Seen] = field(default_factory=list[Seen])
 
     def add(self, chosen: Sequence[Tensor]) -> None:
         """chosen: i64[T, k], or k times i64[T]."""
@@ -38,6 +58,16 @@ class Tally:
         self.tokens += flat.shape[0]
         self.k = max(flat.shape[1], 1)
         self.batches.append([int(n) for n in counts[: self.experts]])
+
+
+def angles_of(seen: Sequence[Seen]) -> Angles | None:
+    """The angles of all runs of one layer; None where the router's weight was not seen."""
+    cosines = torch.cat([s.cosines for s in seen]).double() if seen else torch.empty(0)
+    if not cosines.numel() or seen[0].channels < 2:
+        return None
+    ordered = cosines.sort().values
+    at = [ordered[int(q * (len(ordered) - 1))].item() for q in QUANTILES]
+    return Angles(seen[0].channels, len(ordered), tuple(at), max(s.gates for s in seen))
 
 
 @dataclass(frozen=True)
@@ -72,7 +102,7 @@ class Recorder(Backend):
     def _tap_op(self, gm: fx.GraphModule, tally: Tally, node: fx.Node) -> None:
         if node.target is _OPS.moe.default:
             with gm.graph.inserting_after(node):
-                tap = gm.graph.call_function(_tap_results(tally), (node,))
+                tap = gm.graph.call_function(_tap_results(tally), (node, node.args[0], node.args[1][0]))
             node.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)
             return
         with gm.graph.inserting_before(node):
@@ -100,9 +130,11 @@ def _names(sites: Sequence[Site]) -> dict[int, str]:
     return names
 
 
-def _tap_results(tally: Tally) -> Callable[[Any], Any]:
-    def tap(results: Any) -> Any:
+def _tap_results(tally: Tally) -> Callable[[Any, Tensor, Tensor], Any]:
+    def tap(results: Any, x: Tensor, router: Tensor) -> Any:
         tally.add([results[3]])
+        if x.shape[0]:
+            tally.seen.append(seen_angles(x, router, results[3]))
         return results
 
     return tap
@@ -130,12 +162,18 @@ def record(target: Target, batches: Sequence[Batch], options: Options) -> tuple[
 
 def _merged(tallies: Sequence[Tally]) -> list[Load]:
     """One load a layer; another shape of input is another graph of the same layer."""
-    found: dict[tuple[str, str, int, int], Load] = {}
+    found: dict[tuple[str, str, int, int], list[Tally]] = {}
     for tally in tallies:
-        if not tally.batches:
-            continue
-        key = (tally.site, tally.location, tally.k, tally.experts)
-        old = found.get(key)
-        batches = (*(old.batches if old else ()), *map(tuple, tally.batches))
-        found[key] = Load(tally.site, tally.tokens + (old.tokens if old else 0), tally.k, tally.experts, batches)
-    return list(found.values())
+        if tally.batches:
+            found.setdefault((tally.site, tally.location, tally.k, tally.experts), []).append(tally)
+    return [
+        Load(
+            site,
+            sum(tally.tokens for tally in same),
+            k,
+            experts,
+            tuple(tuple(batch) for tally in same for batch in tally.batches),
+            angles_of([seen for tally in same for seen in tally.seen]),
+        )
+        for (site, _, k, experts), same in found.items()
+    ]

@@ -119,7 +119,10 @@ def measured(
 
 def rows() -> list[str]:
     """The table: a row a spelling, with how many of its examples are so."""
-    lines = ["| | spelling | examples | captured | fused | forward equal | gradients equal |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | spelling | examples | captured | fused | forward equal | gradients equal |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for number, what in WHAT.items():
         found = [measured(s) for s in all_spellings() if s.spelling == number]
         if not found:

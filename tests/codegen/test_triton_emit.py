@@ -101,15 +101,18 @@ def test_few_launches(T):
     assert len(launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes), entry="experts")) == len(made) - 1
 
 
-def test_row_tiles_cover_the_worst_choice_and_no_more_than_the_bound():
+@pytest.mark.parametrize("entry", ["moe", "experts"])
+def test_row_tiles_cover_the_worst_choice_and_no_more_than_the_bound(entry):
     for T, E, k, rows in itertools.product((1, 7, 200), (1, 3, 512), (1, 3), (16, 64)):
         config = GpuConfig(rows, 32, 32)
-        made = program(MIXTRAL, Sizes(T, 64, 32, E, min(k, E)), config)
+        made = program(MIXTRAL, Sizes(T, 64, 32, E, min(k, E)), config, entry=entry)
         tiles = next(b.shape[0] for b in made.buffers if b.name == "tile_expert")
         pairs, hit = T * min(k, E), min(E, T * min(k, E))
-        worst = hit - 1 + -(-(pairs - hit + 1) // rows)  # one pair each, the rest on one expert
-        assert worst <= tiles
+        # One pair each; then whole tiles more: on one expert, unless a router's choices for a token differ.
+        more, most = (pairs - hit) // rows, (T - 1) // rows * hit if entry == "moe" else pairs
+        assert hit + min(more, most) <= tiles
         assert tiles * rows <= pairs + E * (rows - 1)
+        assert tiles <= hit * -(-T // rows) or entry == "experts"
 
 
 def constexprs(sizes, name, operands=None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import sympy
 import torch
@@ -25,12 +27,36 @@ T = sympy.Symbol("s0", integer=True)
         ("TruncToInt(FloatTrueDiv(4.0*ToFloat(s0), 4.0))", T, True),
         ("Max(4, CeilToInt(FloatTrueDiv(2.0*ToFloat(s0), 4.0)))", T, False),
         ("s0 - 1", T, False),
+        ("4*((s0 + 3)//4)", T, True),  # padded to a multiple, in the ways that people write it
+        ("-4*((-s0)//4)", T, True),
+        ("s0 + Mod(-s0, 8)", T, True),
+        ("s0 - Mod(s0, 4) + 3", T, True),
+        ("Max(4, -4*FloorDiv(-TruncToInt(FloatTrueDiv(8.0*ToFloat(s0), 4.0)), 4))", 2 * T, True),
+        ("Max(4, s0) + Mod(Max(4, s0), 2)", T, True),
+        ("8*CeilDiv(CeilToInt(FloatTrueDiv(4.0*ToFloat(s0), 4.0)), 8)", T, True),
+        ("4*(s0//4)", T, False),
+        ("8*((s0 + 6)//8)", T, False),
+        ("s0 - Mod(s0, 4) + 2", T, False),
+        ("CeilToInt(0.9999*ToFloat(s0))", T, False),
         ("12", sympy.Integer(12), True),
         ("11", sympy.Integer(12), False),
     ],
 )
 def test_a_queue_is_proved_to_fit(capacity, queue, proved):
     assert at_least(size_of(capacity), queue) is proved
+
+
+PIECES = ("s0", "2*s0", "FloorDiv(s0, 3)", "CeilDiv(s0, 4)", "Mod(s0, 5)", "7", "CeilToInt(1.3*ToFloat(s0))")
+
+
+def test_what_is_proved_holds_for_every_number_tried():
+    proved = 0
+    for first, second, number in itertools.product(PIECES, PIECES, (-2, -1, 1, 3)):
+        a, b = size_of(f"Max(2, {first}) + {number}*({second})"), size_of("s0 + 1")
+        if at_least(a, b):
+            proved += 1
+            assert all(a.subs(T, n) >= n + 1 for n in range(40)), a
+    assert proved >= 20
 
 
 class Mutant(Routed):
