@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -218,12 +219,21 @@ def explain(
 
     `moec_options` are the options of `torch.compile(..., backend="moec", options=…)`.
     """
+    return explain_call(model, args, kwargs, Options.make(moec_options))
+
+
+def explain_call(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, symbolic: bool = False
+) -> Report:
+    """`explain` with its arguments as values; `symbolic`: sizes of inputs are symbols, other numbers are not."""
     report = Report()
-    backend = Backend(Options.make(moec_options), report=report, trace=True)
+    backend = Backend(options, report=report, trace=True)
     torch._dynamo.reset()
     before = len(torch._dynamo.utils.graph_break_reasons)
     copies = len(pack_log())
-    torch.compile(model, backend=backend)(*args, **kwargs)
+    numbers = torch._dynamo.config.patch(specialize_float=True) if symbolic else contextlib.nullcontext()
+    with numbers:
+        torch.compile(model, backend=backend, dynamic=True if symbolic else None)(*args, **kwargs)
     report.packed += pack_log()[copies:]
     for broken in torch._dynamo.utils.graph_break_reasons[before:]:
         frame = broken.user_stack[-1] if broken.user_stack else None

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import sympy
 
 from moec.capacity import at_least
+from moec.dims import dim_text
 
 Size: TypeAlias = Any
 """A whole number, or a sympy expression over whole numbers."""
@@ -47,9 +48,10 @@ def up(n: Size, to: int) -> Size:
 
 def plain_bound(size: Size) -> Size:
     """An expression ≥ `size` that is short to read: nothing rounded down, whole coefficients, numbers for `least`."""
-    size = sympy.sympify(size).replace(lambda e: isinstance(e, sympy.floor), lambda e: e.args[0])
-    size = sympy.expand(size.replace(lambda e: isinstance(e, sympy.Min), _plainest))
-    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(size))
+    found: Any = sympy.sympify(size)
+    found = found.replace(lambda e: isinstance(e, sympy.floor), lambda e: e.args[0])
+    found = sympy.expand(found.replace(lambda e: isinstance(e, sympy.Min), _plainest))
+    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(found))
     return sympy.Add(*(sympy.ceiling(number) * rest for number, rest in terms))
 
 
@@ -58,6 +60,33 @@ def _plainest(smaller: Any) -> Any:
     numbers = [arg for arg in smaller.args if arg.is_number]
     whole = [arg for arg in smaller.args if not arg.has(sympy.ceiling)]
     return numbers[0] if numbers else whole[0] if len(whole) < len(smaller.args) and whole else smaller
+
+
+_SHOWN = {
+    "ToFloat": lambda x: x,
+    "FloatTrueDiv": lambda a, b: a / b,
+    "IntTrueDiv": lambda a, b: a / b,
+    "CeilToInt": sympy.ceiling,
+    "FloorToInt": sympy.floor,
+    "TruncToInt": sympy.floor,
+    "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "Max": sympy.Max,
+    "Min": sympy.Min,
+}
+
+
+def shown(size: Size) -> str:
+    """A size for people to read: without the conversions that Python's arithmetic makes, floats as short fractions."""
+    return dim_text(_shown(sympy.sympify(size)))
+
+
+def _shown(size: Any) -> Any:
+    if size.is_Float:
+        return sympy.nsimplify(size, rational=True)
+    if not size.args:
+        return size
+    make: Any = _SHOWN.get(type(size).__name__, size.func)
+    return make(*map(_shown, size.args))
 
 
 def tokens_to_try(highest: int) -> tuple[int, ...]:
@@ -76,6 +105,7 @@ class Choices:
     distinct  a token's experts differ from each other, as top-k's do
     limit     rows an expert may get in one queue; the pairs that come later are dropped. None: all are served
     queues    groups of tokens that queue apart: an expert may get `limit` rows of each
+    served    known from elsewhere: no expert is chosen by more pairs than its limit
     """
 
     T: Size
@@ -84,6 +114,7 @@ class Choices:
     distinct: bool = False
     limit: Size | None = None
     queues: Size = 1
+    served: bool = False
 
     @property
     def pairs(self) -> Size:
@@ -126,7 +157,7 @@ class Choices:
     @property
     def never_drops(self) -> bool:
         """Whether it is proved for every T that no pair is dropped: C ≥ T·k, or C ≥ T where choices differ."""
-        if self.limit is None:
+        if self.limit is None or self.served:
             return True
         return at_least(sympy.sympify(self.seats), sympy.sympify(self.wanted))
 

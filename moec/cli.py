@@ -19,6 +19,7 @@ from rich.text import Text
 
 from moec.cli_bisect import bisect_command
 from moec.cli_cache import cache_app
+from moec.cli_capacity import DropRate, Loads, Tokens
 from moec.cli_diff import diff_command
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
@@ -102,6 +103,12 @@ def inspect(
     candidates: Annotated[
         bool, typer.Option("--candidates", help="Every region that may be an MoE layer, also the rejected.")
     ] = False,
+    capacity: Annotated[
+        bool, typer.Option("--capacity", help="Bounds on rows and workspaces in terms of T, and what drops.")
+    ] = False,
+    tokens: Tokens = None,
+    loads: Loads = None,
+    drop_rate: DropRate = None,
     html: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write one self-contained page.", show_default=False)
     ] = None,
@@ -111,19 +118,24 @@ def inspect(
     debug: Debug = False,
 ) -> int:
     """Compile a model and show what was found, its IR, what each pass did and the kernels' source."""
+    from moec.cli_capacity import capacity_asked
     from moec.cli_show import inspect_data, inspect_view
 
     if html is not None and not html.absolute().parent.is_dir():
         raise TargetError(f"--html {html}: the folder {html.absolute().parent} does not exist; create it first")
-    report = report_of(target, options, no_grad)
+    asked = capacity_asked(capacity, tokens, loads, drop_rate)
+    report = report_of(target, options, no_grad, symbolic=asked is not None)
     if html is not None:
         Console(stderr=True).print(f"wrote {report.to_html(html)}", highlight=False, markup=False)
     if json:
-        _print_json(inspect_data(report, passes, source))
+        extra = {"capacity": asked.data(report, options)} if asked else {}
+        _print_json({**inspect_data(report, passes, source), **extra})
         return OK
     console = _console()
     for part in inspect_view(report, console.width, ir=ir, passes=passes, source=source, candidates=candidates):
         console.print(part, soft_wrap=isinstance(part, Text))
+    if asked:
+        console.print(asked.view(report, options))
     return OK
 
 

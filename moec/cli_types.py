@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,6 @@ from moec.cli_io import console
 from moec.cli_options import parse_options
 
 if TYPE_CHECKING:
-    from moec.loading import Target
     from moec.report import Report
 
 OK, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
@@ -35,19 +34,18 @@ OptionPairs = Annotated[
 ]
 
 
-def report_of(target: str, options: list[str] | None, no_grad: bool) -> Report:
-    """Load and compile a target; raises TargetError or OptionError for bad input."""
+def report_of(target: str, options: list[str] | None, no_grad: bool, symbolic: bool = False) -> Report:
+    """Load and compile a target; raises TargetError or OptionError for bad input.
+
+    `symbolic`: T is a symbol from the first compile on, as it would be once a second number of tokens is seen.
+    """
     import torch
 
+    from moec.backend import explain_call
     from moec.loading import load
+    from moec.options import Options
 
-    values = parse_options(options or [])
+    values = Options.make(parse_options(options or []))
     loaded = load(target)
     with console(stderr=True).status(f"compiling {target}"), torch.set_grad_enabled(not no_grad):
-        return _explain(loaded, values)
-
-
-def _explain(target: Target, options: dict[str, Any]) -> Report:
-    from moec.backend import explain
-
-    return explain(target.model, *target.args, moec_options=options, **target.kwargs)
+        return explain_call(loaded.model, loaded.args, loaded.kwargs, values, symbolic)

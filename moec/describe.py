@@ -135,7 +135,11 @@ def capacity_text(capacity: ir.Capacity | None) -> str:
     """How many rows an expert may get, for people."""
     if capacity is None:
         return "none: every choice is served"
-    return f"{dim_text(capacity.limit)} rows an expert, by {capacity.order}; the others are dropped"
+    if capacity.order == "score":
+        return f"{dim_text(capacity.limit)} rows an expert: the tokens that it scores best"
+    groups = "" if capacity.queues == 1 else f" in each of {dim_text(capacity.queues)} groups of tokens"
+    others = "proved to be enough for every choice" if capacity.drop == "never" else "the others are dropped"
+    return f"{dim_text(capacity.limit)} rows an expert{groups}, by {capacity.order}; {others}"
 
 
 def _declined(raised: Raised, near: NearMiss) -> report.Site:

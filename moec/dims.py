@@ -27,6 +27,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "ModularIndexing": ts.ModularIndexing,
     "PowByNatural": ts.PowByNatural,
     "IntTrueDiv": ts.IntTrueDiv,
+    "FloatTrueDiv": ts.FloatTrueDiv,
     "FloorToInt": ts.FloorToInt,
     "CeilToInt": ts.CeilToInt,
     "TruncToInt": ts.TruncToInt,
@@ -114,6 +115,8 @@ def _atom(reader: Reader) -> Any:
     token = reader.peek
     if token.kind == "number" and token.text.isdigit():
         return _integer(reader.take().text)
+    if token.kind == "number" and token.text.count(".") == 1:
+        return sympy.Float(reader.take().text)  # a factor of a capacity, before it is rounded
     if reader.accept("("):
         inner = read_dim(reader)
         reader.expect(")")

@@ -71,11 +71,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class Capacity:
-    """At most `limit` rows an expert, kept by `order` (position | choice | score); drop: zero | passthrough."""
+    """At most `limit` rows an expert in each of `queues` groups of tokens, kept by `order` (position | choice | score).
+
+    drop: zero | passthrough | never (proved: no choice of experts makes a longer queue).
+    """
 
     limit: Dim
     order: str = "position"
     drop: str = "zero"
+    queues: Dim = sympy.S.One
 
 
 @dataclass(frozen=True)

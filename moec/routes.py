@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -101,8 +101,9 @@ class Recorder(Backend):
 
     def _tap_op(self, gm: fx.GraphModule, tally: Tally, node: fx.Node) -> None:
         if node.target is _OPS.moe.default:
+            x, router = node.args[0], cast("list[fx.Node]", node.args[1])
             with gm.graph.inserting_after(node):
-                tap = gm.graph.call_function(_tap_results(tally), (node, node.args[0], node.args[1][0]))
+                tap = gm.graph.call_function(_tap_results(tally), (node, x, router[0]))
             node.replace_all_uses_with(tap, delete_user_cb=lambda user: user is not tap)
             return
         with gm.graph.inserting_before(node):

@@ -124,7 +124,7 @@ VOCABULARY: Mapping[str, frozenset[str]] = {
         "select.budget": "token expert segment",
         "weight.source": "score choice given",
         "capacity.order": "position choice score",
-        "capacity.drop": "zero passthrough",
+        "capacity.drop": "zero passthrough never",
         "dispatch.granularity": "token sequence sample",
         "body.kind": "mlp gated opaque",
         "body.gate": "none concat interleaved separate",

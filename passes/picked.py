@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from moec.dims import dim_text
 from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
@@ -149,6 +150,9 @@ def say_picked(graph: Graph, root: Instr, body: BodyMatch) -> tuple[Instr, ...] 
         ("form", "expert_choice"),
         ("experts", int(body.num_experts)),
         ("width", int(body.width)),
+        ("capacity", dim_text(rows.shape[1])),
+        ("order", "score"),
+        ("drop", "never"),
     )
     name = root.results[0]
     kind = Type(to.dtype, (count, rows.shape[2]))

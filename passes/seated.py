@@ -275,16 +275,14 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
         experts.append(found[1])
     w, e = joined(out, weights), joined(out, experts)
     params = params_of(out, body)
-    flat_shape = (sympy.prod(x.shape[:-1]), x.shape[-1])
+    flat_shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
     token = out.reshape(body.token, flat_shape)
-    drops = any(c.queue for t in routing.terms for c in t.only)
-    capacity = () if not drops or routing.seats is None else (("capacity", dim_text(routing.seats)),)
     attrs = (
         ("spec", str(KernelSpec(body.spec, None, to.dtype))),
         ("form", "capacity_einsum" if routing.seats is not None else "dense"),
         ("experts", int(body.num_experts)),
         ("width", int(body.width)),
-        *capacity,
+        *_capacity(graph, routing),
     )
     args = (Ref(token), Ref(w), Ref(e), params)
     name = root.results[0]
@@ -294,6 +292,27 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
     like = (Ref(body.token),) if to.shape == x.shape else ()
     back = Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
     return (*out.instrs, made, back)
+
+
+def _capacity(graph: Graph, routing: Routing) -> tuple[tuple[str, str], ...]:
+    """How many rows an expert may get in one queue, what happens to the others, and how many queues there are."""
+    if routing.seats is None:
+        return ()
+    bounds = {c.bound for t in routing.terms for c in t.only if c.queue}
+    (limit,) = bounds if len(bounds) == 1 else (None,)
+    queues = {_queues(graph, t) for t in routing.terms}
+    return (
+        ("capacity", dim_text(routing.seats if limit is None else limit)),
+        *((("drop", "never"),) if not bounds else ()),
+        *(("queues", dim_text(n)) for n in queues if len(queues) == 1 and n != 1),
+    )
+
+
+def _queues(graph: Graph, term: Term) -> Dim:
+    """Groups of tokens that queue apart: the axes of the choice that no place counts along."""
+    kind, own = graph.types[term.base], term.place.queue[-1]
+    sizes = dict(zip(letters_of(kind.rank), kind.shape, strict=True))
+    return sympy.Mul(*(size for letter, size in sizes.items() if letter not in own.order + term.summed))
 
 
 def _real(kind: Type) -> tuple[Dim, ...]:

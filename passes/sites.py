@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import sympy
 
 from moec import ir
@@ -46,12 +48,19 @@ def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
         dispatch=ir.Dispatch(rows=k * x_type.shape[0]),
         body=body,
         combine=ir.Combine(spec.experts.weight_on, "f32", spec.y_dtype, ("add shared",) if shared else ()),
-        capacity=ir.Capacity(size_of(attrs["capacity"])) if "capacity" in attrs else None,
+        capacity=_capacity(attrs),
         shared=shared,
         plan=ir.Plan(fuse_router=instr.word == "moe", training=training),
         form=str(attrs["form"]),
         loc=instr.loc,
     )
+
+
+def _capacity(attrs: Mapping[str, object]) -> ir.Capacity | None:
+    if "capacity" not in attrs:
+        return None
+    order, drop = str(attrs.get("order", "position")), str(attrs.get("drop", "zero"))
+    return ir.Capacity(size_of(attrs["capacity"]), order, drop, size_of(attrs.get("queues", 1)))
 
 
 def _dim(value: object) -> sympy.Expr:

@@ -1,0 +1,88 @@
+"""`moec inspect --capacity`: its options, checked before anything is compiled, and what is shown for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.cli_options import parse_options
+from moec.errors import ParseError, TargetError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from moec.loads import Load
+    from moec.report import Report
+    from moec.sizing import Sizing
+
+RANGE = "1..4096"
+RATE = 0.001
+
+Tokens = Annotated[
+    str | None,
+    typer.Option("--tokens", metavar="A..B", help=f"With --capacity: tokens of a call ({RANGE}).", show_default=False),
+]
+Loads = Annotated[
+    Path | None,
+    typer.Option("--loads", metavar="FILE", help="With --capacity: what `moec routes` recorded.", show_default=False),
+]
+DropRate = Annotated[
+    float | None,
+    typer.Option(
+        "--drop-rate", metavar="R", help=f"With --loads: pairs that may be dropped ({RATE}).", show_default=False
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: the range of T, recorded loads, the wanted drop rate."""
+
+    tokens: tuple[int, int]
+    loads: tuple[Load, ...]
+    rate: float
+
+    def sizings(self, report: Report, options: list[str] | None) -> tuple[Sizing, ...]:
+        """One for each fused layer."""
+        from moec.options import Options
+        from moec.sizing import sizings
+
+        wanted = Options.make(parse_options(options or []))
+        return sizings(report, self.tokens, wanted, self.loads, self.rate)
+
+    def view(self, report: Report, options: list[str] | None) -> RenderableType:
+        """For people."""
+        from moec.sizing_view import sizings_view
+
+        return sizings_view(self.sizings(report, options))
+
+    def data(self, report: Report, options: list[str] | None) -> list[dict[str, Any]]:
+        """For --json."""
+        from moec.sizing_view import sizing_data
+
+        return [sizing_data(sizing) for sizing in self.sizings(report, options)]
+
+
+def capacity_asked(capacity: bool, tokens: str | None, loads: Path | None, rate: float | None) -> Asked | None:
+    """The options together; None without --capacity. Raises TargetError for what cannot be read or does not fit."""
+    from moec.loads import read_loads
+    from moec.sizing import parse_tokens
+
+    given = {"--tokens": tokens, "--loads": loads, "--drop-rate": rate}
+    lone = [name for name, value in given.items() if value is not None]
+    if not capacity:
+        if lone:
+            raise TargetError(f"{', '.join(lone)}: of no use without --capacity; add it")
+        return None
+    if rate is not None and (loads is None or not 0 <= rate < 1):
+        raise TargetError(f"--drop-rate {rate}: expected a share from 0 to less than 1, and --loads FILE to size for")
+    if loads is not None and not loads.is_file():
+        raise TargetError(f"--loads {loads}: no such file; `moec routes TARGET --out {loads}` writes it")
+    try:
+        read = read_loads(loads) if loads is not None else ()
+    except (ParseError, UnicodeDecodeError) as error:
+        raise TargetError(f"--loads {loads}: {error}") from error
+    return Asked(parse_tokens(tokens or RANGE), read, RATE if rate is None else rate)
