@@ -39,6 +39,7 @@ def backward_config(config: GpuConfig) -> GpuConfig:
         num_warps=8 if config.block_m >= 64 and not few else 4,  # 4 warps spill on sm_80: three sums of 64 × 64
         num_stages=min(config.num_stages, 2),
         variant="sorted",
+        combine="fused",
     )
 
 

@@ -65,11 +65,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor that a program needs between its launches; its contents are undefined before the first write."""
+    """A tensor that a program needs between its launches; before the first write it holds anything, or zeros."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    zeros: bool = False
 
     @property
     def bytes(self) -> int:
@@ -104,6 +105,11 @@ class At:
         """The most row tiles that any choice of experts makes; a router's choices for a token differ."""
         s = self.sizes
         return Choices(s.T, s.E, s.k, distinct=self.routed).tiles(self.config.block_m)
+
+    @property
+    def atomic(self) -> bool:
+        """Whether tiles add to one row a token, in any order."""
+        return self.config.combine == "atomic"
 
     @property
     def columns(self) -> int:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from moec.codegen.plan import Sizes
+from moec.coding import Coding
 from moec.errors import CodegenError
 from moec.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
-COMBINES = ("fused", "separate")
+COMBINES = ("fused", "separate", "atomic")
 NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
@@ -42,7 +43,9 @@ class GpuConfig:
     group_m     row tiles that share a pass over the columns, so that weights are reused in the L2 cache
     variant     sorted: pairs are grouped by expert; decode: one token and slot at a time, nothing is sorted
     combine     fused: the last blocks of the down projection's launch add each token's slots, in order;
-                separate: a launch of its own does, in the same order
+                separate: a launch of its own does, in the same order; atomic: tiles of the down projection add to one
+                row a token in fp32, in any order, and the last blocks only convert it: less memory, but the last
+                bits of a result may differ from call to call
     native_fp8  the target converts fp8 (e4m3) itself; else its bits are moved
     """
 
@@ -90,10 +93,15 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
     else:
         rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
         config = _fitting(_by_rows(rows, dtype, target), dtype, target)
-    coding = spec.experts.coding
-    if coding and coding.element == "fp8" and target is not None and target.name in NATIVE_FP8:
-        return replace(config, native_fp8=True)
-    return config
+    return _of_codes(config, spec.experts.coding, target)
+
+
+def _of_codes(config: GpuConfig, coding: Coding | None, target: GpuFigures | None) -> GpuConfig:
+    """`config` for matrices kept as codes: a scale a step wants a second sum beside the first, so half the columns."""
+    if coding is None:
+        return config
+    native = coding.element == "fp8" and target is not None and target.name in NATIVE_FP8
+    return replace(config, native_fp8=native, block_n=min(config.block_n, 128) if coding.columns else config.block_n)
 
 
 def _few_pairs(sizes: Sizes) -> bool:

@@ -81,7 +81,10 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     """What the launches share; T may be a symbol."""
     s, dtype = at.sizes, at.spec.experts.dtype
     h = Buffer("h", dtype, (at.pairs, s.F))
-    return (h,) if at.config.variant == "decode" else (*tile_buffers(at), h, Buffer("slots", dtype, (at.pairs, s.H)))
+    if at.config.variant == "decode":
+        return (h,)
+    slots = Buffer("slots", "f32", (s.T, s.H), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.H))
+    return (*tile_buffers(at), h, slots)
 
 
 def buffer_formula(spec: KernelSpec, sizes: Sizes, routed: bool, target: GpuFigures | None = None) -> Size:
@@ -194,7 +197,7 @@ def _combined(at: At) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
     weights = (pointer("weights", o.weights_dtype),) if at.spec.experts.weight_on == "output" else ()
     tokens, columns, _ = _combine_shape(at)
     numbers: dict[str, int | bool] = {"H": at.sizes.H, "E": at.sizes.E, "K": at.sizes.k}
-    blocks = {"BLOCK_TOKENS": tokens, "BLOCK_COLUMNS": columns}
+    blocks: dict[str, int | bool] = {"BLOCK_TOKENS": tokens, "BLOCK_COLUMNS": columns, "ATOMIC": at.atomic}
     return (pointer("experts", "i64"), *weights, pointer("y", at.spec.y_dtype)), {**numbers, **blocks}
 
 
@@ -202,7 +205,7 @@ def _down(at: At) -> Launch:
     s, c = at.sizes, at.config
     pointers, strides = param_arguments(at, False)
     n_tiles = ceil_div(s.H, c.block_n)
-    fused = c.combine == "fused"
+    fused = c.combine in ("fused", "atomic")
     extra, numbers = _combined(at)
     consts = constants(
         **numbers, F=s.F, **strides, **gemm_consts(at, s.F), EVEN_N=s.H % c.block_n == 0,
@@ -210,7 +213,7 @@ def _down(at: At) -> Launch:
     )  # fmt: skip
     dtype = at.spec.experts.dtype
     arguments = (
-        pointer("h", dtype), *pointers, *tile_pointers(at), pointer("slots", dtype), *extra,
+        pointer("h", dtype), *pointers, *tile_pointers(at), pointer("slots", "f32" if at.atomic else dtype), *extra,
         Argument("T", "i32", s.T), Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
     blocks = at.m_tiles * n_tiles + (_combine_shape(at)[2] if fused else 0)

@@ -9,6 +9,8 @@ from functools import lru_cache
 from moec.errors import OptionError
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
+_PLAIN = (("weights", "stored"), ("combine", "ordered"))  # what is asked for by a word of its own, where it differs
+_VALUES = {"weights": _WEIGHTS, "combine": re.compile("ordered|atomic")}
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,18 @@ class Engine:
     weights: stored, the user's own tensors are read; packed: a copy in the order in which kernels read; bf16, int8 (a
     scale a channel), int8:N (a scale for N numbers of it), fp8 (a scale a matrix) or fp8:N (a scale for N×N numbers of
     it): a copy in fewer bytes.
+    combine: ordered, a token's slots are added in their order; atomic, in any (Triton kernels).
     """
 
     kind: str = "auto"
     race: bool = False
     weights: str = "stored"
+    combine: str = "ordered"
 
     def __str__(self) -> str:
-        race = " race" if self.race else ""
-        return f"{self.kind}{race}{'' if self.weights == 'stored' else f' weights={self.weights}'}"
+        words = [self.kind, *(["race"] if self.race else [])]
+        words += [f"{name}={getattr(self, name)}" for name, plain in _PLAIN if getattr(self, name) != plain]
+        return " ".join(words)
 
     @staticmethod
     def parse(text: str) -> Engine:
@@ -35,7 +40,7 @@ class Engine:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but the kind is asked for."""
+        """Whether weights are read as they are stored and nothing races."""
         return not self.race and self.weights == "stored"
 
 
@@ -50,8 +55,9 @@ def check_weights(text: str) -> None:
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Engine:
     kind, *words = text.split(" ")
-    weights = [w.removeprefix("weights=") for w in words if w.startswith("weights=")]
-    rest = [w for w in words if not w.startswith("weights=")]
-    if len(weights) > 1 or rest not in ([], ["race"]) or not all(map(_WEIGHTS.fullmatch, weights)):
-        raise OptionError(f"engine {text!r}: expected a kind such as auto, then `race` and `weights=…` where wanted")
-    return Engine(kind, bool(rest), *weights)
+    named = dict(word.partition("=")[::2] for word in words if "=" in word)
+    rest = [word for word in words if "=" not in word]
+    right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
+    if len(named) + len(rest) != len(words) or rest not in ([], ["race"]) or not right:
+        raise OptionError(f"engine {text!r}: expected a kind such as auto, then `race`, `weights=…`, `combine=…`")
+    return Engine(kind, bool(rest), **named)

@@ -16,6 +16,7 @@ Kind = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
 Save = Literal["auto", "always", "never"]
 Race = Literal["off", "on"]
+Combine = Literal["ordered", "atomic"]
 Proof = Literal["on", "strict", "off"]
 
 
@@ -37,6 +38,8 @@ class Options:
     weights  inference only: stored: as they are; bf16, int8 (a scale a channel), int8:N (a scale for N numbers of it),
              fp8 (Triton only: e4m3, a scale a matrix), fp8:N (a scale for N×N numbers of it): kernels read a copy in
              fewer bytes, which changes results by as much as the report says
+    combine  how Triton kernels add the results of a token's experts: ordered (the same bits in every call) or atomic
+             (less memory; the last bits may differ from call to call)
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -47,15 +50,16 @@ class Options:
     race: Race = "off"
     freeze: bool = False
     weights: str = "stored"
+    combine: Combine = "ordered"
     fuel: int = -1
     save_activations: Save = "auto"
 
     def engine(self, training: bool) -> Engine:
         """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
         if training:
-            return Engine(self.kernels)
+            return Engine(self.kernels, combine=self.combine)
         frozen = self.freeze and self.weights == "stored"
-        return Engine(self.kernels, self.race == "on", "packed" if frozen else self.weights)
+        return Engine(self.kernels, self.race == "on", "packed" if frozen else self.weights, self.combine)
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:

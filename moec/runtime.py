@@ -56,21 +56,24 @@ _LIB.define(
 )
 
 
-def _kernel(spec: str, engine: str, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
+def _kernel(spec: str, mode: Engine, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
     """The kernel for a call, or None for the twin. An engine asked for by name raises where it has none."""
+    engine = mode.kind
     if engine == "eager":
         return None
     if engine == "cpp" and device.type != "cpu":
         raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
     if engine == "auto":
-        return _kernel_or_warning(spec, device, router_dtype)
-    return load_triton(spec, device) if engine == "triton" else load_kernel(spec, router_dtype)
+        return _kernel_or_warning(spec, device, router_dtype, mode.combine)
+    return load_triton(spec, device, mode.combine) if engine == "triton" else load_kernel(spec, router_dtype)
 
 
 @lru_cache(maxsize=1024)
-def _kernel_or_warning(spec: str, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
+def _kernel_or_warning(
+    spec: str, device: torch.device, router_dtype: torch.dtype | None, combine: str
+) -> _AnyKernel | None:
     try:
-        return load_kernel(spec, router_dtype) if device.type == "cpu" else load_triton(spec, device)
+        return load_kernel(spec, router_dtype) if device.type == "cpu" else load_triton(spec, device, combine)
     except (BuildError, CodegenError) as error:
         _warn_once(str(error))
         return None
@@ -101,7 +104,7 @@ def _chosen(
     x: Tensor, params: Sequence[Tensor], spec: str, mode: Engine, router_dtype: torch.dtype | None
 ) -> _AnyKernel | None:
     """The kernel that runs, or None for the twin; warns once where it leaves race, freeze and weights unused."""
-    kernel = _kernel(spec, mode.kind, x.device, router_dtype)
+    kernel = _kernel(spec, mode, x.device, router_dtype)
     if kernel is not None and not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
         kernel = None
     if isinstance(kernel, TritonKernel) and mode.weights != "stored":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -31,8 +31,8 @@ _BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
 
 
 @lru_cache(maxsize=1024)
-def load_triton(spec: str, device: torch.device) -> TritonKernel:
-    """The Triton kernels of a spec for tensors on `device`.
+def load_triton(spec: str, device: torch.device, combine: str = "ordered") -> TritonKernel:
+    """The Triton kernels of a spec for tensors on `device`; `combine` atomic: slots are added in any order.
 
     Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
     """
@@ -46,7 +46,7 @@ def load_triton(spec: str, device: torch.device) -> TritonKernel:
     if device.type not in ("cpu", "cuda"):
         raise CodegenError(f"kernels='triton' takes CUDA, ROCm or CPU tensors, got {device}; use kernels='eager'")
     figures = gpu_figures(device) if device.type == "cuda" else None
-    return TritonKernel(KernelSpec.parse(spec), figures)
+    return TritonKernel(KernelSpec.parse(spec), figures, combine)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Bound:
 class TritonKernel:
     """The kernels of one spec on one device."""
 
-    def __init__(self, spec: KernelSpec, figures: GpuFigures | None) -> None:
-        self.spec, self.figures = spec, figures
+    def __init__(self, spec: KernelSpec, figures: GpuFigures | None, combine: str = "ordered") -> None:
+        self.spec, self.figures, self.combine = spec, figures, combine
         self._module = load(spec)
         # A stacked tensor is bound as it is: to keep that would keep the user's weights alive.
         self._bindings = Bindings(lambda params: bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
@@ -123,7 +123,8 @@ class TritonKernel:
 
     def config_for(self, sizes: Sizes) -> GpuConfig:
         """The configuration of a call's kernels."""
-        return default_config(self.spec, sizes, self.figures)
+        config = default_config(self.spec, sizes, self.figures)
+        return replace(config, combine="atomic") if self.combine == "atomic" else config
 
     def operands(
         self, x: Tensor, bound: Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
@@ -165,7 +166,8 @@ def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
     """Launch a program's kernels over `tensors` by name, which its buffers join. `x` says on which device."""
     x = tensors["x"]
     for buffer in made.buffers:
-        tensors[buffer.name] = x.new_empty(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+        make = x.new_zeros if buffer.zeros else x.new_empty
+        tensors[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         for launch in made.launches:
             kernel = getattr(module, launch.kernel)

@@ -8,9 +8,11 @@ import torch
 from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
 
+import moec.runtime  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
 from moec.runtime_triton import TritonKernel, load_triton
 from moec.runtime_triton_backward import load_triton_backward
@@ -20,6 +22,7 @@ CPU = torch.device("cpu")
 LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
 SORTED = GpuConfig(16, 32, 32, group_m=2, num_stages=1)
 SEPARATE = GpuConfig(32, 16, 16, group_m=8, combine="separate")
+ATOMIC = GpuConfig(16, 32, 32, group_m=2, num_stages=1, combine="atomic")
 DECODE = GpuConfig(16, 16, 32, variant="decode")
 
 
@@ -73,9 +76,27 @@ def test_forms(form, config):
     check_experts(with_gate(*form), config, 5, 20, 24, 3, 2, "sentinels")
 
 
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[8]], ids=str)
+def test_slots_added_by_atomics(form):
+    check_experts(with_gate(*form, "bf16"), ATOMIC, 5, 20, 24, 3, 2, "sentinels")
+
+
+def test_atomics_by_option():
+    spec = with_gate("concat", "nk", True, False, "output")
+    params, (weights, experts) = make_params(spec.experts, 24, 16, 2), routing("random", 40, 2, 1)
+    x = torch.randn(40, 24)
+    made = load_triton(str(spec), CPU, "atomic")
+    sizes = Sizes(40, 24, 16, 2, 1)
+    assert made.config_for(sizes).combine == "atomic"
+    (slots,) = [b for b in program(spec, sizes, made.config_for(sizes)).buffers if b.name == "slots"]
+    assert (slots.dtype, slots.shape, slots.zeros) == ("f32", (40, 24), True)
+    y = torch.ops.moec.experts(x, weights, experts, params, str(spec), "triton combine=atomic")
+    assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("config", [SORTED, SEPARATE, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
+@pytest.mark.parametrize("config", [SORTED, SEPARATE, ATOMIC, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_all_forms(form, config, dtype):
     for T, kind in ((1, "random"), (7, "same"), (13, "sentinels")):

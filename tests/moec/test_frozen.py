@@ -124,7 +124,9 @@ def test_freeze_and_race_together(model, tmp_path, monkeypatch):
     assert [e.key.weights for e in tune_cache.load()] == ["packed"]
 
 
-@pytest.mark.parametrize("bad", ["int4", "int8:", "int8:0", "int8:-1", "int8:x", "", "INT8", "int8:9999999", "fp8:0", "fp8:x", "fp4"])
+@pytest.mark.parametrize(
+    "bad", ["int4", "int8:", "int8:0", "int8:-1", "int8:x", "", "INT8", "int8:9999999", "fp8:0", "fp8:x", "fp4"]
+)
 def test_other_weights_are_refused(bad):
     with pytest.raises(OptionError, match="expected stored, packed, bf16, int8, int8:N such as int8:128, fp8 or fp8:N"):
         Options.make({"weights": bad})
