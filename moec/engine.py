@@ -55,7 +55,7 @@ def check_weights(text: str) -> None:
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Engine:
     kind, *words = text.split(" ")
-    named = dict(word.partition("=")[::2] for word in words if "=" in word)
+    named = {name: value for name, equals, value in (word.partition("=") for word in words) if equals}
     rest = [word for word in words if "=" not in word]
     right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
     if len(named) + len(rest) != len(words) or rest not in ([], ["race"]) or not right:
