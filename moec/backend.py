@@ -26,6 +26,7 @@ from moec.passes.canonicalize import Canonicalize
 from moec.passes.lower import groups_of, lower
 from moec.passes.opaque import OpaqueSite, find_opaque
 from moec.passes.opaque_lower import sort_rows
+from moec.passes.quick_look import can_hold_experts
 from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
 from moec.passes.words import key_of
@@ -90,6 +91,8 @@ class Backend:
 
     def rewrite(self, gm: fx.GraphModule, nested: bool = False) -> GraphReport:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
+        if self.report is None and not can_hold_experts(gm):  # a report also says what was looked at
+            return GraphReport((), (), len(gm.graph.nodes))
         before = fx.Graph()
         before.output(before.graph_copy(gm.graph, {}))
         try:

@@ -7,6 +7,7 @@ The same pairs are kept as by the masks; a pair that is dropped gets expert −1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import sympy
@@ -107,16 +108,8 @@ def _summed(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
 
 def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
     """0 + rows of expert 0 + rows of expert 1 + …, in any order of addition."""
-    leaves: list[Arg] = []
-    pending: list[Arg] = [Ref(instr.results[0])]
-    while pending:
-        made = lifter.instr(pending[-1])
-        if made is not None and made.word == "add" and made.types[0] == instr.types[0]:
-            pending[-1:] = made.args[::-1]
-        else:
-            leaves.append(pending.pop())
     found: dict[int, Rows] = {}
-    for leaf in leaves:
+    for leaf in _added(lifter, instr):
         made = lifter.instr(leaf)
         if leaf in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0.0):
             continue
@@ -136,6 +129,18 @@ def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
         return NoMatch("experts' rows are of other tokens", depth=2)
     row = merged([r.row for r in ordered])
     return row if isinstance(row, NoMatch) else (replace(ordered[0], row=row), None)
+
+
+def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
+    """What a chain of additions adds, the last first, so that a residual stream is left at its first layer."""
+    pending = [instr]
+    while pending:
+        for arg in pending.pop().args:
+            made = lifter.instr(arg)
+            if made is not None and made.word == "add" and made.types[0] == instr.types[0]:
+                pending.append(made)
+            else:
+                yield arg
 
 
 def part_of_sum(graph: Graph, instr: Instr) -> bool:
