@@ -75,7 +75,7 @@ CASES = {
     st_moe: "Data dependent operator",
     soft_moe: "no MoE layer was found",
     peer: "no parameters that differ by choice",
-    diffusers: "bincount",
+    diffusers: "fused",
 }
 
 

@@ -67,6 +67,17 @@ def declined() -> tuple[NotRolled, ...]:
     return tuple(_installation().declined)
 
 
+def declined_in(model: Callable[..., Any]) -> tuple[NotRolled, ...]:
+    """Those in the code of a model: its modules' classes and the functions of their files that they name."""
+    if not isinstance(model, nn.Module):
+        return ()
+    classes = {base for module in model.modules() for base in type(module).__mro__ if base not in (object, nn.Module)}
+    own = {inner for cls in classes for value in vars(cls).values() for inner in functions_of(value)}
+    own |= {helper for function in own for helper in _helpers(function)}
+    lines = {(f.__code__.co_filename, line) for f in own for _, _, line in f.__code__.co_lines()}
+    return tuple(one for one in declined() if (one.file, one.line) in lines)
+
+
 def install_class(cls: type) -> None:
     """Switch rolling on for the functions that a class holds, its bases included."""
     for base in cls.__mro__:

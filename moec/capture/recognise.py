@@ -42,7 +42,7 @@ class Candidate:
     tainted: frozenset[str]  # names that depend on the item
     selected: frozenset[str]  # names of rows and masks that the item selects
     carried: tuple[str, ...]
-    in_place: tuple[str, ...]  # names that `+=` rebinds to the same tensor
+    in_place: tuple[str, ...]  # names that `+=` or a cast to what it is already rebinds to the same tensor
     counters: tuple[str, ...] = ()  # carried names that hold a number before the loop
     collected: tuple[str, ...] = ()  # lists that the body appends rows to
 
@@ -87,7 +87,7 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     reason = _obstacle(loop, path, writes, rebound - counted, collected)
     if reason:
         return Declined(loop, reason)
-    plus = {s.target.id for s in _flat(loop.body) if isinstance(s, ast.AugAssign) and isinstance(s.target, ast.Name)}
+    plus = {n for n in rebound if all(_keeps(s, n) for s in _updates(loop, n))}
     return Candidate(
         loop,
         ast.parse(_root(writes[0].target) or "", mode="eval").body if writes else ast.Constant(None),
@@ -306,11 +306,15 @@ def _shared(path: Path) -> set[str]:
 def _not_accumulator(loop: ast.For, writes: list[_Write], rebound: set[str]) -> str | None:
     """Every value carried around the loop, and every tensor written, may only be added to."""
     for name in sorted(rebound):
-        updates = [s for s in _flat(loop.body) if _rebound_name(s) == name and name in stored([s])]
-        if any(not _adds(s, name) for s in updates):
+        updates = _updates(loop, name)
+        kept = [s for s in updates if _keeps(s, name)]
+        if any(not _adds(s, name) for s in updates if not recast(s, name)):
             return f"{name} changes from one iteration to the next in another way than by adding"
+        if len(kept) < len(updates) and any(isinstance(s, ast.AugAssign) for s in kept):
+            return f"{name} is added to in place and bound anew"
+        added = {id(w.stmt) for w in writes if _root(w.target) == name} | {id(s) for s in updates}
         reads = sum(1 for e in events(loop.body) if e.name == name and not e.store)
-        if reads - _metadata_reads(loop, name) > len(updates):
+        if reads - _metadata_reads(loop, name) > len(added):
             return f"{name} is read in the body besides being added to"
     for write in writes:
         root = _root(write.target)
@@ -325,6 +329,26 @@ def _not_accumulator(loop: ast.For, writes: list[_Write], rebound: set[str]) -> 
         if any(_reads_elsewhere(w, root) for w in writes if _root(w.target) == root):
             return f"{root} is read in the body at other rows than it is written to"
     return None
+
+
+def _updates(loop: ast.For, name: str) -> list[ast.stmt]:
+    return [s for s in _flat(loop.body) if _rebound_name(s) == name and name in stored([s])]
+
+
+def recast(stmt: ast.stmt, name: str) -> bool:
+    """`y = y.to(rows.dtype)`: nothing, where the dtype is that already."""
+    if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1 or _rebound_name(stmt) != name:
+        return False
+    value = stmt.value
+    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute) or value.keywords:
+        return False
+    same = isinstance(value.func.value, ast.Name) and value.func.value.id == name
+    return same and value.func.attr in ("to", "type", "type_as") and len(value.args) == 1
+
+
+def _keeps(stmt: ast.stmt, name: str) -> bool:
+    """Whether a statement binds the name to the tensor that it held."""
+    return isinstance(stmt, ast.AugAssign) or recast(stmt, name)
 
 
 def _adds(stmt: ast.stmt, name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from moec.capture.events import loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
-from moec.capture.recognise import Candidate, is_alias
+from moec.capture.recognise import Candidate, is_alias, recast
 from moec.capture.slices import appended_to
 from moec.capture.words import Unrollable, Words, assign, call, name
 
@@ -174,6 +174,9 @@ class _Roller:
                 raise Unrollable("a loop inside the body runs over something that depends on the item")
             if isinstance(node, ast.If) and self.depends(node.test):
                 raise Unrollable("an if inside another statement depends on the item")
+        for value in (*self.candidate.in_place, *self.candidate.carried):
+            if recast(stmt, value) and isinstance(stmt, ast.Assign):
+                stmt.value = call("in_place", self.key, name(value), stmt.value)
         return self.words.visit(stmt)
 
     def skips(self, test: ast.expr, negate: bool, rest: list[ast.stmt]) -> list[ast.stmt]:

@@ -333,9 +333,11 @@ def leading(sizes: Tensor) -> Tensor:
 
 
 def in_place(key: str, head: Any, new: Any) -> Any:
-    """After `head += …` in a rolled body: the same tensor, mutated."""
+    """After `head += …` or `head = head.to(…)` in a rolled body: the same tensor, mutated."""
     if not isinstance(head, Tensor):
         give_up(key, "the body adds in place to something that is no tensor")
+    if new.dtype != head.dtype or new.device != head.device:
+        give_up(key, f"the body makes the sum {new.dtype} where it began as {head.dtype}")
     return head
 
 

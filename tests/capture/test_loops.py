@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moec.capture import install
+
 
 class Expert(nn.Module):
     def __init__(self, hidden, width):
@@ -197,6 +199,46 @@ class PlusEquals(Layer):
         return y * 2
 
 
+class Recast(Layer):
+    """The sum is cast to what it is already, then added to in place."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t, s = torch.where(idx == e)
+            out = self.experts[e](x[t]) * w[t, s, None]
+            y = y.to(out.dtype)
+            y.index_add_(0, t, out)
+        return y
+
+
+class Widened(Layer):
+    """The sum becomes another dtype in the first iteration."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x, dtype=torch.float64)
+        for e in range(self.num_experts):
+            t, s = torch.where(idx == e)
+            y = y.to(x.dtype)
+            y.index_add_(0, t, self.experts[e](x[t]) * w[t, s, None])
+        return y
+
+
+class BoundAnew(Layer):
+    """The sum is added to in place and then bound to another tensor."""
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        y = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t, s = torch.where(idx == e)
+            y += 0.25
+            y = y.index_add(0, t, self.experts[e](x[t]) * w[t, s, None])
+        return y
+
+
 class ParameterLists(Layer):
     def make(self, experts, hidden, width):
         self.up = nn.ParameterList(torch.randn(width, hidden) / 3 for _ in range(experts))
@@ -269,6 +311,7 @@ FORMS = (
     ZipOfParts,
     ByAttributes,
     PlusEquals,
+    Recast,
     ParameterLists,
     DictValues,
     InnerFunction,
@@ -302,6 +345,16 @@ def test_one_graph_and_equal_to_eager(form, recorder):
     assert len(recorder.graphs) == 1
     assert recorder.anchors == (2 if form is InMethodWithSuper else 1)
     assert recorder.declined == ()
+
+
+@pytest.mark.parametrize(("form", "why"), [(Widened, "where it began as"), (BoundAnew, "bound anew")])
+def test_a_sum_that_becomes_another_tensor_is_traced_as_written(form, why, recorder):
+    model = form()
+    with torch.no_grad():
+        x = torch.randn(7, 8)
+        assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
+    assert recorder.anchors == 0
+    assert any(why in str(one) for one in (*recorder.declined, *install.declined()))
 
 
 @pytest.mark.parametrize(
