@@ -25,6 +25,28 @@ def strip_listing(items: ast.expr) -> ast.expr:
     return items
 
 
+def listed(expr: ast.expr) -> ast.expr:
+    """The tensor that an expression lists: `rows` of `rows.tolist()`."""
+    return strip_listing(expr)
+
+
+def indexing_lists(loop: ast.For, tainted: frozenset[str]) -> frozenset[str]:
+    """The names of lists of rows that a body does nothing with but index: `rows = idx.tolist(); x[rows]`."""
+    made: dict[str, bool] = {}
+    fine: set[int] = set()
+    for node in ast.walk(ast.Module(loop.body, [])):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            whole = isinstance(node.value, ast.Call) and _is_bare(node.value, _MOVING)
+            name = node.targets[0].id
+            made[name] = made.get(name, True) and whole and bool(loaded([node.value]) & tainted)
+        if isinstance(node, ast.Subscript):
+            parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+            fine |= {id(part) for part in parts}
+    reads = [n for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    elsewhere = {n.id for n in reads if id(n) not in fine}
+    return frozenset(name for name, ok in made.items() if ok) - elsewhere
+
+
 def tensor_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
     """The expression as a tensor that stayed where it was; None where it is no list that came from one."""
     if isinstance(expr, ast.Name):

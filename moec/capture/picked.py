@@ -50,8 +50,19 @@ class Picked:
             give_up(self._moec_key, "the body calls a method of an expert other than its forward")
         return value
 
-    def __getitem__(self, at: int) -> Any:
-        return getattr(self, list(self._moec_first._modules)[at])
+    def __getitem__(self, at: int | str) -> Any:
+        """A part of a container: the layers of a Sequential, the parts of a ModuleDict, listed parameters."""
+        return getattr(self, at if isinstance(at, str) else self._moec_parts()[at])
+
+    def __len__(self) -> int:
+        return len(self._moec_parts())
+
+    def __iter__(self) -> Any:
+        return iter([getattr(self, name) for name in self._moec_parts()])
+
+    def _moec_parts(self) -> list[str]:
+        first = self._moec_first
+        return [name for name in (*first._modules, *first._parameters) if name is not None]
 
 
 def pick_from(key: str, obj: Any, at: Any) -> Any:

@@ -80,7 +80,8 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     selectors = (_derived(loop, aliases, bounds) - bounds) | chunk_names(loop, scope)
     writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
     writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases, bounds) for key in w.keys)]
-    appends = [s for s in loop.body if loaded([s]) & selectors or cuts(s, bounds, aliases)]
+    computed = _computed(loop, selectors, bounds, aliases)
+    appends = [s for s in loop.body if loaded([s]) & computed or cuts(s, bounds, aliases)]
     collected &= {appended_to(s) for s in appends}
     if not writes and not collected:
         return None
@@ -222,6 +223,20 @@ def _derived(loop: ast.For, aliases: set[str], bounds: set[str]) -> set[str]:
             if loaded([stmt.value]) & names or _selects(stmt.value, aliases) or cuts(stmt.value, bounds, aliases):
                 names |= stored([stmt])
     return names
+
+
+def _computed(loop: ast.For, selectors: set[str], bounds: set[str], aliases: set[str]) -> set[str]:
+    """Names of what is computed from rows that the item selects, by whatever is called."""
+    names = set(selectors)
+    while True:
+        more = set(names)
+        for stmt in _flat(loop.body):
+            if isinstance(stmt, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and stmt.value is not None:
+                reads = loaded([stmt.value]) & more or cuts(stmt.value, bounds, aliases)
+                more |= stored([stmt]) - bounds if reads else set()
+        if more == names:
+            return names
+        names = more
 
 
 def _writes(loop: ast.For) -> Iterator[_Write]:

@@ -6,6 +6,7 @@ import ast
 import copy
 
 from moec.capture.events import loaded
+from moec.capture.host import indexing_lists, listed
 from moec.capture.recognise import Candidate, is_alias
 
 RUNTIME = "_moec_trace"
@@ -35,9 +36,11 @@ class Words(ast.NodeTransformer):
 
     def __init__(self, candidate: Candidate, key: ast.Constant) -> None:
         self.aliases = candidate.aliases
+        self.rows = candidate.selected
         # An index that may be the item; rows and masks that the item selected index as they are.
         self.items = candidate.tainted - candidate.selected
         self.key = key
+        self.lists = indexing_lists(candidate.loop, candidate.tainted)
         self.counters = frozenset(candidate.counters)
 
     def condition(self, test: ast.expr) -> ast.expr:
@@ -71,6 +74,8 @@ class Words(ast.NodeTransformer):
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         target = node.targets[0]
+        if isinstance(target, ast.Name) and target.id in self.lists:
+            return assign(target, self.visit(listed(node.value)))
         if len(node.targets) != 1 or not isinstance(target, ast.Subscript) or not self.indexes(target):
             self.generic_visit(node)
             return node
@@ -103,6 +108,8 @@ class Words(ast.NodeTransformer):
             and (is_alias(func.value, self.aliases) or self.number(func.value))
         ):
             return call("item_of", self.visit(func.value))
+        if unwraps and loaded([func]) & self.items | loaded([func]) & self.rows:
+            raise Unrollable(f"the body moves rows to the host: {ast.unparse(node)}")
         self.generic_visit(node)
         return node
 
