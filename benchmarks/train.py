@@ -48,6 +48,7 @@ from moec.demo_check import TOLERANCE, relative_error
 from moec.demo_forms import MoE
 from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
 from moec.runtime_cpu import release_workspace
+from moec.runtime_gradients import gradient_memory
 from moec.worker import Built
 
 GRADIENTS = ("x", "router", "gate_up", "down")
@@ -190,6 +191,7 @@ def _child(pipe: Any, way: Way, tokens: int) -> None:
     for _ in range(2):  # compiles, and fills caches that outlive a step
         built.call(x)
     release_workspace()
+    gradient_memory().release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what the steps before freed is still the process's, and would hide what this one takes
         trim(0)

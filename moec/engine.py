@@ -1,4 +1,4 @@
-"""How an op of a compiled graph runs, as the text in the graph: `auto`, `cpp race`, `auto weights=int8:128`."""
+"""How an op of a compiled graph runs, as the text in the graph: `auto`, `auto fresh`, `cpp race weights=int8:128`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from moec.errors import OptionError
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
 _PLAIN = (("weights", "stored"), ("combine", "ordered"))  # what is asked for by a word of its own, where it differs
 _VALUES = {"weights": _WEIGHTS, "combine": re.compile("ordered|atomic")}
+_FLAGS = ([], ["race"], ["fresh"], ["race", "fresh"])
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,17 @@ class Engine:
     scale a channel), int8:N (a scale for N numbers of it), fp8 (a scale a matrix) or fp8:N (a scale for N×N numbers of
     it): a copy in fewer bytes.
     combine: ordered, a token's slots are added in their order; atomic, in any (Triton kernels).
+    fresh: gradients of parameters are new memory in every step.
     """
 
     kind: str = "auto"
     race: bool = False
     weights: str = "stored"
     combine: str = "ordered"
+    fresh: bool = False
 
     def __str__(self) -> str:
-        words = [self.kind, *(["race"] if self.race else [])]
+        words = [self.kind, *(["race"] if self.race else []), *(["fresh"] if self.fresh else [])]
         words += [f"{name}={getattr(self, name)}" for name, plain in _PLAIN if getattr(self, name) != plain]
         return " ".join(words)
 
@@ -58,6 +61,6 @@ def _parse(text: str) -> Engine:
     named = {name: value for name, equals, value in (word.partition("=") for word in words) if equals}
     rest = [word for word in words if "=" not in word]
     right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
-    if len(named) + len(rest) != len(words) or rest not in ([], ["race"]) or not right:
-        raise OptionError(f"engine {text!r}: expected a kind such as auto, then `race`, `weights=…`, `combine=…`")
-    return Engine(kind, bool(rest), **named)
+    if len(named) + len(rest) != len(words) or rest not in _FLAGS or not right:
+        raise OptionError(f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`")
+    return Engine(kind, "race" in rest, **named, fresh="fresh" in rest)

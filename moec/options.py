@@ -32,6 +32,8 @@ class Options:
              rewrite cannot be tried is left as it is; off: rewrites are used as they are
     save_activations  in training, forward keeps each pair's projections for backward: auto (where the memory model
              says that it pays), always, never (computed again)
+    keep_gradients  in training, memory of a parameter's gradient is used again for the next step's once nobody refers
+             to it, until the parameter is gone; False: it is new memory in every step, given back in between
     race     on: at first use of a layer and a size, eager's form and a few plans are timed, the fastest is kept on disk
     freeze   inference only: kernels read a copy of the experts' weights, made once in the order in which they read;
              made anew when a parameter was changed
@@ -53,11 +55,12 @@ class Options:
     combine: Combine = "ordered"
     fuel: int = -1
     save_activations: Save = "auto"
+    keep_gradients: bool = True
 
     def engine(self, training: bool) -> Engine:
         """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
         if training:
-            return Engine(self.kernels, combine=self.combine)
+            return Engine(self.kernels, combine=self.combine, fresh=not self.keep_gradients)
         frozen = self.freeze and self.weights == "stored"
         return Engine(self.kernels, self.race == "on", "packed" if frozen else self.weights, self.combine)
 

@@ -20,9 +20,10 @@ from moec.codegen import twin
 from moec.codegen.backward_plan import saves_activations
 from moec.engine import Engine
 from moec.errors import BuildError, CodegenError
-from moec.runtime_backward import BackwardKernel, load_backward
+from moec.runtime_backward import BackwardKernel, fresh, load_backward
 from moec.runtime_coded import coded_kernel
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
+from moec.runtime_gradients import gradient_memory
 from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
 from moec.runtime_triton import TritonKernel, load_triton
@@ -186,7 +187,8 @@ def _saved(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engi
     parsed = KernelSpec.parse(spec)
     s, k = parsed.experts, experts.shape[1]
     hidden, width = out_sizes(s, params)
-    has_kernel = x.device.type == "cpu" and engine in ("auto", "cpp") and params[0].dtype == DTYPES[s.dtype]
+    cpp = Engine.parse(engine).kind in ("auto", "cpp")
+    has_kernel = x.device.type == "cpu" and cpp and params[0].dtype == DTYPES[s.dtype]
     keep = save == "always" or (save == "auto" and saves_activations(parsed, hidden, width, k))
     rows, columns = (x.shape[0] * k, s.ab_views * width) if has_kernel and keep else (0, 0)
     return params[0].new_empty((rows, columns))
@@ -203,13 +205,15 @@ def _experts_backward(
     engine: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    kind = Engine.parse(engine).kind
+    mode = Engine.parse(engine)
+    kind = mode.kind
     kernel = _gradients(spec, kind, x.device)
     if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
         return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
     if isinstance(kernel, TritonBackward):
         return kernel(grad, x, weights, experts, params, needs)
-    return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs)
+    take = fresh if mode.fresh else gradient_memory().take
+    return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs, take)
 
 
 @lru_cache(maxsize=1024)

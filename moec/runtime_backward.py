@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -39,6 +39,11 @@ def _load(text: str, target: Target) -> BackwardKernel:
     return BackwardKernel(spec, target, build(emit_backward(spec, target), target, Environment.read().cache_dir))
 
 
+def fresh(parameter: Tensor) -> Tensor:
+    """New memory for a parameter's gradient."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
 class BackwardKernel:
     """One built kernel. Calls are thread-safe; tensors must be on the CPU."""
 
@@ -64,13 +69,16 @@ class BackwardKernel:
         params: Sequence[Tensor],
         saved: Tensor | None,
         needs: Sequence[bool],
+        take: Callable[[Tensor], Tensor] = fresh,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients by x[T, H], weights[T, k] and each parameter, from y's gradient[T, H] of any strides.
 
         `saved`: what the forward kept, [T·k, F or 2F]; None: computed again. `needs`: as the results are ordered, which
-        are wanted; the others come back empty. Sums are fp32; experts without tokens get zeros.
+        are wanted; the others come back empty. Sums are fp32; experts without tokens get zeros. `take`: memory for a
+        parameter's gradient, contiguous.
         """
-        dparams = [torch.empty(p.shape if n else 0, dtype=p.dtype) for p, n in zip(params, needs[2:], strict=True)]
+        wanted = zip(params, needs[2:], strict=True)
+        dparams = [take(p) if n else torch.empty(0, dtype=p.dtype) for p, n in wanted]
         dx = torch.empty(x.shape if needs[0] else 0, dtype=x.dtype)
         chosen = experts.to(torch.int64).contiguous()
         scale = (weights if weights.dtype in CODES else weights.float()).contiguous()
