@@ -35,7 +35,8 @@ def test_it_is_used_again_when_free_and_not_before(memory, parameter):
 
 
 @pytest.mark.parametrize("hold", [
-    lambda t: t[3:4], lambda t: t.numpy(), lambda t: t.untyped_storage(), lambda t: t.detach(), torch.utils.dlpack.to_dlpack,
+    lambda t: t[3:4], lambda t: t.numpy(), lambda t: t.untyped_storage(), lambda t: t.detach(),
+    torch.utils.dlpack.to_dlpack,
 ])  # fmt: skip
 def test_whoever_refers_to_it_keeps_it(memory, parameter, hold):
     taken = memory.take(parameter)
@@ -58,7 +59,8 @@ def test_layers_whose_gradients_come_and_go_share_it(memory):
 def test_it_goes_with_its_parameter(memory):
     parameter, other = (nn.Parameter(torch.zeros(SIZE)) for _ in range(2))
     held = memory.take(parameter)
-    memory.take(parameter), memory.take(other)
+    memory.take(parameter)
+    memory.take(other)  # takes the second of the parameter's
     del parameter
     gc.collect()
     assert memory.bytes == 0
