@@ -62,5 +62,7 @@ def _parse(text: str) -> Engine:
     rest = [word for word in words if "=" not in word]
     right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
     if len(named) + len(rest) != len(words) or rest not in _FLAGS or not right:
-        raise OptionError(f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`")
+        raise OptionError(
+            f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`"
+        )
     return Engine(kind, "race" in rest, **named, fresh="fresh" in rest)

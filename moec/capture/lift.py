@@ -23,26 +23,27 @@ def lift(ctx: Any) -> None:
     tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     scope = tx.symbolic_locals
     key = scope["key"].as_python_constant()
-    members = _members(scope["obj"].realize(), scope["_wanted"].realize())
+    members = _members(tx, scope["obj"].realize(), scope["_wanted"].realize())
     if not members:
         retrace_without(tx, key, "the body indexes with the loop's item what is no list of modules or tensors")
     values = [value for value, _ in members]
     modules = all(isinstance(value, nn.Module) for value in values)
-    reason = difference(values) if modules else _unlike_tensors(values)
+    reason = difference(values) or _rewritten(tx, values) if modules else _unlike_tensors(values)
     if reason:
         retrace_without(tx, key, reason)
-    paths = [name for name, _ in _named(values[0])] if isinstance(values[0], nn.Module) else [""]
-    tables: list[VariableTracker] = [
-        TupleVariable([_variable(tx, member, path) for member in members]) for path in paths
-    ]
+    paths = [name for name, _ in _named(values[0])] if modules else [""]
+    tables = [[_variable(tx, member, path) for member in members] for path in paths]
+    reason = next(filter(None, (_unlike_tensors([_value(var) for var in table]) for table in tables)), None)
+    if reason:
+        retrace_without(tx, key, reason)
     scope["names"] = TupleVariable([ConstantVariable.create(path) for path in paths])
-    scope["tables"] = TupleVariable(tables)
+    scope["tables"] = TupleVariable([TupleVariable(table) for table in tables])
 
 
 Member = tuple[Any, Any]  # the value (real, or fake for an intermediate) and its source or its variable
 
 
-def _members(var: Any, wanted: Any) -> list[Member]:
+def _members(tx: Any, var: Any, wanted: Any) -> list[Member]:
     if isinstance(var, BaseListVariable):
         items = [item.realize() for item in var.items]
         return [] if any(_value(item) is None for item in items) else [(_value(item), item) for item in items]
@@ -55,7 +56,13 @@ def _members(var: Any, wanted: Any) -> list[Member]:
         return _children(value, var.source, list(value._modules))
     if isinstance(value, nn.ParameterList):
         source = AttrSource(var.source, "_parameters")
-        return [(p, DictGetItemSource(source, name)) for name, p in value._parameters.items()]
+        exchanged = {name: _exchanged(tx, value._parameters, name) for name in value._parameters}
+        return [
+            (p, DictGetItemSource(source, name))
+            if exchanged[name] is None
+            else (_value(exchanged[name]), exchanged[name])
+            for name, p in value._parameters.items()
+        ]
     return []
 
 
@@ -92,7 +99,30 @@ def _variable(tx: Any, member: Member, path: str) -> Any:
     for name in parents:
         where, module = _child(where, name), module._modules[name]
     field = "_parameters" if leaf in module._parameters else "_buffers"
+    exchanged = _exchanged(tx, getattr(module, field), leaf)
+    if exchanged is not None:
+        return exchanged
     return VariableBuilder(tx, DictGetItemSource(AttrSource(where, field), leaf))(getattr(module, leaf))
+
+
+def _exchanged(tx: Any, holder: dict[str, Any], name: str) -> Any:
+    """What the traced code has put into a module's dictionary, as `functional_call` does; None where nothing."""
+    held = _written(tx, holder)
+    return None if held is None else held.getitem_const(tx, ConstantVariable.create(name)).realize()
+
+
+def _written(tx: Any, thing: object) -> Any:
+    """Dynamo's variable of a real object that the traced code has written to, else None."""
+    var = tx.output.side_effects.id_to_variable.get(id(thing))
+    return var if var is not None and tx.output.side_effects.is_modified(var) else None
+
+
+def _rewritten(tx: Any, experts: Sequence[nn.Module]) -> str | None:
+    """The first expert whose attributes or children are other ones than `difference` saw."""
+    for i, expert in enumerate(experts):
+        if any(_written(tx, module) or _written(tx, module._modules) for module in expert.modules()):
+            return f"expert {i} gets other attributes or children in the code that is compiled"
+    return None
 
 
 def _unlike_tensors(values: Sequence[Any]) -> str | None:

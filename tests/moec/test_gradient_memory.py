@@ -133,7 +133,7 @@ def test_steps_of_a_compiled_layer(monkeypatch, keep):
 def test_the_option_is_a_word_of_the_engine():
     assert str(Options(keep_gradients=False).engine(True)) == "auto fresh"
     assert str(Options(keep_gradients=False).engine(False)) == "auto"
-    for text in ("auto", "auto fresh", "cpp race weights=int8:128 fresh"):
+    for text in ("auto", "auto fresh", "cpp race fresh weights=int8:128"):
         assert str(Engine.parse(text)) == text
-    with pytest.raises(OptionError, match="`fresh` where wanted"):
+    with pytest.raises(OptionError, match="then `race`, `fresh`"):
         Engine.parse("auto fresh fresh")
