@@ -75,7 +75,7 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
 
 
 def _times(launch: Launch, name: str) -> int:
-    """How often a launch touches an argument: the slots that its last blocks add twice; atomic sums ask for no expert."""
+    """How often a launch touches an argument: slots that its last blocks add twice; atomic sums ask for no expert."""
     values = launch.constexprs()
     if launch.kernel != "down":
         return 1

@@ -88,7 +88,7 @@ def test_a_wrong_answer_is_reported_as_source(grammar, checking, tmp_path, monke
 
 @pytest.mark.fuzz
 def test_as_many_modules_as_fit(grammar, checking, tmp_path, request):
-    """Most on the eager engine with the proof off, so that the matcher stands alone; some proved, with symbolic T, in C++.
+    """Most on the eager engine with the proof off: the matcher stands alone; some proved, with symbolic T, in C++.
 
     A wrong answer is shrunk and printed at once, and the run goes on.
     """

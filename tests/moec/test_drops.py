@@ -56,7 +56,7 @@ def test_all_rows_to_one_expert_and_even_rows():
 
 @pytest.mark.parametrize(("load", "rate"), [(skewed(), 1.0), (skewed(), -0.1), (Load("a", 0, 1, 2, ((0, 0),)), 0.1)])
 def test_what_cannot_be_sized_says_why(load, rate):
-    with pytest.raises(ParseError, match="expected|no rows"):
+    with pytest.raises(ParseError, match=r"expected|no rows"):
         size_for(load, rate)
 
 
