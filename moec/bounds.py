@@ -70,6 +70,7 @@ _SHOWN = {
     "FloorToInt": sympy.floor,
     "TruncToInt": sympy.floor,
     "FloorDiv": lambda a, b: sympy.floor(a / b),
+    "RoundToInt": lambda x: sympy.floor(x + sympy.Rational(1, 2)),
     "Max": sympy.Max,
     "Min": sympy.Min,
 }

@@ -61,7 +61,7 @@ def _bound(a: Any, upper: bool) -> Any:
     kind = type(a).__name__
     if kind == "ToFloat":
         return _bound(a.args[0], upper)
-    if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor"):
+    if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor", "RoundToInt"):
         return _rounded(_bound(a.args[0], upper), kind, upper)
     if kind in ("FloatTrueDiv", "IntTrueDiv", "FloorDiv", "CeilDiv") and a.args[1].is_positive and a.args[1].is_number:
         quotient = _bound(a.args[0], upper) / _exact(a.args[1], not upper)
@@ -88,7 +88,8 @@ def _rounded(bound: Any, kind: str, upper: bool) -> Any:
     terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(bound))]
     parts = math.lcm(*(int(number.q) for number, _ in terms)) if all(n.is_Rational for n, _ in terms) else 0
     # With denominator d a value is at most (d − 1)/d away from the next whole number.
-    away = sympy.Rational(parts - 1, parts) if parts and (parts * bound).is_integer else 1
+    away = sympy.Rational(parts - 1, parts) if parts and (parts * bound).is_integer else sympy.Integer(1)
+    away = min(away, sympy.Rational(1, 2)) if kind == "RoundToInt" else away
     return bound + away if upper else bound - away
 
 

@@ -89,7 +89,7 @@ def size_for(load: Load, wanted: float) -> Sized:
 
 
 def _least_factor(batches: Sequence[Sequence[int]], experts: int, allowed: Fraction) -> Fraction:
-    """The least factor by which at most `allowed` pairs are dropped; drops change only where some f·P/E is whole."""
+    """The least factor that makes some batch's f·P/E whole and drops at most `allowed` pairs."""
     longest: Counter[int] = Counter()
     for batch in batches:
         longest[sum(batch)] = max(longest[sum(batch)], *batch)

@@ -88,6 +88,17 @@ def test_memory(tmp_path):
     assert [peak["way"] for peak in json.loads(out.read_text())["peaks"]] == ["eager", "moec"]
 
 
+def test_capacity(tmp_path):
+    out, plot = tmp_path / "capacity.json", tmp_path / "capacity.png"
+    sizes = ["--tokens", "64", "--hidden", "16", "--width", "16", "--experts", "4", "--repeats", "1"]
+    text = run("capacity.py", *sizes, "--factors", "0.5", "--out", str(out), "--plot", str(plot))
+    assert "tokens with nothing" in text
+    eager, moec = json.loads(out.read_text())["cells"]
+    assert (eager["way"], moec["way"], moec["capacity"]) == ("eager", "moec", 16)
+    assert moec["dropped"] == eager["dropped"]
+    assert plot.stat().st_size > 1000
+
+
 def test_model(tmp_path):
     out = tmp_path / "model.json"
     sizes = [

@@ -39,6 +39,7 @@ PARSED = {
     ],
     "python benchmarks/model.py --layers 4 --prompt 512": ["python", "benchmarks/model.py", "--help"],
     "python benchmarks/roofline.py --layers A,B": ["python", "benchmarks/roofline.py", "--help"],
+    "python benchmarks/capacity.py --factors 0.25,0.5,1,2,4": ["python", "benchmarks/capacity.py", "--help"],
     "python benchmarks/memory.py --layer A --dtype bf16 --tokens 64": ["python", "benchmarks/memory.py", "--help"],
 }
 

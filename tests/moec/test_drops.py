@@ -37,7 +37,8 @@ def test_the_least_factor_that_keeps_the_rate(rate):
         return sum(dropped_of(b, capacity_of(factor, sum(b), 6)) for b in load.batches) / found.pairs
 
     assert found.dropped == dropped(found.factor) <= rate
-    assert dropped(found.factor - Fraction(1, 10**6)) > rate
+    steps = sorted({Fraction(c * 6, pairs) for pairs in (40, 90) for c in range(91)})
+    assert dropped(steps[steps.index(found.factor) - 1]) > rate
     assert found.capacity == math.ceil(found.factor * 90 / 6)
     assert found.floor <= found.factor
     assert (found.batches, found.largest, found.pairs) == (30, 90, 15 * 130)

@@ -34,6 +34,8 @@ T = sympy.Symbol("s0", integer=True)
         ("Max(4, -4*FloorDiv(-TruncToInt(FloatTrueDiv(8.0*ToFloat(s0), 4.0)), 4))", 2 * T, True),
         ("Max(4, s0) + Mod(Max(4, s0), 2)", T, True),
         ("8*CeilDiv(CeilToInt(FloatTrueDiv(4.0*ToFloat(s0), 4.0)), 8)", T, True),
+        ("RoundToInt(FloatTrueDiv(4.0*ToFloat(s0), 4.0))", T, True),
+        ("RoundToInt(FloatTrueDiv(3.9*ToFloat(s0), 4.0))", T, False),
         ("4*(s0//4)", T, False),
         ("8*((s0 + 6)//8)", T, False),
         ("s0 - Mod(s0, 4) + 2", T, False),
