@@ -103,7 +103,7 @@ def child(way: str, factor: float, asked: argparse.Namespace) -> Cell:
     model = CapacityMoE(asked.hidden, asked.width, asked.experts, factor).eval()
     x = torch.randn(asked.tokens, asked.hidden)
     with torch.no_grad():
-        call = model if way == "eager" else torch.compile(model, backend="moec")
+        call = model if way == "eager" else torch.compile(model, backend="moec", options={"rest": asked.rest})
         y, extra = call(x), peak_of(lambda: call(x))
         want = model(x) if way != "eager" else y
         times: list[float] = []
@@ -126,6 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, default in (("tokens", 1024), ("hidden", 512), ("width", 1024), ("experts", 16), ("repeats", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--factors", default="0.25,0.5,1,2,4", help="of the mean load, separated by commas")
+    parser.add_argument("--rest", default="inductor", help="who compiles what is not MoE: inductor, aot_eager, eager")
     parser.add_argument("--out", type=Path, default=RESULTS / "capacity.json")
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -134,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measured(way: str, factor: str, asked: argparse.Namespace) -> Cell:
     """A cell, from a process of its own."""
-    sizes = [f"--{name}={getattr(asked, name)}" for name in ("tokens", "hidden", "width", "experts", "repeats")]
+    sizes = [f"--{name}={getattr(asked, name)}" for name in ("tokens", "hidden", "width", "experts", "repeats", "rest")]
     command = [sys.executable, str(Path(__file__).resolve()), "--child", way, "--factors", factor, *sizes]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [measured(way, factor, asked) for factor in asked.factors.split(",") for way in WAYS]
     sizes = f"T={asked.tokens} H={asked.hidden} F={asked.width} E={asked.experts} k=2, f32"
     table = plain_table(f"{sizes}: by capacity factor")
-    for name in ("factor", "C", "", "ms", "a call adds, MB", "one [T, E, C], MB", "tokens with nothing"):
+    for name in ("factor", "C", "", "ms", "a call adds, MB", "one [T, E, C], MB", "empty tokens"):
         table.add_column(name, justify="right" if name else "left")
     for c in cells:
         numbers = (f"{c.ms:.1f}", f"{c.extra_mb:.1f}", f"{c.mask_mb:.1f}", str(c.dropped))

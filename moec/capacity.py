@@ -85,7 +85,7 @@ def _rounded(bound: Any, kind: str, upper: bool) -> Any:
     keeps = kind in ("CeilToInt", "ceiling") if not upper else kind in ("FloorToInt", "floor")
     if keeps:
         return bound
-    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(bound))]
+    terms: list[tuple[Any, Any]] = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(bound))]
     parts = math.lcm(*(int(number.q) for number, _ in terms)) if all(n.is_Rational for n, _ in terms) else 0
     # With denominator d a value is at most (d − 1)/d away from the next whole number.
     away = sympy.Rational(parts - 1, parts) if parts and (parts * bound).is_integer else sympy.Integer(1)

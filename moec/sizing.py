@@ -172,7 +172,7 @@ def _bytes(site: Site, parsed: ir.Site, spec: KernelSpec, sizes: Sizes, options:
         yield "buffers, forward (Triton)", buffer_formula(spec, sizes, parsed.plan.fuse_router)
         return
     target, threads, training = Target.host(), torch.get_num_threads(), parsed.plan.training
-    x = Rows(parsed.x_type.dtype, sizes.H, True)
+    x = Rows(parsed.x_type.dtype, sizes.H, False)  # of any strides: what lies otherwise is copied
     weights = options.engine(training=training).weights
     storage = None if weights == "stored" else storage_of(weights, spec.experts, target)
     read = panel_spec(spec) if storage else spec
