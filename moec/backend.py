@@ -238,11 +238,12 @@ def explain_call(
     with numbers:
         torch.compile(model, backend=backend, dynamic=True if symbolic else None)(*args, **kwargs)
     report.packed += pack_log()[copies:]
-    stayed = [Reason(n.reason, location=f"{n.file}:{n.line}") for n in install.declined_in(model)]
-    report.not_rolled += [reason for reason in stayed if reason not in report.not_rolled]
     for broken in torch._dynamo.utils.graph_break_reasons[before:]:
         frame = broken.user_stack[-1] if broken.user_stack else None
         report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
+    if not report.complete:  # a loop that was traced as written and fused all the same needs no word
+        stayed = [Reason(n.reason, location=f"{n.file}:{n.line}") for n in install.declined_in(model)]
+        report.not_rolled += [reason for reason in stayed if reason not in report.not_rolled]
     return report
 
 

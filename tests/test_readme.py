@@ -37,6 +37,7 @@ PARSED = {
         "benchmarks/compile_time.py",
         "--help",
     ],
+    "python benchmarks/matching_time.py": ["python", "benchmarks/matching_time.py", "--help"],  # test_matching_time
     "python benchmarks/model.py --layers 4 --prompt 512": ["python", "benchmarks/model.py", "--help"],
     "python benchmarks/roofline.py --layers A,B": ["python", "benchmarks/roofline.py", "--help"],
     "python benchmarks/capacity.py --factors 0.25,0.5,1,2,4": ["python", "benchmarks/capacity.py", "--help"],
