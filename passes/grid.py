@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 
 from moec.graph import Arg, Dim, Instr, Ref
-from moec.match import NoMatch
+from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch
 from moec.passes.hot import Hot, Seats, flat, letters_of, relabel
 from moec.passes.lift import Lift, Lifter, same
@@ -46,11 +46,17 @@ def _sizes(rows: Rows) -> dict[str, Dim]:
     return dict(rows.space.sizes)
 
 
+def _off_grid(instr: Instr, *held: Lift) -> NoMatch:
+    """Why the operands are no rows on a grid: what the first that nobody understands says, so that a reader sees it."""
+    misses = [each for each in held if isinstance(each, NoMatch)]
+    return nearest(misses or [NoMatch("not rows on a grid", instr.results[0])])
+
+
 def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A reshape that joins or splits row axes and keeps the features."""
     rows, to = lifter.lift(instr.args[0]), instr.types[0]
     if not isinstance(rows, Rows) or not on_grid(rows):
-        return NoMatch("not rows on a grid", instr.results[0])
+        return _off_grid(instr, rows)
     feature = lifter.type(instr.args[0]).shape[-1]
     axes = relabel(labels(rows), _sizes(rows), to.shape[:-1]) if to.shape[-1] == feature else None
     if axes is None:
@@ -62,7 +68,7 @@ def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Another order of the row axes."""
     rows, dims = lifter.lift(instr.args[0]), instr.attr("dims")
     if not isinstance(rows, Rows) or not on_grid(rows) or not isinstance(dims, tuple):
-        return NoMatch("not rows on a grid", instr.results[0])
+        return _off_grid(instr, rows)
     order = [int(str(d)) for d in dims]
     if order[-1] != rows.lead:
         return NoMatch("a permute moves the features of rows", instr.results[0], 2)
@@ -73,7 +79,7 @@ def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """One expert's rows."""
     rows = lifter.lift(instr.args[0])
     if not isinstance(rows, Rows) or not on_grid(rows) or not isinstance(rows.space, Grid):
-        return NoMatch("not rows on a grid", instr.results[0])
+        return _off_grid(instr, rows)
     dim, start, stop, step = (int(str(instr.attr(n))) for n in ("dim", "start", "stop", "step"))
     axes = labels(rows)
     if dim == rows.lead:
@@ -183,7 +189,7 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             continue
         factor = _gate(lifter, rows, other) if instr.word == "mul" else _bias(lifter, rows, other)
         return factor if isinstance(factor, NoMatch) else replace(rows, row=Apply(instr.word, (rows.row, factor)))
-    return NoMatch("not rows on a grid", instr.results[0])
+    return _off_grid(instr, *(lifter.lift(arg) for arg in instr.args if isinstance(arg, Ref)))
 
 
 def _bias(lifter: Lifter, rows: Rows, arg: Arg) -> Expert | NoMatch:
