@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.compare import MOEC, Row, empty_cells
+from moec.compare import MOEC, Row, Way, empty_cells
 from moec.demo_check import TOLERANCE, reference, relative_error
 from moec.demo_forms import MoE, make_moe
 from moec.measure import Layer, environment_line
@@ -116,6 +116,20 @@ def check_names(parser: argparse.ArgumentParser, asked: argparse.Namespace, **op
         unknown = [each for each in getattr(asked, name).split(",") if each not in known]
         if unknown:
             parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+
+
+def add_ways(parser: argparse.ArgumentParser) -> None:
+    """The option that `only` reads."""
+    parser.add_argument("--ways", default="", help="of the ways in the table, only these (default: all)")
+
+
+def only(names: str, ways: Sequence[Way]) -> list[Way]:
+    """The ways named, in their own order; all where none is. Ends the program for a name that there is not."""
+    wanted, known = [name for name in names.split(",") if name], [way.name for way in ways]
+    for name in wanted:
+        if name not in known:
+            raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(known)}")
+    return [way for way in ways if not wanted or way.name in wanted]
 
 
 def show_rows(console: Console, table: Table, rows: Sequence[Row]) -> None:

@@ -6,14 +6,16 @@
 
 Every way is checked against an fp32 reference before it is timed. Ways are timed in turns; a cell is the median of its
 calls. The limit is max(arithmetic / GEMM peak, weights of the experts hit / read bandwidth), both measured in the run.
+What moec takes outside its kernels is measured on a layer so small that its arithmetic is nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import thread_time
 
 import torch
 from common import (
@@ -22,9 +24,11 @@ from common import (
     RESULTS,
     Shape,
     active_experts,
+    add_ways,
     check_names,
     layer_inputs,
     library_block,
+    only,
     plain_layer,
     plot_times,
     rows_data,
@@ -37,6 +41,7 @@ from rich.console import Console
 from moec.compare import MOEC, Budget, Row, Way, race
 from moec.compare_view import times_table
 from moec.measure import Ceilings, environment_line, measure_ceilings
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.worker import Built
 
 
@@ -55,6 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-inductor", action="store_true", help="leave Inductor's compilations out")
     parser.add_argument("--on-grouped", action="store_true", help="also moec on the grouped_mm form")
     parser.add_argument("--quick", action="store_true", help="layer A, bf16, 1 and 64 tokens, short budgets")
+    add_ways(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "layer.json")
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
@@ -96,7 +102,7 @@ def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceili
     tokens = tuple(map(int, asked.tokens.split(",")))
     plain = plain_layer(shape, DTYPES[dtype])
     return race(
-        ways(shape, dtype, tokens, not asked.no_inductor, asked.on_grouped),
+        only(asked.ways, ways(shape, dtype, tokens, not asked.no_inductor, asked.on_grouped)),
         layer_inputs(shape, DTYPES[dtype], tokens),
         shape.layer(DTYPES[dtype]),
         ceilings,
@@ -104,6 +110,40 @@ def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceili
         Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats),
         step=lambda text: say.log(text),
     )
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Microseconds a layer at T=1 outside kernels: moec's op, with its kernel's own start; all of a compiled call."""
+
+    op: float
+    compiled: float
+
+
+def outside(repeats: int = 50, calls: int = 20) -> Outside:
+    """The least mean of a few calls, on the layer `tiny`, in CPU time of one thread."""
+    shape, threads = LAYERS["tiny"], torch.get_num_threads()
+    plain, x = plain_layer(shape, torch.float32), layer_inputs(shape, torch.float32, (1,))[1]
+    spec = str(KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True)))
+    params, router = [plain.experts.gate_up, plain.experts.down], [plain.gate.weight]
+    compiled = torch.compile(plain, backend="moec", options={"rest": "eager"})
+
+    def least(call: Callable[[], object]) -> float:
+        call()
+        spent: list[float] = []
+        for _ in range(repeats):
+            start = thread_time()
+            for _ in range(calls):
+                call()
+            spent.append((thread_time() - start) / calls)
+        return 1e6 * min(spent)
+
+    torch.set_num_threads(1)
+    try:
+        op = least(lambda: torch.ops.moec.moe(x, router, params, shape.top_k, spec, "auto"))
+        return Outside(op, least(lambda: compiled(x)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,9 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
                 names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
                 show_rows(console, times_table(title, rows, names), rows)
+        bare = outside()
+    console.print(
+        f"outside kernels, a layer at T=1: moec's op {bare.op:.0f} µs; with Dynamo's guards {bare.compiled:.0f} µs",
+        highlight=False,
+    )
     data = rows_data(tables)
     limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
-    say.print(f"wrote {write_json('layer', {'ceilings': limits, 'layers': data}, asked.out)}")
+    say.print(f"wrote {write_json('layer', {'ceilings': limits, 'layers': data, 'outside': asdict(bare)}, asked.out)}")
     if asked.plot:
         plot_times(tables, asked.plot)
         say.print(f"wrote {asked.plot}")

@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, LAYERS, RESULTS, Shape, check_names, panels, rows_data, save_figure, show_rows, write_json
+from common import (
+    DTYPES,
+    LAYERS,
+    RESULTS,
+    Shape,
+    add_ways,
+    check_names,
+    only,
+    panels,
+    rows_data,
+    save_figure,
+    show_rows,
+    write_json,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -64,6 +77,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=30.0, help="skip alternatives whose call would be slower")
     parser.add_argument("--no-inductor", action="store_true", help="leave Inductor's compilations out")
     parser.add_argument("--rest", default="inductor", choices=("inductor", "aot_eager", "eager"), help="moec's option")
+    add_ways(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "model.json")
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
@@ -164,7 +178,7 @@ def measure(model: Model, dtype: str, asked: argparse.Namespace, ceilings: Ceili
     inputs = {model.prompt: words(model, model.prompt), 1: words(model, 1)}
     shape = model.shape
     return race(
-        ways(model, dtype, not asked.no_inductor, asked.rest),
+        only(asked.ways, ways(model, dtype, not asked.no_inductor, asked.rest)),
         inputs,
         model.cost(DTYPES[dtype]),
         ceilings,

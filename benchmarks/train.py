@@ -29,9 +29,11 @@ from common import (
     RESULTS,
     Shape,
     active_experts,
+    add_ways,
     check_names,
     layer_inputs,
     library_block,
+    only,
     plain_layer,
     plot_times,
     rows_data,
@@ -92,6 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--inductor", action="store_true", help="also Inductor's compilation of the grouped_mm form")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
     parser.add_argument("--quick", action="store_true", help="layer A, f32, 512 tokens, short budgets")
+    add_ways(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
@@ -223,7 +226,7 @@ def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceili
     tokens = tuple(map(int, asked.tokens.split(",")))
     plain, layer = plain_layer(shape, DTYPES[dtype]), shape.layer(DTYPES[dtype])
     return race(
-        ways(shape, dtype, tokens, asked.inductor),
+        only(asked.ways, ways(shape, dtype, tokens, asked.inductor)),
         layer_inputs(shape, DTYPES[dtype], tokens),
         Training(**asdict(layer)),
         ceilings,

@@ -55,6 +55,7 @@ struct Args {
   void* logits;      // [T, E] out, in the router's compute dtype; the rest is for `moe` only
   Matrix router;
   Vector router_bias, selection_bias;
+  int64_t* waits;  // [threads] to which the nanoseconds that each thread waits for others are added; null: not measured
 
   template <class T>
   MOEC_INLINE T* at(int64_t offset) const { return reinterpret_cast<T*>(work + offset); }

@@ -93,9 +93,10 @@ class Layer {
 
   Range share(int64_t n) const { return {n * thread / threads, n * (thread + 1) / threads}; }
   void barrier() const {
-    if (threads > 1) {
+    if (threads == 1) return;
+    const double start = a.waits ? omp_get_wtime() : 0.0;
 #pragma omp barrier
-    }
+    if (a.waits) a.waits[thread] += int64_t((omp_get_wtime() - start) * 1e9);
   }
   const A* x_row(int64_t t) const {
     if (a.x_direct) return reinterpret_cast<const A*>(a.x.base) + (t0 + t) * a.x.row;

@@ -106,8 +106,10 @@ class Kernel:
         router_dtype: torch.dtype,
         library: ctypes.CDLL,
         tuning: Tuning | None = None,
+        waits: array[int] | None = None,
     ) -> None:
         self.spec, self.target, self.library, self.tuning = spec, target, library, tuning
+        self._waits = waits
         self._router_dtype = router_dtype
         self._dtype = DTYPES[spec.experts.dtype]
         library.args_words.restype = ctypes.c_int64
@@ -120,6 +122,10 @@ class Kernel:
     def tuned(self, tuning: Tuning | None) -> Kernel:
         """The same kernel, all of whose plans have these numbers (None: the default's)."""
         return Kernel(self.spec, self.target, self._router_dtype, self.library, tuning)
+
+    def watched(self, waits: array[int]) -> Kernel:
+        """The same kernel, which adds to `waits` the nanoseconds that each thread waits for others; one a thread."""
+        return Kernel(self.spec, self.target, self._router_dtype, self.library, self.tuning, waits)
 
     def _make_plan(
         self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
@@ -233,6 +239,7 @@ class Kernel:
         words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
         words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, *saved_and_logits))
         words.extend(router)
+        words.append(self._waits.buffer_info()[0] if self._waits is not None else 0)
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
         function(words.buffer_info()[0])

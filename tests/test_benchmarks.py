@@ -21,28 +21,43 @@ def run(name, *arguments):
 def test_layer(tmp_path):
     out = tmp_path / "layer.json"
     sizes = ["--layers", "tiny", "--tokens", "1,7", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
-    text = run("layer.py", *sizes, "--no-inductor", "--out", str(out))
+    text = run("layer.py", *sizes, "--ways", "moec,batched_mm", "--out", str(out))
     assert "limit of this machine" in text
-    (rows,) = json.loads(out.read_text())["layers"].values()
+    found = json.loads(out.read_text())
+    assert found["outside"]["compiled"] > found["outside"]["op"] > 0
+    (rows,) = found["layers"].values()
     assert [row["tokens"] for row in rows] == [1, 7]
     for row in rows:
-        assert {"moec", "eager", "grouped_mm", "batched_mm"} <= set(row["times"]), row["skipped"]
-        assert row["best"] in ("eager", "grouped_mm", "batched_mm")
+        assert {"moec", "batched_mm"} == set(row["times"]), row["skipped"]
+        assert row["best"] == "batched_mm"
         assert row["limit_ms"] > 0
+
+
+def test_skew(tmp_path):
+    out = tmp_path / "skew.json"
+    sizes = ["--layers", "tiny", "--tokens", "200", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
+    assert "200 tokens, 400 rows" in run("skew.py", *sizes, "--out", str(out))
+    rows = {row["routing"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["uniform", "zipf", "one"]
+    assert (rows["one"]["hit"], rows["one"]["fullest"]) == (2, 200)
+    assert rows["uniform"]["fullest"] < rows["zipf"]["fullest"] < 200
+    assert rows["uniform"]["forward_share"] == rows["uniform"]["backward_share"] == 1
+    assert all(0 <= row["idle"] < 1 for row in rows.values())
 
 
 def test_train(tmp_path):
     out = tmp_path / "train.json"
-    sizes = ["--layers", "tiny", "--tokens", "7,64", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
-    text = run("train.py", *sizes, "--out", str(out))
+    sizes = ["--layers", "tiny", "--tokens", "64", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
+    text = run("train.py", *sizes, "--ways", "moec,grouped_mm", "--out", str(out))
     assert "limit of this machine" in text
     found = json.loads(out.read_text())
     (rows,) = found["layers"].values()
-    assert [row["tokens"] for row in rows] == [7, 64]
+    assert [row["tokens"] for row in rows] == [64]
     for row in rows:
-        assert {"moec", "eager", "grouped_mm"} <= set(row["times"]), row["skipped"]
-        assert row["best"] in ("eager", "grouped_mm")
+        assert {"moec", "grouped_mm"} == set(row["times"]), row["skipped"]
+        assert row["best"] == "grouped_mm"
         assert row["limit_ms"] > 0
+    assert [peak["way"] for peaks in found["memory"].values() for peak in peaks] == ["moec", "grouped_mm"]
     for each in (peak for peaks in found["memory"].values() for peak in peaks):
         assert each["gradients_mb"] == pytest.approx(4e-6 * (3 * 8 * 64 * 32 + 8 * 64 + each["tokens"] * 64))
 
@@ -115,12 +130,37 @@ def test_model(tmp_path):
         "--seconds",
         "0.2",
     ]
-    text = run("model.py", *sizes, "--dtypes", "f32", "--no-inductor", "--rest", "eager", "--out", str(out))
+    ways = ["--ways", "moec,grouped_mm"]
+    text = run("model.py", *sizes, *ways, "--dtypes", "f32", "--rest", "eager", "--out", str(out))
     assert "tokens/s" in text
     (rows,) = json.loads(out.read_text())["ways"].values()
     assert [row["tokens"] for row in rows] == [16, 1]
     for row in rows:
-        assert {"moec", "eager", "grouped_mm", "batched_mm"} <= set(row["times"]), row["skipped"]
+        assert {"moec", "grouped_mm"} == set(row["times"]), row["skipped"]
+
+
+def test_every_implementation_of_the_library_is_a_way(benchmarks):
+    import common
+    import layer
+    import model
+    import train
+
+    forms = ["eager", "grouped_mm", "batched_mm"]
+    compiled = ["Inductor, grouped_mm", "Inductor, batched_mm", "Inductor, eager"]
+    tiny = common.LAYERS["tiny"]
+    assert [w.name for w in layer.ways(tiny, "f32", (1,), True, False)] == ["moec", *forms, *compiled]
+    assert [w.name for w in layer.ways(tiny, "f32", (1,), False, False)] == ["moec", *forms]
+    assert [w.name for w in model.ways(model.Model(tiny, 1, 64, 16), "f32", True, "eager")] == [
+        "moec",
+        *forms,
+        *compiled,
+    ]
+    assert [w.name for w in train.ways(tiny, "f32", (1,), True)] == ["moec", *forms[:2], "Inductor, grouped_mm"]
+    found = train.ways(tiny, "f32", (1,), False)
+    assert [w.name for w in common.only("grouped_mm,moec", found)] == ["moec", "grouped_mm"]
+    assert common.only("", found) == found
+    with pytest.raises(SystemExit, match="'fast' is unknown; expected of moec, eager, grouped_mm"):
+        common.only("fast", found)
 
 
 def test_roofline(tmp_path):
