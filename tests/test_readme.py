@@ -39,6 +39,12 @@ PARSED = {
     ],
     "python benchmarks/matching_time.py": ["python", "benchmarks/matching_time.py", "--help"],  # test_matching_time
     "python benchmarks/model.py --layers 4 --prompt 512": ["python", "benchmarks/model.py", "--help"],
+    "python benchmarks/skew.py --layers B --dtypes f32": ["python", "benchmarks/skew.py", "--help"],
+    "python benchmarks/peers/run.py --layers A --tokens 1,64 --dtypes bf16": [
+        "python",
+        "benchmarks/peers/run.py",
+        "--help",
+    ],
     "python benchmarks/roofline.py --layers A,B": ["python", "benchmarks/roofline.py", "--help"],
     "python benchmarks/capacity.py --factors 0.25,0.5,1,2,4": ["python", "benchmarks/capacity.py", "--help"],
     "python benchmarks/memory.py --layer A --dtype bf16 --tokens 64": ["python", "benchmarks/memory.py", "--help"],
