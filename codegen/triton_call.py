@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moec.bounds import Choices
+from moec.bounds import Choices, Size, most
 from moec.codegen import triton_operands as ops
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
@@ -95,16 +95,31 @@ class At:
     config: GpuConfig
     operands: Operands
     routed: bool
+    capacity: int | None = None
 
     @property
     def pairs(self) -> int:
         return self.sizes.T * self.sizes.k
 
     @property
-    def m_tiles(self) -> int:
-        """The most row tiles that any choice of experts makes; a router's choices for a token differ."""
+    def choices(self) -> Choices:
+        """What bounds rows and tiles; a router's choices for a token differ."""
         s = self.sizes
-        return Choices(s.T, s.E, s.k, distinct=self.routed).tiles(self.config.block_m)
+        return Choices(s.T, s.E, s.k, distinct=self.routed, limit=self.capacity)
+
+    @property
+    def rows(self) -> int:
+        """The most pairs that have an expert, at least 1."""
+        return self._some(self.choices.kept)
+
+    @property
+    def m_tiles(self) -> int:
+        """The most row tiles that any choice of experts makes, at least 1."""
+        return self._some(self.choices.tiles(self.config.block_m))
+
+    def _some(self, count: Size) -> Size:
+        """At least 1: a capacity may be 0, but no tensor that kernels are given is empty."""
+        return count if self.capacity is None else most(1, count)
 
     @property
     def atomic(self) -> bool:
@@ -134,7 +149,12 @@ class At:
 
 
 def at(
-    spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands | None = None, entry: str | None = "experts"
+    spec: KernelSpec,
+    sizes: Sizes,
+    config: GpuConfig,
+    operands: Operands | None = None,
+    entry: str | None = "experts",
+    capacity: int | None = None,
 ) -> At:
     """What the launches of one call are worked out from; raises CodegenError for sizes that no kernel takes."""
     entry = entry or ("moe" if spec.router else "experts")
@@ -144,7 +164,7 @@ def at(
         raise CodegenError(f"{sizes}: expected T, H, F, E, k ≥ 1, and k ≤ E where a router chooses")
     if sizes.T * sizes.k >= WIDE // 2:
         raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
-    return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe")
+    return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", capacity)
 
 
 def pointer(name: str, dtype: str) -> Argument:
@@ -167,7 +187,7 @@ def ceil_div(n: int, to: int) -> int:
 def tile_buffers(at: At) -> tuple[Buffer, ...]:
     """What dispatch writes: pairs by expert, where experts begin, the row tiles, and counters."""
     return (
-        Buffer("order", "i32", (at.pairs,)),
+        Buffer("order", "i32", (at.rows,)),
         Buffer("offsets", "i32", (at.sizes.E + 1,)),
         Buffer("tile_expert", "i32", (at.m_tiles,)),
         Buffer("tile_row", "i32", (at.m_tiles,)),

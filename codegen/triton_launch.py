@@ -62,9 +62,13 @@ def program(
     config: GpuConfig,
     operands: Operands | None = None,
     entry: str | None = None,
+    capacity: int | None = None,
 ) -> Program:
-    """The launches and buffers of one forward call; `entry` is moe (router and experts) or experts."""
-    made = at(spec, sizes, config, operands, entry)
+    """The launches and buffers of one forward call; `entry` is moe (router and experts) or experts.
+
+    `capacity` bounds the rows that one expert gets, and with them grids and buffers: pairs beyond it have no expert.
+    """
+    made = at(spec, sizes, config, operands, entry, capacity)
     return _decode(made) if config.variant == "decode" else _sorted(made)
 
 
@@ -84,7 +88,7 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     if at.config.variant == "decode":
         return (h,)
     slots = Buffer("slots", "f32", (s.T, s.H), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.H))
-    return (*tile_buffers(at), h, slots)
+    return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots)
 
 
 def buffer_formula(spec: KernelSpec, sizes: Sizes, routed: bool, target: GpuFigures | None = None) -> Size:

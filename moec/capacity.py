@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 from torch.utils._sympy import functions as ts
 
-from moec.dims import normal_dim
+from moec.dims import dim_text, normal_dim
 
 Dim = sympy.Expr
 
@@ -26,6 +26,27 @@ def size_of(value: object) -> Dim:
     if isinstance(value, int | float):
         return sympy.nsimplify(value, rational=True)
     return normal_dim(sympy.parse_expr(str(value), local_dict=_NAMES))
+
+
+def over_tokens(limit: str, tokens: Dim) -> str:
+    """The text of a capacity as a formula of T alone, for calls with any T; empty where it is not one.
+
+    `tokens` is what T is in the graph: a symbol or a number.
+    """
+    formula = size_of(limit)
+    if isinstance(tokens, sympy.Symbol):
+        mine = [s for s in formula.free_symbols if isinstance(s, sympy.Symbol) and s.name == tokens.name]
+        formula = formula.subs({s: sympy.Symbol("T", integer=True, positive=True) for s in mine})
+    others = {str(s) for s in formula.free_symbols} - {"T"}
+    return "" if others else dim_text(formula).replace(" ", "")
+
+
+@lru_cache(maxsize=4096)
+def capacity_at(limit: str, tokens: int) -> int | None:
+    """The value of such a formula for T = tokens; None where it has none."""
+    formula = size_of(limit)
+    value = formula.subs({s: tokens for s in formula.free_symbols})
+    return int(value) if value.is_Integer and value >= 0 else None
 
 
 @lru_cache(maxsize=4096)

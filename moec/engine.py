@@ -9,8 +9,9 @@ from functools import lru_cache
 from moec.errors import OptionError
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
-_PLAIN = (("weights", "stored"), ("combine", "ordered"))  # what is asked for by a word of its own, where it differs
-_VALUES = {"weights": _WEIGHTS, "combine": re.compile("ordered|atomic")}
+# What is asked for by a word of its own, where it differs from this.
+_PLAIN = (("weights", "stored"), ("combine", "ordered"), ("capacity", ""))
+_VALUES = {"weights": _WEIGHTS, "combine": re.compile("ordered|atomic"), "capacity": re.compile(r"[\w.+*/(),-]+")}
 _FLAGS = ([], ["race"], ["fresh"], ["race", "fresh"])
 
 
@@ -23,6 +24,7 @@ class Engine:
     it): a copy in fewer bytes.
     combine: ordered, a token's slots are added in their order; atomic, in any (Triton kernels).
     fresh: gradients of parameters are new memory in every step.
+    capacity: what the graph says of the rows that one expert can get, as a formula of T; empty: nothing but T.
     """
 
     kind: str = "auto"
@@ -30,6 +32,7 @@ class Engine:
     weights: str = "stored"
     combine: str = "ordered"
     fresh: bool = False
+    capacity: str = ""
 
     def __str__(self) -> str:
         words = [self.kind, *(["race"] if self.race else []), *(["fresh"] if self.fresh else [])]
@@ -63,6 +66,7 @@ def _parse(text: str) -> Engine:
     right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
     if len(named) + len(rest) != len(words) or rest not in _FLAGS or not right:
         raise OptionError(
-            f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`"
+            f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…` or"
+            " `capacity=…`"
         )
     return Engine(kind, "race" in rest, **named, fresh="fresh" in rest)

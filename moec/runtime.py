@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moec.capacity import capacity_at
 from moec.codegen import twin
 from moec.codegen.backward_plan import saves_activations
 from moec.engine import Engine
@@ -150,7 +151,10 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
     kernel = _chosen(x, params, spec, mode, None)
     if kernel is None:
         return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
-    if mode.plain or not isinstance(kernel, Kernel):
+    if isinstance(kernel, TritonKernel):
+        capacity = capacity_at(mode.capacity, x.shape[0]) if mode.capacity else None
+        return kernel.experts(x, weights, experts, params, capacity)
+    if mode.plain:
         return kernel.experts(x, weights, experts, params)
 
     def call(chosen: Kernel | None) -> Tensor:

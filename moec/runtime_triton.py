@@ -76,8 +76,15 @@ class TritonKernel:
         wanted = stored_dtypes(self.spec.experts, len(params))
         return x.dtype in DTYPE_NAMES and all(p.dtype == d for p, d in zip(params, wanted, strict=True))
 
-    def experts(self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]."""
+    def experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        capacity: int | None = None,
+    ) -> Tensor:
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]; `capacity`: the most rows of one expert."""
         y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
@@ -86,7 +93,7 @@ class TritonKernel:
         bound = self.bound(params)
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
         operands = self.operands(x, bound, weights.dtype)
-        self._run(x, y, bound, given, operands, experts.shape[1], "experts")
+        self._run(x, y, bound, given, operands, experts.shape[1], "experts", capacity)
         return y
 
     def moe(
@@ -139,8 +146,8 @@ class TritonKernel:
         names = (DTYPE_NAMES[matrix.dtype], (first, second), DTYPE_NAMES[bias.dtype], DTYPE_NAMES[selection.dtype])
         return Operands(*base, *names)
 
-    def _make_program(self, sizes: Sizes, operands: Operands, entry: str) -> Program:
-        return program(self.spec, sizes, self.config_for(sizes), operands, entry)
+    def _make_program(self, sizes: Sizes, operands: Operands, entry: str, capacity: int | None) -> Program:
+        return program(self.spec, sizes, self.config_for(sizes), operands, entry, capacity)
 
     def _run(
         self,
@@ -151,11 +158,12 @@ class TritonKernel:
         operands: Operands,
         k: int,
         entry: str,
+        capacity: int | None = None,
     ) -> None:
         if x.shape[1] != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
         sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
-        run(self._module, self._program(sizes, operands, entry), {"x": x, "y": y, **bound.tensors, **given})
+        run(self._module, self._program(sizes, operands, entry, capacity), {"x": x, "y": y, **bound.tensors, **given})
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the parameters lie."""

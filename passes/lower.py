@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
+from moec.capacity import over_tokens
+from moec.engine import Engine
 from moec.graph import Arg, Graph, Instr, Ref, sweep
 from moec.passes.canonicalize import twins
 from moec.passes.lower_words import WORDS
@@ -177,12 +179,20 @@ def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
         args = (token, nodes(routing[0]), nodes(params), instr.attr("k"), spec, state.engine)
         return state.gm.graph.call_function(torch.ops.moec.moe.default, args)
     weights, choice = nodes(tuple(routing))
-    args = (token, weights, choice, nodes(params), spec, state.engine)
+    args = (token, weights, choice, nodes(params), spec, _engine(state, instr))
     if state.grad.isdisjoint(instr.uses):
         return state.gm.graph.call_function(torch.ops.moec.experts.default, args)
     kept = state.gm.graph.call_function(torch.ops.moec.experts_training.default, (*args, state.save))
     with state.gm.graph.inserting_after(kept):
         return state.gm.graph.call_function(operator.getitem, (kept, 0))
+
+
+def _engine(state: Lowering, instr: Instr) -> str:
+    """How the op runs: as the options say, and no expert has more rows than the graph has seats for it."""
+    limit = dict(instr.attrs).get("seats")
+    if not isinstance(limit, str):
+        return state.engine
+    return str(replace(Engine.parse(state.engine), capacity=over_tokens(limit, instr.types[0].shape[0])))
 
 
 def _results(state: Lowering, instr: Instr, at: int) -> None:

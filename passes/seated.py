@@ -300,7 +300,10 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
 
 
 def _capacity(graph: Graph, routing: Routing) -> tuple[tuple[str, str], ...]:
-    """How many rows an expert may get in one queue, what happens to the others, and how many queues there are."""
+    """How many rows an expert may get in one queue, what happens to the others, how many queues there are.
+
+    And all its seats, each of which one pair has at most.
+    """
     if routing.seats is None:
         return ()
     bounds = {c.bound for t in routing.terms for c in t.only if c.queue}
@@ -310,6 +313,7 @@ def _capacity(graph: Graph, routing: Routing) -> tuple[tuple[str, str], ...]:
         ("capacity", dim_text(routing.seats if limit is None else limit)),
         *((("drop", "never"),) if not bounds else ()),
         *(("queues", dim_text(n)) for n in queues if len(queues) == 1 and n != 1),
+        *(("seats", dim_text(n * routing.seats)) for n in queues if len(queues) == 1),
     )
 
 

@@ -31,6 +31,10 @@ def test_kernels_over_codes_equal_the_twin_on_what_they_stand_for(cache_dir):
     interpreted("triton_codes_cases.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
 
 
+def test_layers_with_a_capacity_equal_eager(cache_dir):
+    interpreted("triton_capacity_cases.py", cache_dir, "-o", "addopts=--import-mode=importlib")
+
+
 def test_launches_and_bytes_are_those_of_the_trace(cache_dir):
     pytest.importorskip("transformers")
     interpreted("triton_trace_cases.py", cache_dir, "-m", "not slow", "-o", "addopts=--import-mode=importlib")

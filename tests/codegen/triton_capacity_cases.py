@@ -1,0 +1,65 @@
+"""Layers that drop rows over a capacity, compiled whole for Triton's interpreter. Run by test_triton.py on its own."""
+
+import pytest
+import torch
+from moe_reference import layer, make_params, relative
+from quick_interpreter import quick  # noqa: F401
+from spellings_capacity import Top1, Top2
+from triton_cases import ATOMIC, SORTED, kernel, with_gate
+
+from moec import runtime_triton
+from moec.backend import Backend
+from moec.options import Options
+
+OPTIONS = {"kernels": "triton", "rest": "eager", "proof": "off"}
+
+
+def within(T, E, C):
+    """experts[T, 2] of which no expert has more than C: the others are −1, most are at their bound."""
+    experts, counts = torch.randint(0, E, (T, 2)), [0] * E
+    for pair in range(2 * T):
+        e = int(experts.view(-1)[pair])
+        counts[e] += 1
+        if counts[e] > C:
+            experts.view(-1)[pair] = -1
+    return experts
+
+
+@pytest.mark.parametrize("config", [SORTED, ATOMIC], ids=lambda c: c.combine)
+@pytest.mark.parametrize("C", [0, 1, 17])
+def test_buffers_and_grids_follow_the_bound(C, config, monkeypatch):
+    T, H, F, E = 40, 16, 24, 3
+    spec = with_gate("concat", "nk", True, True, "output")
+    params, experts = make_params(spec.experts, H, F, E), within(T, E, C)
+    x, weights = torch.randn(T, H), torch.rand(T, 2)
+    made = []
+    run = runtime_triton.run
+    monkeypatch.setattr(runtime_triton, "run", lambda m, p, t: (made.append(p), run(m, p, t)))
+    y = kernel(spec, config).experts(x, weights, experts, params, C)
+    shapes = {b.name: b.shape for b in made[0].buffers}
+    assert shapes["h"] == (max(1, E * C), F)
+    assert shapes["order"] == (max(1, E * C),)
+    assert shapes["tile_expert"] == ({0: 1, 1: 3, 17: 6}[C],)
+    want = layer(x, weights, experts, params, spec)
+    assert torch.equal(y.double(), want) if C == 0 else relative(y, want) < 2e-6
+
+
+@pytest.mark.parametrize(("model", "counts"), [(Top1, (40, 26)), (Top2, (24, 37))])
+def test_a_layer_with_drops(model, counts, monkeypatch):
+    """The first T is compiled as a number, the second as a symbol, and a third would be no new compile."""
+    torch.manual_seed(0)
+    module = model()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
+    bounds = []
+    program = runtime_triton.program
+    monkeypatch.setattr(runtime_triton, "program", lambda *a: (bounds.append(a[-1]), program(*a))[1])
+    for T in counts:
+        x = torch.randn(T, module.router.in_features)
+        with torch.no_grad():
+            got, want = compiled(x), module(x)
+        got, want = (v[0] if isinstance(v, tuple) else v for v in (got, want))
+        assert relative(got, want) < 1e-5
+    E = module.router.out_features
+    most = {Top1: lambda T: max(1, T // E), Top2: lambda T: max(4, -(-2 * T // E))}[model]
+    assert bounds == [most(T) for T in counts]
