@@ -4,7 +4,8 @@ import pytest
 import torch
 from moe_reference import layer, make_params, relative
 from quick_interpreter import quick  # noqa: F401
-from spellings_capacity import Top1, Top2
+from spelling import batches
+from spellings_capacity import Groups, Top1, Top2
 from triton_cases import ATOMIC, SORTED, kernel, with_gate
 
 from moec import runtime_triton
@@ -63,3 +64,26 @@ def test_a_layer_with_drops(model, counts, monkeypatch):
     E = module.router.out_features
     most = {Top1: lambda T: max(1, T // E), Top2: lambda T: max(4, -(-2 * T // E))}[model]
     assert bounds == [most(T) for T in counts]
+
+
+def test_groups_of_tokens_that_queue_apart(monkeypatch):
+    """An expert may get C rows of each group: the op's bound is of all of them."""
+    torch.manual_seed(0)
+    module, (x,) = Groups(), batches(12)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
+    most, experts = [], runtime_triton.TritonKernel.experts
+
+    def watched(self, x, weights, chosen, params, capacity=None):
+        most.append((int(torch.bincount(chosen[chosen >= 0]).max()), capacity))
+        return experts(self, x, weights, chosen, params, capacity)
+
+    monkeypatch.setattr(runtime_triton.TritonKernel, "experts", watched)
+    with torch.no_grad():
+        got, want = compiled(x), module(x)
+    got, want = (v[0] if isinstance(v, tuple) else v for v in (got, want))
+    assert relative(got, want) < 1e-5
+    ((count, bound),) = most
+    assert bound is not None
+    assert bound % 2 == 0
+    assert bound // 2 < count <= bound
