@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
-from moec.passes.lift import Lift, Lifter
+from moec.passes.lift import Lift, Lifter, row_ids
 from moec.passes.rows import Apply, Ids, Rows, Slot, Space
 
 
@@ -71,6 +71,7 @@ def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
 
 def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     """y.index_add(0, token, rows); y[token] += rows."""
+    once = False
     if instr.attr("dim") != 0:
         return NoMatch("adds along another axis than tokens")
     if instr.word == "index_put":
@@ -79,9 +80,12 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
             return NoMatch("writes at more than one index")
         index = lifter.lift(ids[0])
         added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, ids[0])
+        once = isinstance(added, NoMatch) and _writes_once(lifter, base, index)
+        if once:
+            added = lifter.lift(source)
     elif instr.word == "scatter_add":
         base, wide, source = instr.args
-        index, added = _scatter_index(lifter, wide), lifter.lift(source)
+        index, added = row_ids(lifter, wide), lifter.lift(source)
     else:
         base, narrow, source = instr.args
         index, added = lifter.lift(narrow), lifter.lift(source)
@@ -96,7 +100,7 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
         return NoMatch("the last of a token's rows overwrites the others", instr.results[0])
     added = replace(added, choice=added.choice or index.choice)
-    return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base))
+    return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base, once))
 
 
 def _added(lifter: Lifter, base: object, source: object, ids: object) -> Lift:
@@ -111,24 +115,22 @@ def _added(lifter: Lifter, base: object, source: object, ids: object) -> Lift:
     return NoMatch("adds to other rows than it writes")
 
 
-def _scatter_index(lifter: Lifter, wide: object) -> Lift:
-    """The [rows] ids behind an index expanded to [rows, H]."""
-    made = lifter.instr(wide) if isinstance(wide, Ref) else None
-    while made is not None and made.word in ("expand", "reshape", "repeat"):
-        found = lifter.lift(made.args[0])
-        if isinstance(found, Ids):
-            return found
-        made = lifter.instr(made.args[0])
-    return NoMatch("scatter index is not one token a row")
+def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
+    """Whether a loop writes each token's row once, into zeros or nothing: each token has one expert."""
+    if not isinstance(index, Ids) or index.space.kind != "loop" or index.what != "token":
+        return False
+    chosen = lifter.graph.types.get(index.choice)
+    one = chosen is not None and (chosen.rank == 1 or (chosen.rank == 2 and chosen.shape[1] == 1))
+    return one and _start(lifter, base, empty=True) == ""
 
 
-def _start(lifter: Lifter, base: object) -> str:
-    """'' when the sum starts from zeros, else the value it starts from."""
+def _start(lifter: Lifter, base: object, empty: bool = False) -> str:
+    """'' when the sum starts from zeros (or, where all rows are written, from nothing), else what it starts from."""
     assert isinstance(base, Ref)
     first = lifter.graph.behind(base, ("carry",))
     assert isinstance(first, Ref)
     made = lifter.instr(lifter.graph.behind(first, ("reshape", "same", "cast")))
-    zeros = made is not None and made.word == "full" and made.attr("value") == 0.0
+    zeros = made is not None and made.word == "full" and made.attr("value") in ((0.0, None) if empty else (0.0,))
     return "" if zeros else first.name
 
 

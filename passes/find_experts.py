@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from moec import expr as ex
@@ -17,6 +18,7 @@ from moec.passes.combine import COMBINING, Combined, combined
 from moec.passes.grid_rules import with_grids
 from moec.passes.hot_rules import hot_lifter
 from moec.passes.lift import Lifter
+from moec.passes.pairs import Writer
 from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
@@ -169,6 +171,17 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
+def _pairs(out: Writer, weights: str, choice: str, dtype: str) -> tuple[str, str]:
+    """w[T, k] and e[T, k]: a weight of 1 where rows are added as they are, k = 1 where tokens have one expert each."""
+    if not weights:
+        here = out.emit("ge", (Ref(choice), 0), Type("bool", out.type(choice).shape))
+        weights = out.cast(here, dtype)
+    if len(out.type(choice).shape) > 1:
+        return weights, choice
+    pair = (*out.type(choice).shape, sympy.S.One)
+    return out.reshape(weights, pair), out.reshape(choice, pair)
+
+
 def _idle_is_zero(body: BodyMatch) -> bool:
     """Whether a row with weight 0 gives 0."""
     return body.spec.weight_on == "output" or (not body.spec.bias_out and _maps_zero_to_zero(body))
@@ -271,8 +284,8 @@ def _say(
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
     spec = KernelSpec(body.spec, None, to.dtype)
-    if not weights:
-        return NoMatch("experts' rows are summed without routing weights", root.results[0], 7)
+    out = Writer(graph, root, list(prelude))
+    weights, choice = _pairs(out, weights, choice, x.dtype)
     groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
     args = (Ref(body.token), Ref(weights), Ref(choice), tuple(ref for group in groups for ref in group))
     attrs = (
@@ -283,7 +296,7 @@ def _say(
     )
     name = root.results[0]
     if not total.base:
-        return Found(name, (*prelude, Instr((name,), "experts", args, (to,), attrs, root.loc)))
+        return Found(name, (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc)))
     routed = Instr((f"{name}.routed",), "experts", args, (to,), attrs, root.loc)
     added = Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc)
-    return Found(name, (*prelude, routed, added))
+    return Found(name, (*out.instrs, routed, added))

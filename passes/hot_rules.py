@@ -243,13 +243,13 @@ def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def _filled(lifter: Lifter, instr: Instr, hot: Hot, value: Arg, fill: Arg) -> Lift:
     """Numbers where a mask is 1, `fill` elsewhere."""
-    if lifter.type(value).shape != instr.types[0].shape or len(hot.axes) != instr.types[0].rank or hot.at >= 0:
+    if lifter.type(value).shape != instr.types[0].shape or len(hot.axes) != instr.types[0].rank:
         return NoMatch("a mask fills other axes", instr.results[0])
     if fill in (0, 0.0):
         return products.product(
             lifter, hot, NoMatch("numbers"), (Ref("mask"), value), Source(instr.results[0], hot.axes)
         )
-    if fill == float("-inf"):
+    if fill == float("-inf") and hot.at < 0:
         return Sunk(hot)
     return NoMatch(f"unchosen experts get {fill}, expected 0 or -inf", instr.results[0], 3)
 

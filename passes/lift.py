@@ -226,7 +226,7 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return NoMatch(f"indexed along axis {instr.attr('dim')}, expected 0", instr.results[0])
     found = [lifter.lift(i) for i in ids]
     if len(ids) == 1 and isinstance(found[0], NoMatch):
-        found = [_choice(lifter, ids[0], found[0])]
+        found = [choice_of(lifter, ids[0], found[0])]
     misses = [f for f in found if isinstance(f, NoMatch)]
     if misses:
         return misses[0]
@@ -241,7 +241,7 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
 
 
-def _choice(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
+def choice_of(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
     """Integers [T, k] or [T] that index as they are: the chosen experts of each token."""
     kind = lifter.type(arg)
     if not isinstance(arg, Ref) or kind.dtype not in INTEGER or kind.rank not in (1, 2):
@@ -253,6 +253,28 @@ def _choice(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
     return Ids(Space("slots", int(kind.shape[1])), "expert", arg.name, "tk")
 
 
+def row_ids(lifter: Lifter, wide: Arg) -> Lift:
+    """The [rows] ids behind an index expanded to [rows, H]."""
+    made = lifter.instr(wide)
+    while made is not None and made.word in ("expand", "reshape", "repeat"):
+        found = lifter.lift(made.args[0])
+        if isinstance(found, Ids):
+            return found
+        made = lifter.instr(made.args[0])
+    return NoMatch("an index of whole rows is not one token a row")
+
+
+def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """x.gather(0, ids[:, None].expand(-1, H)) is x[ids]."""
+    table, wide = instr.args
+    ids = row_ids(lifter, wide) if instr.attr("dim") == 0 else NoMatch("no row meaning for `gather`", instr.results[0])
+    if not isinstance(ids, Ids) or not isinstance(table, Ref):
+        return ids if isinstance(ids, NoMatch) else NoMatch("gathers by something else than tokens", instr.results[0])
+    if lifter.type(table).rank != 2 or lifter.type(wide).shape[1:] != lifter.type(table).shape[1:]:
+        return NoMatch("gathers parts of rows", instr.results[0])
+    return _index_one(lifter, instr, table, ids)
+
+
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
     kind = lifter.type(table)
     if ids.what == "expert":
@@ -261,6 +283,9 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
     if ids.what == "token":
         if isinstance(inner, Masked) and inner.summed and inner.anchor == ids.space.key:
             return Rows(ids.space, Slot(inner.value), ids.layout, inner.choice)
+        chosen = lifter.graph.types.get(ids.choice)
+        if kind.rank == 1 and chosen is not None and chosen.rank == 1:
+            return Rows(ids.space, Slot(table.name), ids.layout, ids.choice)  # w[T] of one expert a token
         if kind.rank < 2:
             return NoMatch(f"rows are taken from {kind}, expected [T, H]", table.name)
         return Rows(ids.space, Token(table.name), ids.layout, ids.choice)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moec.expr import POINTWISE
 from moec.graph import Arg, Instr, Ref
-from moec.match import NoMatch
+from moec.match import NoMatch, nearest
 from moec.passes import lift as base
 from moec.passes.lift import INTEGER, Lift, Lifter, Rule, per_expert
 from moec.passes.rows import (
@@ -98,7 +98,9 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return replace(a, what="hit")
     if isinstance(a, Idle) and not a.idle and (instr.word, right) in (("gt", 0), ("eq", 0), ("ne", 0)):
         return replace(a, idle=instr.word == "eq")
-    return NoMatch(f"compares {type(a).__name__} with {type(b).__name__}", instr.results[0])
+    misses = [found for found in (a, b) if isinstance(found, NoMatch)]
+    what = "a comparison that selects no expert's rows: neither choices with the loop's expert nor counts with 0"
+    return nearest([*misses, NoMatch(what, instr.results[0], 2)])
 
 
 def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -373,6 +375,7 @@ RULES: Mapping[str, Rule] = with_runs(
         "cast": base.rule_cast,
         "same": base.rule_same,
         "index": base.rule_index,
+        "gather": base.rule_gather,
         "sort": base.rule_sort,
         "floor_divide": base.rule_floor_divide,
         "remainder": base.rule_remainder,
@@ -410,6 +413,8 @@ RULES: Mapping[str, Rule] = with_runs(
 def _counts(lifter: Lifter, instr: Instr) -> Lift:
     """How many rows each expert has."""
     inner = lifter.lift(instr.args[0])
+    if isinstance(inner, NoMatch):  # [T, k] as it was chosen
+        inner = base.choice_of(lifter, lifter.graph.behind(instr.args[0], ("cast", "same")), inner)
     if isinstance(inner, Ids) and inner.what == "expert":
         size = instr.types[0].shape[0]
         return PerExpert("counts", inner.choice, int(size) if size.is_Integer else None)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from moec.graph import Dim, Instr, Ref
-from moec.match import NoMatch
+from moec.match import NoMatch, nearest
 from moec.passes.lift import Lift, Lifter, Rule
 from moec.passes.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span
 
@@ -231,7 +231,24 @@ def _multi_hot(lifter: Lifter, instr: Instr) -> Lift | None:
 def rule_index_copy(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """y.index_copy(0, perm, rows) is y[perm] = rows."""
     found = write_run(lifter, instr, which) if instr.attr("dim") == 0 else None
-    return NoMatch("copies something else than rows to their places", instr.results[0]) if found is None else found
+    if found is not None:
+        return found
+    misses = [m for m in map(lifter.lift, instr.args[1:]) if isinstance(m, NoMatch)]
+    return nearest([*misses, NoMatch("copies something else than rows to their places", instr.results[0])])
+
+
+def rule_scatter_add(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """zeros.scatter_add(0, flat choices, ones): how many rows each expert has."""
+    base, index, ones = (*instr.args, instr.args[-1])[:3]
+    ids = lifter.lift(index)
+    made = [lifter.instr(arg) for arg in (base, ones)]
+    known = [m is not None and m.word == "full" and m.attr("value") == n for m, n in zip(made, (0, 1), strict=True)]
+    if not isinstance(ids, Ids) or (ids.what, ids.layout) != ("expert", "flat") or instr.types[0].rank != 1:
+        return ids if isinstance(ids, NoMatch) else NoMatch("adds something else than choices", instr.results[0])
+    if not all(known):
+        return NoMatch("adds something else than ones to zeros", instr.results[0])
+    size = instr.types[0].shape[0]
+    return PerExpert("counts", ids.choice, int(size) if size.is_Integer else None)
 
 
 def flat_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
@@ -270,6 +287,8 @@ NEW: Mapping[str, Rule] = {
     "cat": rule_cat,
     "where": rule_where,
     "index_copy": rule_index_copy,
+    "scatter_add": rule_scatter_add,
+    "index_add": rule_scatter_add,
 }
 
 BEFORE: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {

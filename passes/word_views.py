@@ -271,6 +271,16 @@ def raise_index_select(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit("index", (value, build.value(args["index"])), type_of_fake(fake(node)), dim=dim)
 
 
+def raise_embedding(build: Builder, node: fx.Node) -> Arg | None:
+    """embedding(ids, table) → index: rows of a table, whatever they hold."""
+    args = named(node, "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse")
+    # With these a row is changed when it is read, or has a gradient of its own.
+    if any(args.get(n) not in (None, False) for n in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")):
+        return None
+    operands = (build.value(args["weight"]), build.value(args["input"]))
+    return build.emit("index", operands, type_of_fake(fake(node)), dim=0)
+
+
 def raise_gather(build: Builder, node: fx.Node) -> Arg | None:
     """gather(x, dim, i) and take_along_dim(x, i, dim) → gather."""
     args = named(node, "input dim index" if key_of(node) == "gather" else "input indices dim")

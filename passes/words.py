@@ -198,6 +198,13 @@ def raise_same(build: Builder, node: fx.Node) -> Arg | None:
     return build.value(node.args[0])
 
 
+def raise_dropout(build: Builder, node: fx.Node) -> Arg | None:
+    """dropout(x, p, training): the same value where nothing is dropped, as in evaluation."""
+    args = named(node, "input p training inplace")
+    training = args.get("training", args.get("train", True))
+    return build.value(args["input"]) if training is False or args.get("p") == 0 else raise_random(build, node)
+
+
 def raise_detach(build: Builder, node: fx.Node) -> Arg | None:
     """detach(x): the same value where nothing asks for its gradient."""
     source = fake(node.args[0]) if isinstance(node.args[0], fx.Node) else None
@@ -313,7 +320,10 @@ def raise_cumsum(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_counts(build: Builder, node: fx.Node) -> Arg | None:
-    """bincount(ids, minlength) and histc(ids, E, 0, E − 1) → counts(ids): how often each of E ids occurs."""
+    """bincount(ids, minlength) and histc(ids, E, 0, E − 1) → counts(ids): how often each of E ids occurs.
+
+    histc(ids, E, 0, E) counts an id E with those of E − 1: it is read where no id can be E.
+    """
     if key_of(node) == "bincount":
         args = named(node, "input weights minlength")
         least = args.get("minlength", 0)
@@ -322,9 +332,30 @@ def raise_counts(build: Builder, node: fx.Node) -> Arg | None:
         return build.emit("counts", (build.value(args["input"]),), type_of_fake(fake(node)), bins=least)
     args = named(node, "input bins min max")
     bins = args.get("bins", 100)
-    if args.get("min") != 0 or args.get("max") != bins - 1:
+    whole = args.get("max") == bins - 1 or (args.get("max") == bins and _below(args["input"], bins))
+    if args.get("min") != 0 or not whole:
         return None
     return build.emit("counts", (build.value(args["input"]),), type_of_fake(fake(node)), bins=bins)
+
+
+_KEEPING = frozenset({"reshape", "view", "flatten", "to", "float", "long", "int", "detach", "contiguous", "clone"})
+
+
+def _below(node: Any, bins: int) -> bool:
+    """Whether a tensor holds what a top-k or a maximum over `bins` places chose, at most viewed and cast."""
+    while isinstance(node, fx.Node) and key_of(node) in _KEEPING:
+        node = node.args[0]
+    source = node.args[0] if isinstance(node, fx.Node) and node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    picked = key_of(node) == "getitem" and node.args[1] == 1 and key_of(source) in ("topk", "max")
+    chosen = node if key_of(node) == "argmax" else source if picked else None
+    if chosen is None:
+        return False
+    names = {"topk": "input k dim", "max": "input dim", "argmax": "input dim"}[key_of(chosen)]
+    args = named(chosen, names)
+    scores, dim = fake(args["input"]), args.get("dim", -1 if key_of(chosen) == "topk" else None)
+    return isinstance(dim, int) and bool(scores.shape[dim] == bins)
 
 
 def raise_masked_fill(build: Builder, node: fx.Node) -> Arg | None:

@@ -70,9 +70,13 @@ def _total(counts: Node | None) -> Any:
     name = getattr(made.target, "__name__", made.target)
     if name == "bincount" and len(made.args) + len(made.kwargs) <= 2 and "weights" not in made.kwargs:
         return _numel(made.args[0])
+    if name in ("scatter_add", "scatter_add_") and len(made.args) == 4:
+        return _ones_added(made)
+    if name == "histc":
+        return _all_binned(made)
     if name != "sum":
         return None
-    mask = _plain(made.args[0])
+    mask = _plain(made.args[0], _SAME | {"bool"})  # of a mask of zeros and ones
     dims = made.kwargs.get("dim", made.args[1] if len(made.args) > 1 else None)
     if mask is None:
         return None
@@ -80,6 +84,39 @@ def _total(counts: Node | None) -> Any:
     if getattr(mask.target, "__name__", "") == "one_hot" and _all_but_last(dims, rank):
         return _numel(mask.args[0])
     return _chosen_once(mask) if dims in (0, (0,), [0]) else None
+
+
+def _ones_added(made: Node) -> Any:
+    """`zeros.scatter_add_(0, choices, ones)` counts each choice once."""
+    base, _dim, choices, ones = made.args
+    filled = _node(ones) is not None and "ones" in _called(_node(ones))
+    return _numel(choices) if filled and "zeros" in _called(_node(base)) else None
+
+
+def _all_binned(made: Node) -> Any:
+    """`histc(choices, bins=E, min=0, max=E or E - 1)` counts each choice of E experts."""
+    given = dict(zip(("input", "bins", "min", "max"), made.args, strict=False)) | dict(made.kwargs)
+    chosen = _plain(given["input"])
+    while chosen is not None and chosen.op == "call_method" and chosen.target in ("view", "reshape", "flatten"):
+        chosen = _plain(chosen.args[0])
+    last = _from_topk(chosen)
+    bins, low, high = (given.get(k) for k in ("bins", "min", "max"))
+    whole = last is not None and last == bins and low == 0 and high in (bins, last - 1)
+    return _numel(_node(given["input"])) if whole else None
+
+
+def _from_topk(chosen: Any) -> Any:
+    """How many experts the indices of a top-k may name, or None."""
+    made = _node(chosen.args[0]) if isinstance(chosen, Node) and chosen.target is operator.getitem else None
+    if made is None or _called(made) != "topk":
+        return None
+    dim = made.kwargs.get("dim", made.args[2] if len(made.args) > 2 else -1)
+    size = _node(made.args[0] if made.args else made.kwargs.get("input"))
+    return None if size is None else size.meta["example_value"].shape[dim]
+
+
+def _called(node: Node | None) -> str:
+    return "" if node is None else str(getattr(node.target, "__name__", node.target))
 
 
 def _chosen_once(mask: Node) -> Any:
@@ -111,9 +148,9 @@ def _node(value: Any) -> Node | None:
     return value if isinstance(value, Node) else None
 
 
-def _plain(value: Any) -> Node | None:
+def _plain(value: Any, same: frozenset[str] = _SAME) -> Node | None:
     """The node without casts and copies."""
     node = _node(value)
-    while node is not None and node.op == "call_method" and node.target in _SAME:
+    while node is not None and node.op == "call_method" and node.target in same:
         node = _node(node.args[0])
     return node
