@@ -42,9 +42,9 @@ class BodyMatch:
     width: Dim
 
 
-def match_body(graph: Graph, row: Row) -> BodyMatch | NoMatch:
-    """The expert behind a weighted row."""
-    weight, inner = _split_weight(row)
+def match_body(graph: Graph, row: Row, first: int | None = None) -> BodyMatch | NoMatch:
+    """The expert behind a weighted row; `first`: only so many experts run, their parameters may be of more."""
+    weight, inner = split_weight(row)
     if isinstance(inner, NoMatch):
         return inner
     down, bias_out = _split_bias(inner)
@@ -57,21 +57,21 @@ def match_body(graph: Graph, row: Row) -> BodyMatch | NoMatch:
         return phi.deeper(4)
     if len(tokens) != 1 or not found:
         return NoMatch(f"an expert reads {len(tokens)} inputs, expected one token row", depth=4)
-    given, token = _split_weight(next(iter(tokens)))
+    given, token = split_weight(next(iter(tokens)))
     if isinstance(token, NoMatch) or not isinstance(strip(token), Token):
         return NoMatch(f"an expert reads {text(next(iter(tokens)))[:120]}, expected a token's row", depth=4)
     if given is not None and weight is not None:
         return NoMatch("routing weights are applied to both input and output", depth=4)
-    return _assemble(graph, phi, found, down, bias_out, strip(token), weight, given)
+    return _assemble(graph, phi, found, down, bias_out, strip(token), (weight, given), first)
 
 
-def _split_weight(row: Row) -> tuple[Slot | Gate | None, Row | NoMatch]:
+def split_weight(row: Row) -> tuple[Slot | Gate | None, Row | NoMatch]:
     """The routing weight that multiplies a row, and the row without it."""
     row = strip(row)
     if isinstance(row, Apply) and row.fn == "mul":
         for factor, rest in (row.args, row.args[::-1]):
             if isinstance(strip(factor), Slot | Gate):
-                again, inner = _split_weight(rest)
+                again, inner = split_weight(rest)
                 if again is not None:
                     return None, NoMatch("a row is multiplied by two routing weights", depth=3)
                 held = strip(factor)
@@ -177,9 +177,10 @@ def _assemble(
     down: Dot,
     bias_out: Expert | None,
     token: Row,
-    weight: Slot | Gate | None,
-    given: Slot | Gate | None,
+    factors: tuple[Slot | Gate | None, Slot | Gate | None],
+    first: int | None,
 ) -> BodyMatch | NoMatch:
+    weight, given = factors  # of the output and of the input: at most one is there
     gate = _gate(graph, found)
     if isinstance(gate, NoMatch):
         return gate
@@ -192,7 +193,7 @@ def _assemble(
         return NoMatch("one projection has a bias, the other has none", depth=6)
     layouts = {_layout(p.weight, p.axis) for p in one}
     tensors = [*weights, *(b for b in (*biases, bias_out) if b is not None)]
-    plain = _plain(graph, tensors)
+    plain = _plain(graph, tensors, first)
     if isinstance(plain, NoMatch):
         return plain
     if len(layouts) > 1:
@@ -221,10 +222,12 @@ def _assemble(
     )
 
 
-def _plain(graph: Graph, tensors: list[Expert]) -> Dim | NoMatch:
-    """The number of experts, when all parameters agree on it, on their dtype and on how they are bound."""
+def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMatch:
+    """The number of experts that run, when all parameters agree on it, on their dtype and on how they are bound."""
     counts = {graph.types[t.values[0]].shape[0] if t.stacked else sympy.Integer(len(t.values)) for t in tensors}
     dtypes = {graph.types[name].dtype for t in tensors for name in t.values}
+    if first is not None and all(count.is_Integer and count >= first for count in counts):
+        counts = {sympy.Integer(first)}
     if len(counts) != 1 or len({t.stacked for t in tensors}) != 1:
         return NoMatch(f"parameters disagree on the number of experts: {sorted(map(str, counts))}", depth=6)
     if len(dtypes) != 1 or not dtypes <= PARAM_DTYPES:

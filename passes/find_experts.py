@@ -17,8 +17,10 @@ from moec.passes.body import BodyMatch, match_body
 from moec.passes.combine import COMBINING, Combined, combined
 from moec.passes.grid_rules import with_grids
 from moec.passes.hot_rules import hot_lifter
+from moec.passes.kept import kept_choice, made_shape
 from moec.passes.lift import Lifter
 from moec.passes.pairs import Writer
+from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
@@ -103,21 +105,18 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if isinstance(total, NoMatch):
         return total
     held.append(f"each token sums its experts' rows (form: {total.form})")
-    body = match_body(lifter.graph, total.rows.row)
+    anchor = total.rows.anchor or (total.rows.space.key if total.rows.space.kind == "loop" else "")
+    part = part_of(lifter, anchor)
+    body = match_body(lifter.graph, total.rows.row, None if part is None or part.above else part.limit)
     if isinstance(body, NoMatch):
         return body.deeper(2)
+    if part is not None and part.above:
+        return NoMatch(f"the loop runs the experts from {part.limit} on alone", instr.results[0], 6)
     held.append(
         f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}"
     )
-    anchor = total.rows.anchor or (total.rows.space.key if total.rows.space.kind == "loop" else "")
-    skipped = only_idle_skipped(lifter, anchor) if anchor else None
-    if skipped is not None:
-        return skipped.deeper(6)
-    beyond = lifter.beyond.get(anchor)
-    if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
-        return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", instr.results[0], 6)
-    if anchor:
-        left_out = full_run(lifter, anchor, body.num_experts, total.rows.choice)
+    for loop in (*total.rows.earlier, *([anchor] if anchor else [])):
+        left_out = _left_out(lifter, loop, body, total)
         if left_out is not None:
             return left_out.deeper(6)
     held.append("every expert is visited")
@@ -131,7 +130,23 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     blocked = _obstacle(facts, body)
     if blocked is not None:
         return blocked
+    if part is not None:
+        first, choice, body, total = some_experts(lifter, instr, total, body, part, choice)
+        prelude = (*prelude, *first)
     return _say(lifter.graph, instr, total, body, prelude, weights, choice)
+
+
+def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> NoMatch | None:
+    """Why a loop may leave out an expert that has rows, or None."""
+    if loop in total.rows.earlier and part_of(lifter, loop) is not None:
+        return NoMatch("a loop whose rows are cut again runs some experts alone", loop)
+    skipped = only_idle_skipped(lifter, loop)
+    if skipped is not None:
+        return skipped
+    beyond = lifter.beyond.get(loop)
+    if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
+        return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", loop)
+    return full_run(lifter, loop, body.num_experts, total.rows.choice)
 
 
 def _gated(
@@ -221,6 +236,11 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
         return NoMatch("nothing says which experts a token goes to", total.root)
     if not body.weight:
         return (), "", choice
+    if choice in lifter.kept:
+        made = kept_choice(lifter, lifter.graph.defs[total.root], choice)
+        if isinstance(made, NoMatch):
+            return made
+        return made_shape(lifter, *made, body.weight) or (made[0], body.weight, made[1])
     kind, chosen = lifter.graph.types[body.weight], lifter.graph.types[choice]
     if kind.shape != chosen.shape:
         return NoMatch(f"routing weights are {kind} for choices {chosen}", total.root)

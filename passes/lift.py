@@ -9,6 +9,7 @@ import sympy
 
 from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
+from moec.passes.hot import Hot
 from moec.passes.rows import (
     Body,
     Cast,
@@ -19,6 +20,7 @@ from moec.passes.rows import (
     Lifted,
     Masked,
     OneHot,
+    Part,
     PerExpert,
     Rows,
     Slot,
@@ -39,6 +41,8 @@ class Lifter:
 
     beyond    anchor → an expert id that its loop skips; harmless when no expert has it
     masks     the lifter that knows what masks of capacity routing mean
+    partial   anchor → the experts that its loop runs, where it skips those of one side
+    kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.kept`)
     fallback  asked about what no rule knows, with the result's place and the rule's miss
     """
 
@@ -47,6 +51,8 @@ class Lifter:
     masks: Lifter | None = None
     memo: dict[str, Lift] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
+    partial: dict[str, Part] = field(default_factory=dict)
+    kept: dict[str, Hot] = field(default_factory=dict)
     fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None
 
     def lift(self, arg: Arg) -> Lift:
@@ -293,10 +299,10 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
         if isinstance(inner, Ids):
             return replace(inner, space=replace(ids.space, k=inner.space.k))
         space = replace(ids.space, k=inner.space.k)
-        return Rows(space, inner.row, ids.layout, inner.choice, anchor=inner.anchor)
+        return Rows(space, inner.row, ids.layout, inner.choice, anchor=inner.anchor, earlier=inner.earlier)
     if ids.what == "inverse" and isinstance(inner, Rows) and inner.space.key == ids.space.key:
         choice = inner.choice or ids.choice
-        return Rows(Space("slots", inner.space.k), inner.row, "flat", choice, "sorted", inner.anchor)
+        return Rows(Space("slots", inner.space.k), inner.row, "flat", choice, "sorted", inner.anchor, inner.earlier)
     return NoMatch(f"rows indexed by {ids.what} positions of {ids.space.kind}", instr.results[0])
 
 

@@ -16,8 +16,9 @@ from moec.passes.body import match_body
 from moec.passes.combine import COMBINING, combined
 from moec.passes.lift import Lifter
 from moec.passes.opaque_rows import opaque_rows, varying
+from moec.passes.partial import part_of
 from moec.passes.row_rules import RULES
-from moec.passes.rows import Opaque, Row
+from moec.passes.rows import Anchor, Expert, Opaque, Row
 from moec.passes.runs import full_run
 from moec.passes.skips import only_idle_skipped
 
@@ -66,12 +67,18 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         return total
     graph, rows = lifter.graph, total.rows
     anchor = rows.anchor or (rows.space.key if rows.space.kind == "loop" else "")
-    if not anchor or not rows.choice or not _holds_opaque(rows.row):
+    if (
+        not anchor
+        or part_of(lifter, anchor) is not None
+        or rows.earlier
+        or not rows.choice
+        or not _holds_opaque(rows.row)
+    ):
         return NoMatch("no loop over experts with a body of its own")
     body = match_body(graph, rows.row)
     if not isinstance(body, NoMatch) or body.depth >= _IS_MLP:
         return NoMatch("the experts are MLPs, which were left as they are for another reason")
-    experts = _experts(graph, anchor)
+    experts = _experts(lifter, anchor)
     chosen = graph.types[rows.choice]
     if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):
         return NoMatch("the number of experts is not known")
@@ -111,13 +118,17 @@ def _distinct(graph: Graph, choice: str) -> bool:
     return made is not None and made.word == "topk"
 
 
-def _experts(graph: Graph, anchor: str) -> int | None:
-    """How many experts there are, by the tensors that the loop picks from."""
+def _experts(lifter: Lifter, anchor: str) -> int | None:
+    """How many experts there are, by the tensors that the loop picks from or takes slices of."""
+    graph = lifter.graph
     counts: set[int] = set()
     moved = varying(graph)
     for instr in graph.instrs:
         if instr.word == "pick" and instr.uses[-1] in moved:
             counts.add(len(instr.uses) - 1)
+        if instr.word == "take" and isinstance(lifter.lift_result(instr), Expert):
+            item, size = lifter.lift(instr.args[1]), lifter.type(instr.args[0]).shape[0]
+            counts |= {int(size)} if size.is_Integer and isinstance(item, Anchor) and item.name == anchor else set()
     end = graph.defs[anchor].args[1] if graph.defs[anchor].word == "anchor_range" else None
     if not counts and isinstance(end, int):
         counts.add(end)

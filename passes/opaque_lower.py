@@ -172,7 +172,7 @@ class _Loop:
 
     def join(self, rows: fx.Node, base: fx.Node, token: fx.Node, origin: fx.Node) -> None:
         """The results of all experts are added to their tokens once, after the loop."""
-        with self.graph.inserting_after(rows):
+        with self.graph.inserting_before(origin):  # rows may be updated in place until here
             collected = self.graph.call_function(_M.collect.default, (rows, self.anchor))
         collected.meta = dict(rows.meta)
         with self.graph.inserting_after(self.end):
@@ -218,9 +218,10 @@ def _known(node: fx.Node) -> fx.Node:
 def _effects(raised: Raised, inside: list[fx.Node]) -> frozenset[str]:
     """The nodes of a loop that act by what they write."""
     from moec.passes.updates import is_update
+    from moec.passes.words import key_of
 
     names = {i.results[0].partition(".")[0] for i in raised.graph.instrs if i.word in ("effect", "random", "turn")}
-    writes = {n.name for n in inside if n.op == "call_method" and is_update(n, str(n.target))}
+    writes = {n.name for n in inside if n.op.startswith("call") and is_update(n, key_of(n))}
     sets = {n.name for n in inside if n.target is operator.setitem}
     marks = {n.name for n in inside if n.target in (_M.yield_.default, _M.carry.default, _M.carry_int.default)}
     return frozenset(names | writes | sets | marks)

@@ -9,7 +9,9 @@ from moec.expr import POINTWISE
 from moec.graph import Arg, Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes import lift as base
+from moec.passes.kept import kept_mask
 from moec.passes.lift import INTEGER, Lift, Lifter, Rule, per_expert
+from moec.passes.partial import side_of, skip_side
 from moec.passes.rows import (
     Anchor,
     Apply,
@@ -23,6 +25,7 @@ from moec.passes.rows import (
     PerExpert,
     Row,
     Rows,
+    Side,
     Slice,
     Slot,
     Space,
@@ -44,6 +47,8 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Sums of a mask: over all but e, the rows of each expert; over s of masked weights, one weight a token."""
     inner, dims = lifter.lift(instr.args[0]), instr.attr("dims")
     assert isinstance(dims, tuple)
+    if isinstance(inner, NoMatch):
+        inner = kept_mask(lifter, instr.args[0]) or inner
     if isinstance(inner, Masked) and dims == (1,) and instr.word == "reduce_sum":
         return replace(inner, summed=True)
     if not isinstance(inner, OneHot):
@@ -94,6 +99,9 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             return Idle(b.name)
         if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and lifter.type(left).rank in (1, 2):
             return OneHot(left.name, ("t", "s")[: lifter.type(left).rank], b.name)
+    side = side_of(instr.word, a, right) if isinstance(a, Anchor) and type(right) is int else None
+    if side is not None:
+        return side
     if isinstance(a, PerExpert) and a.what == "counts" and (instr.word, right) in (("gt", 0), ("ge", 1), ("ne", 0)):
         return replace(a, what="hit")
     if isinstance(a, Idle) and not a.idle and (instr.word, right) in (("gt", 0), ("eq", 0), ("ne", 0)):
@@ -108,6 +116,8 @@ def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     inner = lifter.lift(instr.args[0])
     if isinstance(inner, Idle):
         return replace(inner, idle=not inner.idle)
+    if isinstance(inner, Side):
+        return replace(inner, above=not inner.above)
     return inner if isinstance(inner, NoMatch) else NoMatch("inverts a mask of rows", instr.results[0])
 
 
@@ -138,6 +148,8 @@ def rule_skip(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     why = lifter.lift(instr.args[1])
     if isinstance(item, Anchor) and isinstance(why, Idle) and why.idle and why.anchor == item.name:
         return item
+    if isinstance(item, Anchor) and isinstance(why, Side) and why.anchor == item.name:
+        return skip_side(lifter, item, why) or NoMatch("two skips leave different experts", instr.results[0])
     return NoMatch("an iteration is skipped for another reason than having no rows", instr.results[0])
 
 
@@ -151,6 +163,8 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             if isinstance(anchor, NoMatch)
             else NoMatch("taken at something else than the loop's expert", instr.results[0])
         )
+    if isinstance(held, NoMatch):
+        held = kept_mask(lifter, table) or held
     if isinstance(held, OneHot) and held.axes[0] == "e":
         return OneHot(held.choice, held.axes[1:], anchor.name)
     if isinstance(held, Expert) and held.stacked:
@@ -266,7 +280,9 @@ def _compatible(a: Space, b: Space) -> bool:
 def _merge(a: Rows | None, b: Rows) -> Rows:
     if a is None:
         return b
-    return replace(a, choice=a.choice or b.choice, space=replace(a.space, k=a.space.k or b.space.k))
+    earlier = tuple(dict.fromkeys((*a.earlier, *b.earlier)))
+    space = replace(a.space, k=a.space.k or b.space.k)
+    return replace(a, choice=a.choice or b.choice, space=space, anchor=a.anchor or b.anchor, earlier=earlier)
 
 
 def _masked(lifter: Lifter, instr: Instr) -> Masked | None:
@@ -377,7 +393,7 @@ RULES: Mapping[str, Rule] = with_runs(
         "index": base.rule_index,
         "gather": base.rule_gather,
         "sort": base.rule_sort,
-        "floor_divide": base.rule_floor_divide,
+        **dict.fromkeys(("floor_divide", "truncate_divide"), base.rule_floor_divide),  # places are not negative
         "remainder": base.rule_remainder,
         "mod": base.rule_remainder,
         "index_put": base.rule_index_put,
@@ -394,6 +410,8 @@ RULES: Mapping[str, Rule] = with_runs(
         "ne": rule_compare,
         "gt": rule_compare,
         "ge": rule_compare,
+        "lt": rule_compare,
+        "le": rule_compare,
         "invert": rule_invert,
         "anchor": rule_anchor,
         "anchor_range": rule_anchor,

@@ -126,6 +126,7 @@ class Rows:
     choice  the value e[T, k] that says which experts the rows go to, once known
     via     the space the rows were computed in, when they have been put back in token order since
     anchor  the loop that computed them an expert at a time, when they have been put together since
+    earlier the loops before it, whose rows, put together, it cut again
     """
 
     space: Space
@@ -134,6 +135,7 @@ class Rows:
     choice: str = ""
     via: str = ""
     anchor: str = ""
+    earlier: tuple[str, ...] = ()
 
     @property
     def lead(self) -> int:
@@ -240,12 +242,43 @@ class Idle:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Whether the loop's expert is `limit` or more (or, not `above`, less)."""
+
+    anchor: str
+    limit: int
+    above: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The experts that a loop runs: those from `limit` on, or (not `above`) those before."""
+
+    limit: int
+    above: bool
+
+
+@dataclass(frozen=True)
 class Special:
     """What another table of rules lifts values to (`moec.passes.hot`)."""
 
 
 Lifted = (
-    Rows | Body | Ids | Anchor | Shifted | Edge | Span | OneHot | PerExpert | Masked | Gates | Idle | Expert | Special
+    Rows
+    | Body
+    | Ids
+    | Anchor
+    | Shifted
+    | Edge
+    | Span
+    | OneHot
+    | PerExpert
+    | Masked
+    | Gates
+    | Idle
+    | Side
+    | Expert
+    | Special
 )
 
 

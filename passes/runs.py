@@ -186,8 +186,10 @@ def index_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if isinstance(held, Rows | Ids) and held.layout == "flat" and held.space.kind == "sorted":
         if held.choice and held.choice != found.choice:
             return NoMatch("rows in expert order are cut by the counts of another choice", instr.results[0])
-        space = Space("loop", held.space.k, found.anchor, held.space.key)
-        return replace(held, space=space, choice=held.choice or found.choice)
+        cut = replace(held, space=Space("loop", held.space.k, found.anchor, held.space.key))
+        if isinstance(cut, Rows) and cut.anchor:
+            cut = replace(cut, anchor="", earlier=(*cut.earlier, cut.anchor))
+        return replace(cut, choice=held.choice or found.choice)
     return held if isinstance(held, NoMatch) else NoMatch("a slice of something not in expert order", instr.results[0])
 
 
@@ -267,7 +269,7 @@ def full_run(lifter: Lifter, anchor: str, experts: Dim, choice: str) -> NoMatch 
         few = isinstance(hits, PerExpert) and hits.bins is not None and hits.bins < experts
         return NoMatch(f"hits of {hits.bins} of {experts} experts are counted", anchor) if few else None  # type: ignore[union-attr]
     end = made.args[1]
-    if end == experts:
+    if end == experts or (anchor in lifter.partial and isinstance(end, int) and end >= experts):
         return None
     for instr in lifter.graph.instrs:
         if instr.word != "counts":

@@ -31,6 +31,17 @@ RESHAPING = frozenset(
 """Updates of a tensor's shape: they change what the traced type of every earlier node says."""
 
 
+def reshapes(node: fx.Node, key: str) -> bool:
+    """Whether the node changes a tensor's shape in place."""
+    return key in RESHAPING and not sets_to_itself(node, key)
+
+
+def sets_to_itself(node: fx.Node, key: str) -> bool:
+    """`p.data = p.to(dtype)` of a parameter that has the dtype already: Dynamo says `p.set_(p)`."""
+    given = list(nodes_in(node.args))
+    return key == "set_" and len(given) == 2 and fake(given[0]) is fake(given[1])
+
+
 def is_update(node: fx.Node, key: str) -> bool:
     """Whether the name says that the first argument, or every tensor in it, is updated."""
     return (key.endswith("_") and not key.endswith("__")) or bool(node.kwargs.get("inplace"))

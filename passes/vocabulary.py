@@ -92,6 +92,8 @@ def raiser_of(node: fx.Node) -> Raiser | None:
         return _in_place(_without_flag(TABLE.get(key, _opaque)))
     if key in TABLE:
         return TABLE[key]
+    if updates.sets_to_itself(node, key):
+        return words.raise_same
     if updates.is_update(node, key):
         return _in_place(TABLE.get(key.removesuffix("_"), _opaque)) if _one(node) else updates.writes_all
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
@@ -173,5 +175,5 @@ def _raise_custom(build: Builder, node: fx.Node) -> Arg | None:
 
 def raise_fx(gm: fx.GraphModule) -> Raised:
     """Dynamo's graph in canonical words; all opaque where a tensor changes its shape in place."""
-    reshaped = any(key_of(node) in updates.RESHAPING for node in gm.graph.nodes if node.op.startswith("call"))
+    reshaped = any(updates.reshapes(node, key_of(node)) for node in gm.graph.nodes if node.op.startswith("call"))
     return raise_graph(gm, (lambda node: None) if reshaped else raiser_of)

@@ -102,6 +102,9 @@ def raise_unary(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit(key, (build.value(args["input"]),), type_of_fake(fake(node)))
 
 
+_ROUNDED = {"floor": "floor_divide", "trunc": "truncate_divide"}
+
+
 def raise_binary(build: Builder, node: fx.Node) -> Arg | None:
     """f(x, y), one of them may be a number. `alpha` and `rounding_mode` become words of their own."""
     key = key_of(node).rstrip("_")
@@ -111,9 +114,9 @@ def raise_binary(build: Builder, node: fx.Node) -> Arg | None:
     x, y = build.value(args["input"]), build.value(args["other"])
     rounding = args.get("rounding_mode")
     if rounding is not None:
-        if rounding != "floor":
+        if rounding not in _ROUNDED:
             return None
-        key = "floor_divide"
+        key = _ROUNDED[rounding]
     result = type_of_fake(fake(node))
     if args.get("alpha", 1) != 1:
         y = build.emit("mul", (y, build.value(args["alpha"])), build.type_of(y))
@@ -196,13 +199,6 @@ def raise_cast(build: Builder, node: fx.Node) -> Arg | None:
 def raise_same(build: Builder, node: fx.Node) -> Arg | None:
     """clone, contiguous: the same value."""
     return build.value(node.args[0])
-
-
-def raise_dropout(build: Builder, node: fx.Node) -> Arg | None:
-    """dropout(x, p, training): the same value where nothing is dropped, as in evaluation."""
-    args = named(node, "input p training inplace")
-    training = args.get("training", args.get("train", True))
-    return build.value(args["input"]) if training is False or args.get("p") == 0 else raise_random(build, node)
 
 
 def raise_detach(build: Builder, node: fx.Node) -> Arg | None:
@@ -378,6 +374,15 @@ def raise_effect(build: Builder, node: fx.Node) -> Arg | None:
 def raise_assert(build: Builder, node: fx.Node) -> Arg | None:
     """A check that Dynamo left; it lives as long as what it checks."""
     return opaque(build, node, "assert")
+
+
+def raise_dropout(build: Builder, node: fx.Node) -> Arg | None:
+    """Dropout that is switched off, or of probability 0, is what it is given and asks for no random number."""
+    args = named(node, "input p training inplace")
+    train = args.get("training", args.get("train", True))
+    if train is False or args.get("p", 0.5) == 0:
+        return build.value(args["input"])
+    return raise_random(build, node)
 
 
 def raise_random(build: Builder, node: fx.Node) -> Arg | None:

@@ -62,8 +62,8 @@ def tensor_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
     return _numbers(expr, hosts) if isinstance(expr, ast.ListComp) else None
 
 
-def chunks_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
-    """`x.split(counts)` with counts on the host, as the word that leaves them where they are."""
+def chunks_of(expr: ast.expr, hosts: frozenset[str], given: frozenset[str] = frozenset()) -> ast.expr | None:
+    """`x.split(counts)` with counts on the host, or given by the caller, as the word that leaves them on the device."""
     if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Attribute) or expr.func.attr not in _SPLITTING:
         return None
     function = isinstance(expr.func.value, ast.Name) and expr.func.value.id == "torch"
@@ -73,14 +73,14 @@ def chunks_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
     dim = args[2] if len(args) > 2 else named.get("dim")
     if not args or sizes is None or (dim is not None and not _is_zero(dim)):
         return None
-    kept = tensor_of(sizes, hosts)
+    kept = tensor_of(sizes, hosts | given)
     return None if kept is None else _word("runs", args[0], kept)
 
 
-def kept_form(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
+def kept_form(expr: ast.expr, hosts: frozenset[str], given: frozenset[str] = frozenset()) -> ast.expr | None:
     """What stands for a list of the host, or for chunks cut by one, where a loop is rolled."""
     found = tensor_of(expr, hosts)
-    return found if found is not None else chunks_of(expr, hosts)
+    return found if found is not None else chunks_of(expr, hosts, given)
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ class Scope:
 
     assignments  to one target, in the order of their lines
     hosts        names of lists that came from tensors, and of chunks cut by them
+    given        names of arguments, which may be such lists of the caller's
     """
 
     assignments: tuple[ast.Assign, ...]
     hosts: frozenset[str]
+    given: frozenset[str] = frozenset()
 
 
 def scope_of(function: ast.AST) -> Scope:
@@ -100,11 +102,33 @@ def scope_of(function: ast.AST) -> Scope:
     found = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and len(n.targets) == 1]
     found.sort(key=lambda n: n.lineno)
     hosts: frozenset[str] = frozenset()
+    given = _given(function)
     for assignment in found:
         target = assignment.targets[0]
-        if isinstance(target, ast.Name) and kept_form(assignment.value, hosts) is not None:
+        if isinstance(target, ast.Name) and kept_form(assignment.value, hosts, given) is not None:
             hosts |= {target.id}
-    return Scope(tuple(found), hosts)
+    return Scope(tuple(found), hosts, given)
+
+
+def _given(function: ast.AST) -> frozenset[str]:
+    """The names of a function's plain arguments that it does not bind again."""
+    if not isinstance(function, ast.FunctionDef):
+        return frozenset()
+    return frozenset(a.arg for a in function.args.args) - stored(function.body)
+
+
+def hands_over(function: ast.FunctionDef) -> bool:
+    """Whether a function returns a list of numbers that it moved to the host: another may cut rows by them."""
+    moved = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _is_bare(node.value, _MOVING)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    results = [n.value for n in ast.walk(function) if isinstance(n, ast.Return) and n.value is not None]
+    parts = [part for value in results for part in (value.elts if isinstance(value, ast.Tuple) else [value])]
+    return any(isinstance(part, ast.Name) and part.id in moved for part in parts)
 
 
 def read_after(function: ast.AST, assignment: ast.Assign, name: str) -> list[ast.Name]:
@@ -132,7 +156,7 @@ def keep_on_device(function: ast.AST, loop: ast.For, ask: ast.expr) -> str | Non
         target = assignment.targets[0]
         if not isinstance(target, ast.Name) or target.id not in wanted or id(assignment) in inside:
             continue
-        form = kept_form(copy.deepcopy(assignment.value), hosts)
+        form = kept_form(copy.deepcopy(assignment.value), hosts, scope.given)
         if form is None:
             continue
         if any(id(read) not in inside for read in read_after(function, assignment, target.id)):

@@ -50,7 +50,7 @@ def _members(tx: Any, var: Any, wanted: Any) -> list[Member]:
     if isinstance(value, nn.ModuleDict):
         names = list(value.keys())
         asked = [name.as_python_constant() for name in wanted.items]
-        return [] if asked and asked != names else _children(value, var.source, names)
+        return _children(value, var.source, _numbered(asked, names) if asked else names)
     if isinstance(value, nn.ModuleList):
         return _children(value, var.source, list(value._modules))
     if isinstance(value, nn.ParameterList):
@@ -63,6 +63,12 @@ def _members(tx: Any, var: Any, wanted: Any) -> list[Member]:
             for name, p in value._parameters.items()
         ]
     return []
+
+
+def _numbered(asked: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """The names `expert_0`, `expert_1`, … of a dictionary, which may hold others; none where a number is left out."""
+    found = [name for name in asked if name in names]
+    return found if found == list(asked[: len(found)]) else []
 
 
 def _value(var: Any) -> Any:

@@ -77,4 +77,6 @@ def pick_from(key: str, obj: Any, at: Any) -> Any:
     }
     if names == ("",):
         return picks[""]
+    if isinstance(at, TextKey):
+        return Picked(key, obj[_wanted[0]], picks)
     return Picked(key, next(iter(obj.values())) if isinstance(obj, nn.ModuleDict) else obj[0], picks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moec.capture.events import Path, after, events, loaded, read_first, stored
 from moec.capture.host import Scope, counters
-from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts
+from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts, reads_chunk
 
 # Torch's words for "add or write at these rows"; the place of the row index among the arguments of the method.
 _WRITES = {
@@ -81,7 +81,9 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
     writes = [w for w in writes if any(_is_rows(key, selectors - aliases, aliases, bounds) for key in w.keys)]
     computed = _computed(loop, selectors, bounds, aliases)
-    appends = [s for s in loop.body if loaded([s]) & computed or cuts(s, bounds, aliases)]
+    appends = [
+        s for s in loop.body if loaded([s]) & computed or cuts(s, bounds, aliases) or reads_chunk(s, scope, aliases)
+    ]
     collected &= {appended_to(s) for s in appends}
     if not writes and not collected:
         return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moec.capture import source
 from moec.capture.comprehend import unfolded
 from moec.capture.events import Path, functions, loops
-from moec.capture.host import keep_on_device, scope_of
+from moec.capture.host import hands_over, keep_on_device, scope_of
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
 from moec.capture.slices import JOINING
@@ -49,8 +49,12 @@ class _Found:
 
 
 def promising(code: types.CodeType) -> bool:
-    """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function."""
+    """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function; or
+    numbers that are moved to the host.
+    """
     ops = code.co_code[::2]
+    if "tolist" in code.co_names:
+        return True
     if not JOINING.isdisjoint(code.co_names) and _lists(code):
         return True
     if _FOR in ops and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
@@ -72,12 +76,13 @@ def rewrite(code: types.CodeType) -> Rewritten:
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner)]
-    if not any(one.verdict for one in found):
+    handing = hands_over(node)
+    if not any(one.verdict for one in found) and not handing:
         return Rewritten(None)
     try:
         if not source.same_code(source.compile_like(code, copy.deepcopy(node)), code):
             raise source.NoSource("its source is not the one that its code was compiled from")
-        return _roll_all(code, node, found)
+        return _roll_all(code, node, found, handing)
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
 
@@ -90,7 +95,7 @@ def _candidates(owner: ast.FunctionDef) -> Iterator[_Found]:
         yield _Found(owner, one.loop, one.loop_path, examine(one.loop, one.loop_path, scope), one.stmt)
 
 
-def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) -> Rewritten:
+def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool) -> Rewritten:
     declined: list[NotRolled] = []
     taken: set[int] = set()
     changed: list[ast.FunctionDef] = []
@@ -107,10 +112,12 @@ def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found]) 
             continue
         taken |= {id(inner) for inner in ast.walk(one.loop)}
         changed += [one.function] if one.function not in changed else []
-    if not taken:
+    if not taken and not handing:
         return Rewritten(None, tuple(declined))
     for function in changed:
-        _import_words(function)
+        _import_words(function, call("compiling"))
+    if handing and node not in changed:
+        _import_words(node, call("handing", ast.Constant(loop_key(code.co_filename, code.co_firstlineno))))
     return Rewritten(source.compile_like(code, node), tuple(declined))
 
 
@@ -146,12 +153,12 @@ def _locate(tree: ast.AST, loop: ast.For) -> None:
     fill(tree, loop.lineno)
 
 
-def _import_words(node: ast.FunctionDef) -> None:
+def _import_words(node: ast.FunctionDef, asked: ast.expr) -> None:
     start = 1 if ast.get_docstring(node, clean=False) is not None else 0
     line = node.body[min(start, len(node.body) - 1)].lineno
     words = ast.ImportFrom("moec.capture", [ast.alias("trace", RUNTIME)], 0)
     # Asked at once, since it also lets the compile trace the shapes that depend on data before the loop.
-    ask = ast.Expr(call("compiling"))
+    ask = ast.Expr(asked)
     for stmt in (words, ask):
         stmt.lineno = stmt.end_lineno = line
         stmt.col_offset = stmt.end_col_offset = 0

@@ -6,6 +6,7 @@ import ast
 import copy
 from dataclasses import dataclass, field
 
+from moec.capture.branches import branches
 from moec.capture.events import loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
 from moec.capture.recognise import Candidate, is_alias, recast
@@ -17,7 +18,12 @@ _ITEM = "_moec_item"
 
 def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
     """The straight-line body that stands for the loop in `function`; raises Unrollable."""
-    return _Roller(candidate, ast.Constant(key), scope_of(function).hosts).run()
+    scope = scope_of(function)
+    out: list[ast.stmt] = []
+    for part in branches(candidate):
+        again = [ast.Expr(call("enter", ast.Constant(key)))] if out else []
+        out += [*again, *_Roller(part, ast.Constant(key), scope.hosts, scope.given).run()]
+    return out
 
 
 @dataclass
@@ -25,6 +31,7 @@ class _Roller:
     candidate: Candidate
     key: ast.Constant
     hosts: frozenset[str]
+    given: frozenset[str]
     item: str = _ITEM
     words: Words = field(init=False)
     bound: set[str] = field(default_factory=set)  # what the statements so far bind
@@ -121,7 +128,7 @@ class _Roller:
             sequences = [(target, inner)]
         out: list[ast.stmt] = []
         for i, (_, sequence) in enumerate(sequences):
-            kept = kept_form(sequence, self.hosts)
+            kept = kept_form(sequence, self.hosts, self.given)
             plain = _without_values(strip_listing(sequence)) if kept is None else kept
             out.append(assign(f"_moec_seq{i}", plain))
         sizes: list[ast.expr] = [call("length", name(f"_moec_seq{i}")) for i in range(len(sequences))]
@@ -163,6 +170,11 @@ class _Roller:
             return self.skips(stmt.test, True, stmt.body)
         raise Unrollable("an if that depends on the item has an else branch or statements after it")
 
+    def joint(self, test: ast.BoolOp) -> ast.expr:
+        """Tests joined by and/or as one condition: a skip is a row of conditions, any of which ends the iteration."""
+        sides = [self.words.condition(side) for side in test.values]
+        return call("joint", self.key, ast.Constant(isinstance(test.op, ast.And)), *sides)
+
     def depends(self, test: ast.expr) -> bool:
         return bool(loaded([test]) & self.candidate.tainted)
 
@@ -183,9 +195,9 @@ class _Roller:
         """`if test: continue` (negated: `if not test: continue`) followed by the rest of the body."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return self.skips(test.operand, not negate, rest)
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) != negate:
+            test = self.joint(test)
         if isinstance(test, ast.BoolOp):
-            if isinstance(test.op, ast.And) != negate:
-                raise Unrollable("a condition joins tests by and/or in a way that no row of skips can tell")
             first, *others = test.values
             then = ast.BoolOp(test.op, others) if len(others) > 1 else others[0]
             nested = ast.If(ast.UnaryOp(ast.Not(), then) if negate else then, [ast.Continue()], [])
@@ -198,10 +210,15 @@ class _Roller:
                 "skip_compare", self.key, item, left, ast.Constant(_COMPARISONS[type(test.ops[0])]), right, negated
             )
             return [*first_out, assign(self.item, word), *self.block(rest)]
-        cond = assign("_moec_cond", self.words.condition(test))
+        cond = assign("_moec_cond", test if is_joint(test) else self.words.condition(test))
         step = assign(self.item, call("skip", self.key, item, name("_moec_cond"), negated))
         guard = ast.UnaryOp(ast.Not(), call("always", name("_moec_cond"), negated))
         return [*first_out, cond, ast.If(guard, [step, *self.block(rest)], [])]
+
+
+def is_joint(test: ast.expr) -> bool:
+    """Whether a condition is already written in words."""
+    return isinstance(test, ast.Call) and isinstance(test.func, ast.Attribute) and test.func.attr == "joint"
 
 
 def _without_values(sequence: ast.expr) -> ast.expr:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moec.capture.numbers import drop_unread
 from moec.capture.region import Malformed, hoist_invariants, regions
 from moec.capture.state import NotRolled, current_tx, declined, loops_of, not_rolled, retrace_without
 
@@ -25,6 +26,10 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     loops = loops_of(tx)
     if loops.open is not None:
         retrace_without(tx, loops.open, "Dynamo broke the graph inside the loop's body")
+    if loops.handed and drop_unread(gm):
+        _retrace_all(
+            tx, loops.handed, "numbers that it moves to the host are read elsewhere than in a loop over experts"
+        )
     top = [key for key in loops.begun if key not in loops.nested]
     for key, region in zip(top, regions(gm), strict=False):
         try:

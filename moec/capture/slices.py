@@ -45,17 +45,34 @@ def looks_up(expr: ast.AST, aliases: set[str]) -> bool:
     return any(isinstance(n, ast.Subscript) and loaded([n.slice]) & aliases for n in ast.walk(expr))
 
 
-def chunk_names(loop: ast.For, scope: Scope) -> set[str]:
-    """The targets of the loop that are chunks cut by counts: `for i, chunk in enumerate(chunks)`."""
-    cut = {
+def _cut_names(scope: Scope) -> set[str]:
+    """The names of lists of chunks cut by counts."""
+    return {
         a.targets[0].id
         for a in scope.assignments
-        if isinstance(a.targets[0], ast.Name) and chunks_of(a.value, scope.hosts) is not None
+        if isinstance(a.targets[0], ast.Name) and chunks_of(a.value, scope.hosts, scope.given) is not None
     }
+
+
+def reads_chunk(stmt: ast.stmt, scope: Scope, aliases: set[str]) -> bool:
+    """Whether a statement reads the chunk at the item: `chunks[e]`."""
+    cut = _cut_names(scope)
+    return any(
+        isinstance(n, ast.Subscript)
+        and isinstance(n.value, ast.Name)
+        and n.value.id in cut
+        and loaded([n.slice]) & aliases
+        for n in ast.walk(stmt)
+    )
+
+
+def chunk_names(loop: ast.For, scope: Scope) -> set[str]:
+    """The targets of the loop that are chunks cut by counts: `for i, chunk in enumerate(chunks)`."""
+    cut = _cut_names(scope)
     found: set[str] = set()
     for target, sequence in _joint(loop):
         named = isinstance(sequence, ast.Name) and sequence.id in cut
-        if named or chunks_of(sequence, scope.hosts) is not None:
+        if named or chunks_of(sequence, scope.hosts, scope.given) is not None:
             found |= stored([target])
     for stmt in ast.walk(ast.Module(loop.body, [])):
         if isinstance(stmt, ast.Assign) and isinstance(stmt.value, ast.Subscript):

@@ -87,11 +87,13 @@ def declined(tx: Any) -> dict[str, NotRolled]:
 class Loops:
     """The loops that one graph has rolled so far, in order, and the one whose body is being traced.
 
+    handed: functions that hand numbers of the host to others, which stay symbols where loops cut rows by them
     nested: those inside the graph of a higher-order operator (a checkpointed block), where no real loop can run.
     """
 
     begun: list[str] = field(default_factory=list)
     nested: list[str] = field(default_factory=list)
+    handed: list[str] = field(default_factory=list)
     open: str | None = None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
+from moec.capture.numbers import counted
 from moec.capture.picked import TextKey, pick_from
 from moec.capture.state import (
     allow_data_dependence,
@@ -78,6 +79,21 @@ def _fix_total() -> None:
 def give_up(key: str, reason: str) -> NoReturn:
     """Traced in a rolled body that turns out not to be one; Dynamo starts again with the loop as written."""
     retrace_without(current_tx(), key, reason)
+
+
+@torch.compiler.assume_constant_result
+def _hand(key: str) -> bool:
+    tx = current_tx()
+    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx) or key in declined(tx):
+        return False
+    loops_of(tx).handed.append(key)
+    allow_data_dependence(tx)
+    return True
+
+
+def handing(key: str) -> bool:
+    """Whether the numbers that a function moves to the host and returns stay symbols of this compile."""
+    return torch.compiler.is_dynamo_compiling() and _hand(key)
 
 
 def compiling() -> bool:
@@ -274,6 +290,22 @@ def skip_compare(key: str, item: Tensor, left: Any, how: str, right: Any, negate
     return give_up(key, "a condition in the body compares sizes with something else than zero")
 
 
+def joint(key: str, every: bool, *conds: Any) -> Any:
+    """Conditions joined by `and` (every) or `or`: a constant where one decides, else one tensor."""
+    left: list[Tensor] = []
+    for cond in conds:
+        if isinstance(cond, Tensor):
+            left.append(cond)
+        elif bool(cond) != every:
+            return not every
+    if not left:
+        return every
+    joined = left[0]
+    for cond in left[1:]:
+        joined = torch.logical_and(joined, cond) if every else torch.logical_or(joined, cond)
+    return joined
+
+
 def carry(key: str, value: Any, item: Tensor) -> Tensor:
     """The loop-carried value at the head of an iteration."""
     if isinstance(value, int):
@@ -317,9 +349,10 @@ class Runs:
         self.ends = sizes.cumsum(0)
 
 
-def runs(rows: Tensor, sizes: Tensor) -> Runs:
-    """`rows.split(sizes.tolist())` without moving the sizes to the host."""
-    return Runs(rows, sizes)
+def runs(rows: Tensor, sizes: Any) -> Any:
+    """`rows.split(sizes.tolist())` with sizes that stay on the device; a plain split where they came from no tensor."""
+    counts = sizes if isinstance(sizes, Tensor) else counted(sizes)
+    return rows.split(sizes) if counts is None else Runs(rows, counts)
 
 
 def running(sizes: Tensor) -> Tensor:

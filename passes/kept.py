@@ -1,0 +1,63 @@
+"""A loop whose rows are chosen by a mask that also drops some: Switch's expert loop with a capacity.
+
+mask = one_hot(ids) · (cumsum(one_hot(ids)) ≤ C); for e: rows = where(mask[e])   →   the loop over where(kept, ids, −1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.graph import Arg, Graph, Instr, Ref
+from moec.match import NoMatch
+from moec.passes.capacity import always
+from moec.passes.hot import Hot, letters_of
+from moec.passes.lift import Lifter, same
+from moec.passes.pairs import Choice, Writer, routed
+from moec.passes.rows import OneHot
+
+
+def kept_mask(lifter: Lifter, arg: Arg) -> OneHot | None:
+    """A mask of chosen experts of which some are dropped, over t, s and e; its choice is known by `lifter.kept`."""
+    hot = lifter.masks.lift(arg) if lifter.masks is not None else None
+    if not isinstance(hot, Hot) or not hot.unit or hot.summed or hot.at >= 0 or lifter.masks is None:
+        return None
+    axes = _axes(lifter.graph, hot)
+    if axes is None:
+        return None
+    only = frozenset(cond for cond in hot.only if not always(lifter.masks, cond))
+    name = "#".join((hot.base, *sorted(cond.witness for cond in only)))
+    lifter.kept[name] = replace(hot, only=only)
+    return OneHot(name, axes)
+
+
+def _axes(graph: Graph, hot: Hot) -> tuple[str, ...] | None:
+    """A mask's labels as t, s and e: one slot a token, or the choice's last axis."""
+    letters = letters_of(graph.types[hot.base].rank)
+    names = {"e": "e", "".join(letters): "t"}
+    if len(letters) == 2:
+        names |= {"a": "t", "b": "s"}
+    elif "".join(letters) in hot.axes and hot.axes.count("1") == 1:
+        names["1"] = "s"
+    if "ab" in hot.axes and hot.axes.count("1") == 1:
+        names["1"] = "s"
+    found = tuple(names.get(label, "") for label in hot.axes)
+    return found if all(found) and len(set(found)) == len(found) and {"t", "e"} <= set(found) else None
+
+
+def kept_choice(lifter: Lifter, root: Instr, name: str) -> tuple[tuple[Instr, ...], str] | NoMatch:
+    """Instructions that make the experts e[T, k] of a choice known by `lifter.kept`, −1 where a pair is dropped."""
+    hot = lifter.kept[name]
+    letters = letters_of(lifter.graph.types[hot.base].rank)
+    by_slot = len(letters) == 2 and "a" in hot.axes
+    out = Writer(lifter.graph, root)
+    found = routed(out, Choice(hot.base, "b" if by_slot else ""), (), tuple(hot.only), "f32")
+    return found if isinstance(found, NoMatch) else (tuple(out.instrs), found[1])
+
+
+def made_shape(lifter: Lifter, instrs: tuple[Instr, ...], choice: str, weight: str) -> NoMatch | None:
+    """None where the weights are as many as the choices that were made."""
+    kind = next((i.types[0] for i in instrs if i.results[0] == choice), None) or lifter.graph.types[choice]
+    given = lifter.graph.types[weight]
+    if given.rank == kind.rank and all(same(a, b) for a, b in zip(given.shape, kind.shape, strict=True)):
+        return None
+    return NoMatch(f"routing weights are {given} for choices {kind}", Ref(weight).name)
