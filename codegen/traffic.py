@@ -58,8 +58,8 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
     elements: Mapping[str, int] = {
         "x": s.T * s.H, "router": s.E * s.H, "router_bias": s.E, "selection": s.E, "logits": s.T * s.E,
         "weights": s.T * s.k, "experts": s.T * s.k, "order": load.rows, "offsets": s.E + 1, "tile_expert": tiles,
-        "tile_row": tiles, "counters": 3, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.H,
-        "y": s.T * s.H,
+        "tile_row": tiles, "counters": 4, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.H,
+        "y": s.T * s.H, "rows": load.rows * s.H,
     }  # fmt: skip
     found: dict[str, int] = {}
     for argument in launch.arguments:
@@ -70,7 +70,7 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
             table = 0 if load.spec.experts.stacked else load.hit * each
             found[name] = table + load.param_bytes(name)
         else:
-            found[name] = elements[name] * each * _times(launch, name)
+            found[name] = elements[argument.binding or name] * each * _times(launch, name)
     return found
 
 

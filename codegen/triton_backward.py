@@ -40,6 +40,9 @@ def backward_config(config: GpuConfig) -> GpuConfig:
         num_stages=min(config.num_stages, 2),
         variant="sorted",
         combine="fused",
+        weights="pointers",
+        programs=0,
+        specialized=False,
     )
 
 

@@ -80,10 +80,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Program:
-    """All of one call: its launches in order and the buffers they share."""
+    """All of one call: its launches in order and the buffers they share; scratch: kernels ask Triton for memory."""
 
     launches: tuple[Launch, ...]
     buffers: tuple[Buffer, ...]
+    scratch: bool = False
 
 
 @dataclass(frozen=True)

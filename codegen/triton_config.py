@@ -11,11 +11,13 @@ from typing import Protocol
 from moec.codegen.plan import Sizes
 from moec.coding import Coding
 from moec.errors import CodegenError
+from moec.gpu_target import gpu_targets
 from moec.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
 COMBINES = ("fused", "separate", "atomic")
 NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+WEIGHTS = ("pointers", "descriptors")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 
 
@@ -47,6 +49,9 @@ class GpuConfig:
                 row a token in fp32, in any order, and the last blocks only convert it: less memory, but the last
                 bits of a result may differ from call to call
     native_fp8  the target converts fp8 (e4m3) itself; else its bits are moved
+    weights     pointers: each lane loads its own addresses; descriptors: blocks are loaded by tensor descriptors (TMA)
+    programs    0: a tile a program; more: so many programs take one tile after the other (persistent)
+    specialized some warps only load, others only multiply; rows are brought into the order of experts first
     """
 
     block_m: int
@@ -58,6 +63,9 @@ class GpuConfig:
     variant: str = "sorted"
     combine: str = "fused"
     native_fp8: bool = False
+    weights: str = "pointers"
+    programs: int = 0
+    specialized: bool = False
 
     def __post_init__(self) -> None:
         """Raises CodegenError for a number that no kernel takes."""
@@ -74,6 +82,36 @@ class GpuConfig:
                 f"GpuConfig: variant={self.variant!r}, combine={self.combine!r}; "
                 f"expected one of {', '.join(VARIANTS)} and one of {', '.join(COMBINES)}"
             )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.weights not in WEIGHTS or self.programs < 0:
+            raise CodegenError(
+                f"GpuConfig: weights={self.weights!r}, programs={self.programs}; "
+                f"expected one of {', '.join(WEIGHTS)} and at least 0"
+            )
+        if self.variant == "decode" and (self.weights != "pointers" or self.programs or self.specialized):
+            raise CodegenError(
+                "GpuConfig: variant='decode' has weights='pointers', programs=0 and no specialized warps"
+            )
+        if not self.specialized:
+            return
+        if self.weights != "descriptors" or not self.programs or self.combine != "separate":
+            raise CodegenError(
+                "GpuConfig: specialized=True needs weights='descriptors', programs>0, combine='separate'"
+            )
+        if self.num_warps != 4 or self.block_m < 128:
+            # Triton 3.7.1 compiles 8 warps without specialising them, and fails on smaller tiles.
+            raise CodegenError(
+                f"GpuConfig: specialized=True, num_warps={self.num_warps}, block_m={self.block_m}; "
+                "expected 4 warps and block_m of 128 or more"
+            )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The capabilities (`GpuTarget.has`) that a target must have."""
+        described = {"tma"} if self.weights == "descriptors" else set[str]()
+        return frozenset(described | ({"warp_specialize"} if self.specialized else set()))
 
     def loop_bytes(self, dtype: str, target: GpuFigures | None = None) -> int:
         """Bytes of shared memory that the inner loop holds: a copy of its operands a stage.
@@ -83,6 +121,19 @@ class GpuConfig:
         direct = target is None or (target.name in ("sm_90", "sm_100") and self.block_m >= 64)
         copies = self.num_stages if direct else max(1, self.num_stages - 1)
         return copies * self.block_k * (self.block_m + self.block_n) * _BYTES[dtype]
+
+
+def check_target(config: GpuConfig, target: GpuFigures | None) -> GpuConfig:
+    """`config`, if the target has what it needs (None: the interpreter, which has all); raises CodegenError."""
+    if target is None or not config.needs:
+        return config
+    lacking = config.needs - next((t.has for t in gpu_targets() if t.name == target.name), frozenset())
+    if lacking:
+        raise CodegenError(
+            f"{target.name} has no {', '.join(sorted(lacking))}, which weights={config.weights!r}, "
+            f"specialized={config.specialized} needs; use weights='pointers', specialized=False"
+        )
+    return config
 
 
 def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None) -> GpuConfig:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from moec.codegen import triton_views
 from moec.codegen.cpp import check
 from moec.codegen.triton_backward import projections, slope_names
 from moec.codegen.triton_codes import TYPES, base, coded_context
@@ -37,9 +38,10 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))  # where bfloat16 is multiplied and rounded wrongly
 LEAST = tl.constexpr(-(2**31))  # a key below every value
-TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done
+TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done, rows
 QUEUE = tl.constexpr(1)
 DONE = tl.constexpr(2)
+ROWS = tl.constexpr(3)
 
 
 @triton.jit
@@ -130,6 +132,9 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "matrices": [g for g in first if not g.startswith(("bias_", "scale_"))],
         "projections": _rows(s, "f_in", ""),
         "biases": _rows(s, "f_in", "bias_") if s.bias_in else [],
+        "projected": s.ab_views,
+        "make_view": lambda group: triton_views.make(s, group),
+        "read_view": lambda group: triton_views.read(s, group),
         "base": lambda group: base(s, group, s.stored(group)),
         "own_base": lambda name: base(s, name, s.dtype),
         **coded_context(s),

@@ -45,6 +45,8 @@ from moec.codegen.triton_call import (
 )
 from moec.codegen.triton_config import GpuConfig, GpuFigures, default_config
 from moec.codegen.triton_operands import Operands, contiguous
+from moec.codegen.triton_views import undescribable
+from moec.errors import CodegenError
 from moec.spec import KernelSpec
 
 
@@ -73,12 +75,17 @@ def program(
 
 
 def _sorted(at: At) -> Program:
+    reason = undescribable(at.spec, at.sizes, at.config, at.operands) if at.config.weights == "descriptors" else None
+    if reason:
+        raise CodegenError(f"weights='descriptors': {reason}; use weights='pointers'")
     steps = [dispatch(at), _gate_up(at), _down(at)]
+    if at.config.specialized:
+        steps.insert(1, _permute(at))
     if at.routed:
         steps.insert(0, _router(at))
     if at.config.combine == "separate":
         steps.append(_combine(at))
-    return Program(tuple(steps), buffers(at))
+    return Program(tuple(steps), buffers(at), at.config.weights == "descriptors")
 
 
 def buffers(at: At) -> tuple[Buffer, ...]:
@@ -88,7 +95,8 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     if at.config.variant == "decode":
         return (h,)
     slots = Buffer("slots", "f32", (s.T, s.H), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.H))
-    return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots)
+    rows = (Buffer("rows", dtype, (at.rows, s.H)),) if at.config.specialized else ()
+    return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots, *rows)
 
 
 def buffer_formula(spec: KernelSpec, sizes: Sizes, routed: bool, target: GpuFigures | None = None) -> Size:
@@ -170,6 +178,35 @@ def _router_depth(rows: int, item: int, hidden: int) -> tuple[int, int]:
     return depth, 3 if 2 * depth * rows * item <= 56 << 10 else 2
 
 
+def _permute(at: At) -> Launch:
+    """Rows in the order of experts, for loads that cannot gather."""
+    s, o = at.sizes, at.operands
+    columns = min(256, power_of_two(s.H))
+    rows = max(1, 4096 // columns)
+    weights = (pointer("weights", o.weights_dtype),) if at.spec.experts.weight_on == "input" else ()
+    consts = constants(
+        H=s.H, E=s.E, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], BLOCK_ROWS=rows,
+        BLOCK_COLUMNS=columns,
+    )  # fmt: skip
+    arguments = (
+        pointer("x", o.x_dtype), *weights, pointer("order", "i32"), pointer("offsets", "i32"),
+        pointer("rows", at.spec.experts.dtype), *consts,
+    )  # fmt: skip
+    return Launch("permute", (ceil_div(at.pairs, rows), ceil_div(s.H, columns)), arguments, 4, 1)
+
+
+def _schedule(at: At) -> dict[str, int | bool]:
+    c = at.config
+    return {
+        "DESCRIBED": c.weights == "descriptors", "ORDERED": c.specialized, "PROGRAMS": c.programs,
+        "SPECIALIZED": c.specialized,
+    }  # fmt: skip
+
+
+def _blocks(at: At, tiles: int) -> int:
+    return min(tiles, at.config.programs) if at.config.programs else tiles
+
+
 def _gate_up(at: At) -> Launch:
     s, c, o = at.sizes, at.config, at.operands
     pointers, strides = param_arguments(at, True)
@@ -178,14 +215,16 @@ def _gate_up(at: At) -> Launch:
     on_input = at.spec.experts.weight_on == "input"
     weights = (pointer("weights", o.weights_dtype),) if on_input else ()
     consts = constants(
-        H=s.H, F=s.F, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides,
+        H=s.H, F=s.F, E=s.E, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides,
         **gemm_consts(at, s.H), EVEN_N=at.columns % c.block_n == 0, WIDE_X=at.wide_x, WIDE_W=at.wide_w(*ours),
+        **_schedule(at),
     )  # fmt: skip
+    x = replace(pointer("x", at.spec.experts.dtype), binding="rows") if c.specialized else pointer("x", o.x_dtype)
     arguments = (
-        pointer("x", o.x_dtype), *weights, *pointers, *tile_pointers(at), pointer("h", at.spec.experts.dtype),
+        x, *weights, *pointers, *tile_pointers(at), pointer("h", at.spec.experts.dtype),
         Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
-    return Launch("gate_up", (at.m_tiles * n_tiles,), arguments, c.num_warps, c.num_stages)
+    return Launch("gate_up", (_blocks(at, at.m_tiles * n_tiles),), arguments, c.num_warps, c.num_stages)
 
 
 def _combine_shape(at: At) -> tuple[int, int, int]:
@@ -213,7 +252,7 @@ def _down(at: At) -> Launch:
     extra, numbers = _combined(at)
     consts = constants(
         **numbers, F=s.F, **strides, **gemm_consts(at, s.F), EVEN_N=s.H % c.block_n == 0,
-        WIDE_H=at.pairs * s.F >= WIDE, WIDE_W=at.wide_w("out"), FUSED=fused,
+        WIDE_H=at.pairs * s.F >= WIDE, WIDE_W=at.wide_w("out"), FUSED=fused, **_schedule(at),
     )  # fmt: skip
     dtype = at.spec.experts.dtype
     arguments = (
@@ -221,7 +260,7 @@ def _down(at: At) -> Launch:
         Argument("T", "i32", s.T), Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
     blocks = at.m_tiles * n_tiles + (_combine_shape(at)[2] if fused else 0)
-    return Launch("down", (blocks,), arguments, c.num_warps, c.num_stages)
+    return Launch("down", (_blocks(at, blocks),), arguments, c.num_warps, c.num_stages)
 
 
 def _combine(at: At) -> Launch:

@@ -84,16 +84,20 @@ class Figures:
     problems: tuple[str, ...] = ()
 
 
-def read_figures(target: GpuTarget, texts: Mapping[str, str], shared: int, num_warps: int) -> Figures:
+def read_figures(
+    target: GpuTarget, texts: Mapping[str, str], shared: int, num_warps: int, total_warps: int = 0
+) -> Figures:
     """Figures from the compiler's texts: ttir, ttgir and sass + usage (NVIDIA) or amdgcn (AMD).
 
-    shared: bytes of dynamic shared memory; num_warps: as asked for. Raises ParseError for a text without a kernel.
+    shared: bytes of dynamic shared memory; num_warps: as asked for; total_warps: with those that specialisation adds,
+    where the compiler's metadata say so. Raises ParseError for a text without a kernel.
     """
     code, registers, spilled, stack = _machine(target, texts)
     reader = sass if target.backend == "cuda" else amdgcn
     dots = source_dots(texts["ttir"])
     specialized = "ttg.warp_specialize" in texts["ttgir"]
     warps, working = _warps(texts["ttgir"], num_warps)
+    warps = max(warps, total_warps)
     stores, loads = reader.local_traffic(code)
     loop = _loop(target, code, dots, working)
     figures = Figures(

@@ -10,7 +10,7 @@ from typing import Any
 
 from moec.codegen import triton_emit
 from moec.codegen.plan import Sizes
-from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_launch import Launch, program
 from moec.errors import CodegenError, OptionError, ParseError
 from moec.gpu_target import GpuTarget, gpu_target
@@ -34,7 +34,7 @@ class Request:
         """The default configuration for spec, sizes and target with the changes that were asked for."""
         default = default_config(self.spec, self.sizes, self.target)
         try:
-            return replace(default, **dict(self.config))
+            return check_target(replace(default, **dict(self.config)), self.target)
         except CodegenError as error:
             raise OptionError(f"--config: {error}") from error
 

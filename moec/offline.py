@@ -87,7 +87,9 @@ def compile_offline(job: Job, target: GpuTarget, cache_dir: Path, timeout: float
                 return refused
             made = _made(folder)
         _keep(made, kept)
-    return Compiled(read_figures(target, made["texts"], made["shared"], job.num_warps), made["texts"])
+    return Compiled(
+        read_figures(target, made["texts"], made["shared"], job.num_warps, made["num_warps"]), made["texts"]
+    )
 
 
 def _made(folder: Path) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
         made = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, ValueError, EOFError, zlib.error):
         return None
-    whole = isinstance(made, dict) and {"texts", "shared"} <= set(cast("dict[str, Any]", made))
+    whole = isinstance(made, dict) and {"texts", "shared", "num_warps"} <= set(cast("dict[str, Any]", made))
     return cast("dict[str, Any]", made) if whole else None
 
 

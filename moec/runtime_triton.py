@@ -8,6 +8,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from torch import Tensor
 from moec.binding import Bindings, checked_sizes
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Argument, Program
-from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import program
 from moec.codegen.triton_operands import Operands, Strides
@@ -147,7 +148,7 @@ class TritonKernel:
         return Operands(*base, *names)
 
     def _make_program(self, sizes: Sizes, operands: Operands, entry: str, capacity: int | None) -> Program:
-        return program(self.spec, sizes, self.config_for(sizes), operands, entry, capacity)
+        return program(self.spec, sizes, check_target(self.config_for(sizes), self.figures), operands, entry, capacity)
 
     def _run(
         self,
@@ -176,6 +177,14 @@ def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
     for buffer in made.buffers:
         make = x.new_zeros if buffer.zeros else x.new_empty
         tensors[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+    # In a context of its own, so that the allocator of the user's kernels stays what it is.
+    contextvars.copy_context().run(_launch, module, made, tensors)
+
+
+def _launch(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:
+    x = tensors["x"]
+    if made.scratch:
+        _allocate_scratch_on(x.device)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         for launch in made.launches:
             kernel = getattr(module, launch.kernel)
@@ -188,6 +197,16 @@ def _argument(pointer: Argument, tensors: Mapping[str, Tensor]) -> Tensor:
     """The tensor behind a pointer; fp8 that a target does not know is given as bytes."""
     tensor = tensors[pointer.binding or pointer.name]
     return tensor.view(torch.uint8) if pointer.type == "*u8" else tensor
+
+
+def _allocate_scratch_on(device: torch.device) -> None:
+    """Memory for descriptors that kernels make: torch's own, so that it follows the stream and joins CUDA graphs."""
+    import triton
+
+    def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    triton.set_allocator(scratch)
 
 
 def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:

@@ -2,18 +2,21 @@
 
 import ast
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_backward import Wanted, backward_config, backward_program
-from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import emit, emit_backward
 from moec.codegen.triton_launch import launches, program
 from moec.codegen.triton_operands import contiguous
 from moec.errors import CodegenError
+from moec.gpu_target import GpuTarget, gpu_targets
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.target import GpuFigures
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "moe_bf16_triton.txt"
 MIXTRAL = KernelSpec(ExpertsSpec("bf16"), RouterSpec(renormalize=True), "bf16")
@@ -54,16 +57,103 @@ def test_golden():
     assert source == GOLDEN.read_text()
 
 
+SPECIALIZED = GpuConfig(128, 128, 64, combine="separate", weights="descriptors", programs=132, specialized=True)
+SCHEDULES = (
+    GpuConfig(16, 32, 32, programs=4),
+    GpuConfig(16, 32, 32, weights="descriptors"),
+    GpuConfig(16, 32, 32, weights="descriptors", programs=4, combine="separate"),
+    SPECIALIZED,
+)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.variant}-{c.combine}")
 def test_launches_fit_the_kernels_they_name(config):
     for spec in SPECS:
         functions = {f.name: f for f in ast.parse(emit(spec)).body if isinstance(f, ast.FunctionDef)}
         for entry in ("experts", "moe") if spec.router else ("experts",):
             for launch in launches(spec, Sizes(13, 40, 24, 8, 2), config, entry=entry):
-                arguments = [a.arg for a in functions[launch.kernel].args.args]
-                assert arguments == [a.name for a in launch.arguments], (spec, launch.kernel)
-                constexpr = [a.arg for a in functions[launch.kernel].args.args if a.annotation is not None]
-                assert constexpr == list(launch.constexprs())
+                check_launch(functions[launch.kernel], launch)
+
+
+def check_launch(function, launch):
+    assert [a.arg for a in function.args.args] == [a.name for a in launch.arguments], launch.kernel
+    assert [a.arg for a in function.args.args if a.annotation is not None] == list(launch.constexprs())
+
+
+@pytest.mark.parametrize("config", SCHEDULES, ids=lambda c: f"{c.weights}-{c.programs}-{c.specialized}")
+def test_launches_of_other_schedules_fit_too(config):
+    for spec in SPECS:
+        functions = {f.name: f for f in ast.parse(emit(spec)).body if isinstance(f, ast.FunctionDef)}
+        if config.weights == "descriptors" and not spec.experts.stacked:
+            with pytest.raises(CodegenError, match="a tensor of its own"):
+                launches(spec, Sizes(13, 64, 32, 8, 2), config)
+            continue
+        made = program(spec, Sizes(13, 64, 32, 8, 2), config)
+        assert made.scratch == (config.weights == "descriptors")
+        for launch in made.launches:
+            check_launch(functions[launch.kernel], launch)
+            if config.programs and launch.kernel in ("gate_up", "down"):
+                assert launch.grid[0] <= config.programs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "reason"),
+    [
+        (Sizes(13, 80, 64, 8, 2), None, "H=80 is no multiple of block_k=64"),
+        (Sizes(13, 64, 64, 8, 2), (64 * 130, 65, 1), "the strides of 'out'"),
+        (Sizes(13, 64, 64, 8, 2), (64 * 64, 1, 64), "the strides of 'out'"),
+    ],
+)
+def test_weights_that_no_descriptor_takes(sizes, strides, reason):
+    operands = contiguous(MIXTRAL, sizes)
+    if strides:
+        operands = replace(operands, params=(*operands.params[:-1], ("out", strides)))
+    with pytest.raises(CodegenError, match=reason):
+        launches(MIXTRAL, sizes, GpuConfig(128, 128, 64, weights="descriptors"), operands)
+
+
+@pytest.mark.parametrize("target", [*gpu_targets(), GpuFigures("sm_103", 227 << 10)], ids=lambda t: t.name)
+def test_no_target_is_given_what_it_rejects(target):
+    """Descriptors and specialised warps only where the target has them; a target nobody described has neither."""
+    described = GpuConfig(128, 128, 64, weights="descriptors")
+    has = target.has if isinstance(target, GpuTarget) else ()
+    for config, needs in (
+        (GpuConfig(16, 32, 32, programs=4), ()),
+        (described, ("tma",)),
+        (SPECIALIZED, ("tma", "wgmma")),
+    ):
+        if target.name == "sm_100":
+            needs = [n.replace("wgmma", "tcgen05") for n in needs]
+        if set(needs) <= set(has):
+            assert check_target(config, target) is config
+        else:
+            with pytest.raises(CodegenError, match=f"{target.name} has no "):
+                check_target(config, target)
+    for T in (1, 7, 64, 4096):
+        assert check_target(default_config(MIXTRAL, Sizes(T, 2048, 768, 128, 8), target), target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_warps": 8}, "num_warps=8"),
+        ({"block_m": 64}, "block_m=64"),
+        ({"combine": "fused"}, "combine='separate'"),
+        ({"weights": "pointers"}, "weights='descriptors'"),
+        ({"programs": 0}, "programs>0"),
+        ({"variant": "decode"}, "variant='decode'"),
+        ({"weights": "tma"}, "weights='tma'"),
+    ],
+)
+def test_schedules_that_compilers_ignore_or_refuse_are_errors(changes, reason):
+    with pytest.raises(CodegenError, match=reason):
+        replace(SPECIALIZED, **changes)
+
+
+def test_gradients_are_not_scheduled():
+    config = backward_config(SPECIALIZED)
+    assert not config.needs
+    assert not config.programs
 
 
 def test_backward_launches_fit_the_kernels_they_name():

@@ -24,6 +24,15 @@ SORTED = GpuConfig(16, 32, 32, group_m=2, num_stages=1)
 SEPARATE = GpuConfig(32, 16, 16, group_m=8, combine="separate")
 ATOMIC = GpuConfig(16, 32, 32, group_m=2, num_stages=1, combine="atomic")
 DECODE = GpuConfig(16, 16, 32, variant="decode")
+SCHEDULES = {
+    "persistent": dataclasses.replace(SORTED, programs=3),
+    "persistent-separate": dataclasses.replace(SEPARATE, programs=3),
+    "descriptors": dataclasses.replace(SORTED, weights="descriptors"),
+    "descriptors-persistent": dataclasses.replace(SORTED, weights="descriptors", programs=3),
+    "specialized": GpuConfig(
+        128, 32, 32, 2, 4, 1, combine="separate", weights="descriptors", programs=2, specialized=True
+    ),
+}
 
 
 def kernel(spec, config=None):
@@ -92,6 +101,38 @@ def test_atomics_by_option():
     assert (slots.dtype, slots.shape, slots.zeros) == ("f32", (40, 24), True)
     y = torch.ops.moec.experts(x, weights, experts, params, str(spec), "triton combine=atomic")
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
+
+
+def check_schedule(form, name, dtype, T, kind, H=64, F=32, E=3):
+    """Descriptors take contiguous weights only; others are an error that says so."""
+    spec, config = with_gate(*form, dtype), SCHEDULES[name]
+    params = [p.contiguous() for p in make_params(spec.experts, H, F, E)]
+    weights, experts = routing(kind, T, E, 2)
+    x = torch.randn(T, H).to(params[0].dtype)
+    if config.weights == "descriptors" and not spec.experts.stacked:
+        with pytest.raises(CodegenError, match="each expert has a tensor of its own"):
+            kernel(spec, config).experts(x, weights, experts, params)
+        return
+    y = kernel(spec, config).experts(x, weights, experts, params)
+    assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, FORMS[i]) for name in SCHEDULES for i in ((0, 2, 7) if "desc" in name else (3, 4))],
+    ids=str,
+)
+def test_schedules(name, form):
+    check_schedule(form, name, "bf16", 5, "sentinels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_all_schedules(form, name, dtype):
+    for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (200, "random")):
+        check_schedule(form, name, dtype, T, kind, 64, 160, 4)
 
 
 @pytest.mark.slow
