@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.codegen.plan import Sizes
+from moec.errors import OptionError
 from moec.gpu_target import gpu_target, gpu_targets
 from moec.kernel_jobs import Request
 from moec.kernels import compile_layers
@@ -67,12 +68,18 @@ COLUMNS = (
     "instr/step", "narrow loads",
 )  # fmt: skip
 
-# What the inner loops are held to: (target, tile, warps, stages) → instructions a step.
-AIMS = {
-    ("sm_90", (128, 256, 64), 8, 4): 100,
-    ("sm_90", (16, 128, 128), 4, 4): 115,
-    ("gfx942", (128, 128, 64), 4, 2): 100,
-}
+DESCRIPTORS = {"weights": "descriptors"}
+SPECIALIZED = {"weights": "descriptors", "programs": 132, "specialized": True, "combine": "separate"}
+# What the inner loops are held to: (target, tile, warps, stages, how it runs, instructions a step).
+AIMS = (
+    ("sm_90", (128, 256, 64), 8, 4, "pointers", {}, 100),
+    ("sm_90", (128, 256, 64), 8, 4, "persistent", {"programs": 132}, 100),
+    ("sm_90", (128, 256, 64), 8, 4, "descriptors", DESCRIPTORS, 105),
+    ("sm_90", (128, 256, 64), 4, 4, "specialised, rows in order", SPECIALIZED, 55),
+    ("sm_90", (16, 128, 128), 4, 4, "pointers", {}, 115),
+    ("sm_90", (16, 128, 128), 4, 4, "descriptors", DESCRIPTORS, 115),
+    ("gfx942", (128, 128, 64), 4, 2, "pointers", {}, 100),
+)
 
 # What the first product is called: with pairs sorted by expert, and at decode. Variants differ there.
 FIRST = ("gate_up", "decode_route_gate_up")
@@ -86,6 +93,14 @@ VARIANTS = {
     ),
     "decode, bf16": (LAYER, {"T": 1}, FIRST),
 }  # fmt: skip
+# How the grouped products of one layer run: (config, kernels). A target without the hardware for it refuses.
+TILE = {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 2}
+SCHEDULES = {
+    "persistent, pointers": ({"programs": 128}, ("gate_up", "down")),
+    "descriptors": ({**TILE, "num_warps": 8, **DESCRIPTORS}, ("gate_up", "down")),
+    "descriptors, persistent": ({**TILE, "num_warps": 8, **DESCRIPTORS, "programs": 128}, ("gate_up", "down")),
+    "specialised": ({**TILE, **SPECIALIZED}, ("permute", "gate_up", "down")),
+}
 VARIANT_SIZES = {"T": 4096, "H": 2048, "F": 768, "E": 8, "k": 2}
 
 
@@ -111,6 +126,30 @@ def variant_cell(layer):
 
 def _short(note):
     return re.sub(r"spills: (\d+) stores, (\d+) loads.*", r"spills \1 + \2", note)
+
+
+def schedules_table(schedules, targets, seconds):
+    """Markdown: a row a target, a column a way to run the grouped products."""
+    lines = ["| target | " + " | ".join(schedules) + " |", "|---" * (len(schedules) + 1) + "|"]
+    cells = {(name, t): schedule_cell(name, t, seconds) for name in schedules for t in targets}
+    return lines + [f"| {t} | " + " | ".join(cells[name, t] for name in schedules) + " |" for t in targets]
+
+
+def schedule_cell(name, target, seconds):
+    """As `variant_cell`, or what the target lacks; and whether warps are specialised where that was asked for."""
+    config, only = SCHEDULES[name]
+    request = Request(LAYER, Sizes(**VARIANT_SIZES), gpu_target(target), tuple(config.items()))
+    try:
+        (layer,) = compiled([(name, request)], only, seconds)
+    except OptionError as error:
+        return re.search(r"has no (.+?), which", str(error))[1].join(("not there: no ", ""))
+    asked = config.get("specialized", False)
+    ignored = [k.name for k in layer.kernels if asked and k.name != "permute" and not _specialized(k)]
+    return f"ignored by the compiler: {', '.join(ignored)}" if ignored else variant_cell(layer)
+
+
+def _specialized(kernel):
+    return isinstance(kernel.result, Refused) or kernel.result.figures.specialized
 
 
 def variants_table(variants, targets, seconds):
@@ -161,26 +200,29 @@ def _row(target, layer, kernel):
 
 def aims_table(targets, seconds):
     """Markdown: the tiles that inner loops are held to, at Mixtral's dimensions."""
-    lines = ["| target | tile | aim, instr/step | gate_up | down |", "|---|---|---|---|---|"]
-    for (target, tile, warps, stages), aim in AIMS.items():
+    lines = ["| target | tile | how | aim, instr/step | gate_up | down |", "|---|---|---|---|---|---|"]
+    for target, tile, warps, stages, how, schedule, aim in AIMS:
         if target not in targets:
             continue
         values = (
             *zip(("block_m", "block_n", "block_k"), tile, strict=True),
             ("num_warps", warps),
             ("num_stages", stages),
+            *schedule.items(),
         )
         request = Request(LAYER, Sizes(T=4096, **MODELS["Mixtral-8x7B"]), gpu_target(target), values)
         (layer,) = compiled([("aim", request)], ("gate_up", "down"), seconds)
         found = {kernel.name: _per_step(kernel) for kernel in layer.kernels}
         shape = f"{'x'.join(map(str, tile))} w{warps} s{stages}"
-        lines.append(f"| {target} | {shape} | {aim} | {found['gate_up']} | {found['down']} |")
+        lines.append(f"| {target} | {shape} | {how} | {aim} | {found['gate_up']} | {found['down']} |")
     return lines
 
 
 def _per_step(kernel):
     made = kernel.result
-    return f"{made.figures.loop.per_step:g}" if isinstance(made, Compiled) and made.figures.loop else "none"
+    if not isinstance(made, Compiled) or not made.figures.loop:
+        return "none"
+    return "; ".join((f"{made.figures.loop.per_step:g}", *made.figures.problems))
 
 
 def write(name, lines):
@@ -205,7 +247,12 @@ def main():
     chosen = [name.strip() for name in args.only.split(";") if name.strip()]
     if args.variants:
         targets = args.targets.split(",") if args.targets else [t.name for t in gpu_targets()]
-        sections = {"variants": variants_table(chosen or list(VARIANTS), targets, args.timeout)}
+        variants = [name for name in VARIANTS if not chosen or name in chosen]
+        schedules = [name for name in SCHEDULES if not chosen or name in chosen]
+        sections = {
+            **({"variants": variants_table(variants, targets, args.timeout)} if variants else {}),
+            **({"schedules": schedules_table(schedules, targets, args.timeout)} if schedules else {}),
+        }
     else:
         targets = args.targets.split(",") if args.targets else TARGETS
         tokens = [int(t) for t in args.tokens.split(",")]
