@@ -192,7 +192,7 @@ def _permute(at: At) -> Launch:
         pointer("x", o.x_dtype), *weights, pointer("order", "i32"), pointer("offsets", "i32"),
         pointer("rows", at.spec.experts.dtype), *consts,
     )  # fmt: skip
-    return Launch("permute", (ceil_div(at.pairs, rows), ceil_div(s.H, columns)), arguments, 4, 1)
+    return Launch("permute", (ceil_div(at.rows, rows), ceil_div(s.H, columns)), arguments, 4, 1)
 
 
 def _schedule(at: At) -> dict[str, int | bool]:
