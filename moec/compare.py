@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -118,6 +119,12 @@ class Worker:
         if answer == "failed":
             raise RuntimeError(value)
         return value
+
+    def ended(self) -> str:
+        """How the process ended that closed its pipe: `ended by itself`, or by which signal."""
+        self.process.join(1.0)
+        code = self.process.exitcode or 0
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else "ended by itself"
 
     def end(self) -> None:
         """Stop the process, whatever it is doing."""
@@ -242,7 +249,7 @@ def _prepare(running: _Race, way: Way, tokens: int) -> str:
         what = "while compiling" if way.compiles else "in its first call"
         return f"> {waited:.0f} s (stopped {what})"
     except (EOFError, OSError):
-        worker.lost = f"its process ended by itself at {tokens_text(tokens)}"
+        worker.lost = f"its process {worker.ended()} at {tokens_text(tokens)}"
         return f"fails: {worker.lost}"
     except RuntimeError as error:
         return f"fails: {error}"
