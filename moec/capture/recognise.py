@@ -8,22 +8,9 @@ from dataclasses import dataclass
 
 from moec.capture.events import Path, after, events, loaded, read_first, stored
 from moec.capture.host import Scope, counters
+from moec.capture.rebinds import WRITES, adds, flat, keeps, rebound_name, recast, updates
 from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts, reads_chunk
 
-# Torch's words for "add or write at these rows"; the place of the row index among the arguments of the method.
-_WRITES = {
-    "index_add": 1,
-    "scatter_add": 1,
-    "index_put": 0,
-    "index_copy": 1,
-    "scatter": 1,
-    "scatter_reduce": 1,
-    "index_reduce": 1,
-    "masked_scatter": 0,
-    "masked_fill": 0,
-    "index_fill": 1,
-    "slice_scatter": 0,
-}
 # What these return is a Python number or a range, never rows.
 _NUMBERS = frozenset(("slice", "range", "len", "int", "float", "min", "max", "sum"))
 _SELECTORS = frozenset(("where", "nonzero", "argwhere", "eq", "ne", "flatnonzero", "nonzero_static"))
@@ -90,7 +77,7 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     reason = _obstacle(loop, path, writes, rebound - counted, collected)
     if reason:
         return Declined(loop, reason)
-    plus = {n for n in rebound if all(_keeps(s, n) for s in _updates(loop, n))}
+    plus = {n for n in rebound if (bound := updates(loop, n)) and all(keeps(s, n) for s in bound)}
     return Candidate(
         loop,
         ast.parse(_root(writes[0].target) or "", mode="eval").body if writes else ast.Constant(None),
@@ -102,13 +89,6 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
         tuple(sorted(counted)),
         tuple(sorted(collected)),
     )
-
-
-def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    for stmt in body:
-        yield stmt
-        for field in ("body", "orelse"):
-            yield from _flat(getattr(stmt, field, []))
 
 
 _VIEWS = frozenset(("view", "reshape", "flatten", "view_as", "squeeze", "unsqueeze"))
@@ -153,7 +133,7 @@ def _targets(loop: ast.For) -> set[str]:
 def _aliases(loop: ast.For) -> set[str]:
     """The loop's item and the names that only unwrap it: `e = e[0]`, `e = int(e)`, `e = e.item()`."""
     names = _targets(loop)
-    for stmt in _flat(loop.body):
+    for stmt in flat(loop.body):
         if isinstance(stmt, ast.Assign) and is_alias(stmt.value, names):
             names |= {t.id for t in stmt.targets if isinstance(t, ast.Name)}
     return names
@@ -176,7 +156,7 @@ def _tainted(loop: ast.For) -> set[str]:
     names = stored([loop.target])
     while True:
         more = set(names)
-        for stmt in _flat(loop.body):
+        for stmt in flat(loop.body):
             if loaded([stmt]) & more:
                 more |= stored([stmt]) if isinstance(stmt, (ast.Assign, ast.AugAssign, ast.AnnAssign)) else set()
         for node in ast.walk(ast.Module(loop.body, [])):
@@ -212,7 +192,7 @@ def _derived(loop: ast.For, aliases: set[str], bounds: set[str]) -> set[str]:
     """Names of rows and masks that the item selects; what a called expert returns is none of them."""
     names: set[str] = set()
     for _ in range(3):
-        for stmt in _flat(loop.body):
+        for stmt in flat(loop.body):
             if not isinstance(stmt, (ast.Assign, ast.AnnAssign)) or stmt.value is None:
                 continue
             called = {
@@ -232,7 +212,7 @@ def _computed(loop: ast.For, selectors: set[str], bounds: set[str], aliases: set
     names = set(selectors)
     while True:
         more = set(names)
-        for stmt in _flat(loop.body):
+        for stmt in flat(loop.body):
             if isinstance(stmt, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and stmt.value is not None:
                 reads = loaded([stmt.value]) & more or cuts(stmt.value, bounds, aliases)
                 more |= stored([stmt]) - bounds if reads else set()
@@ -242,7 +222,7 @@ def _computed(loop: ast.For, selectors: set[str], bounds: set[str], aliases: set
 
 
 def _writes(loop: ast.For) -> Iterator[_Write]:
-    for stmt in _flat(loop.body):
+    for stmt in flat(loop.body):
         if isinstance(stmt, ast.AugAssign) and isinstance(stmt.target, ast.Subscript):
             yield _Write(stmt.target.value, (stmt.target.slice,), stmt, False)
         if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and isinstance(stmt.targets[0], ast.Subscript):
@@ -252,16 +232,16 @@ def _writes(loop: ast.For) -> Iterator[_Write]:
 
 
 def _write_calls(stmt: ast.Expr | ast.Assign | ast.AugAssign) -> Iterator[_Write]:
-    rebound = _rebound_name(stmt)
+    rebound = rebound_name(stmt)
     for call in (n for n in ast.walk(stmt.value) if isinstance(n, ast.Call)):
         name = _called_name(call)
-        if name is None or name.rstrip("_") not in _WRITES or not isinstance(call.func, ast.Attribute):
+        if name is None or name.rstrip("_") not in WRITES or not isinstance(call.func, ast.Attribute):
             continue
         function = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
         if function and not call.args:
             continue
         base = call.args[0] if function else call.func.value
-        place = _WRITES[name.rstrip("_")] + function
+        place = WRITES[name.rstrip("_")] + function
         keys = [
             *call.args[place : place + 1],
             *(k.value for k in call.keywords if k.arg in ("index", "indices", "mask")),
@@ -270,11 +250,6 @@ def _write_calls(stmt: ast.Expr | ast.Assign | ast.AugAssign) -> Iterator[_Write
             yield _Write(base, tuple(keys), stmt, False)
         elif rebound:
             yield _Write(ast.Name(rebound, ast.Load()), tuple(keys), stmt, True)
-
-
-def _rebound_name(stmt: ast.stmt) -> str | None:
-    target = stmt.targets[0] if isinstance(stmt, ast.Assign) else getattr(stmt, "target", None)
-    return target.id if isinstance(target, ast.Name) else None
 
 
 def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str], collected: set[str]) -> str | None:
@@ -323,13 +298,13 @@ def _shared(path: Path) -> set[str]:
 def _not_accumulator(loop: ast.For, writes: list[_Write], rebound: set[str]) -> str | None:
     """Every value carried around the loop, and every tensor written, may only be added to."""
     for name in sorted(rebound):
-        updates = _updates(loop, name)
-        kept = [s for s in updates if _keeps(s, name)]
-        if any(not _adds(s, name) for s in updates if not recast(s, name)):
+        bound = updates(loop, name)
+        kept = [s for s in bound if keeps(s, name)]
+        if any(not adds(s, name) for s in bound if not recast(s, name)):
             return f"{name} changes from one iteration to the next in another way than by adding"
-        if len(kept) < len(updates) and any(isinstance(s, ast.AugAssign) for s in kept):
+        if len(kept) < len(bound) and any(isinstance(s, ast.AugAssign) for s in kept):
             return f"{name} is added to in place and bound anew"
-        added = {id(w.stmt) for w in writes if _root(w.target) == name} | {id(s) for s in updates}
+        added = {id(w.stmt) for w in writes if _root(w.target) == name} | {id(s) for s in bound}
         reads = sum(1 for e in events(loop.body) if e.name == name and not e.store)
         if reads - _metadata_reads(loop, name) > len(added):
             return f"{name} is read in the body besides being added to"
@@ -346,42 +321,6 @@ def _not_accumulator(loop: ast.For, writes: list[_Write], rebound: set[str]) -> 
         if any(_reads_elsewhere(w, root) for w in writes if _root(w.target) == root):
             return f"{root} is read in the body at other rows than it is written to"
     return None
-
-
-def _updates(loop: ast.For, name: str) -> list[ast.stmt]:
-    return [s for s in _flat(loop.body) if _rebound_name(s) == name and name in stored([s])]
-
-
-def recast(stmt: ast.stmt, name: str) -> bool:
-    """`y = y.to(rows.dtype)`: nothing, where the dtype is that already."""
-    if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1 or _rebound_name(stmt) != name:
-        return False
-    value = stmt.value
-    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute) or value.keywords:
-        return False
-    same = isinstance(value.func.value, ast.Name) and value.func.value.id == name
-    return same and value.func.attr in ("to", "type", "type_as") and len(value.args) == 1
-
-
-def _keeps(stmt: ast.stmt, name: str) -> bool:
-    """Whether a statement binds the name to the tensor that it held."""
-    return isinstance(stmt, ast.AugAssign) or recast(stmt, name)
-
-
-def _adds(stmt: ast.stmt, name: str) -> bool:
-    if isinstance(stmt, ast.AugAssign):
-        return isinstance(stmt.op, ast.Add)
-    if not isinstance(stmt, ast.Assign):
-        return False
-    value = stmt.value
-    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
-        return any(isinstance(side, ast.Name) and side.id == name for side in (value.left, value.right))
-    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
-        return False
-    base = (
-        value.args[0] if isinstance(value.func.value, ast.Name) and value.func.value.id == "torch" else value.func.value
-    )
-    return isinstance(base, ast.Name) and base.id == name and value.func.attr.rstrip("_") in (*_WRITES, "add")
 
 
 def _metadata_reads(loop: ast.For, name: str) -> int:
@@ -408,7 +347,7 @@ def _reads_elsewhere(write: _Write, root: str) -> bool:
             fine |= {id(n) for n in ast.walk(node.value)}
         if isinstance(node, ast.Attribute) and node.attr in _METADATA:
             fine.add(id(node.value))
-        if isinstance(node, ast.Call) and (_called_name(node) or "").rstrip("_") in _WRITES:
+        if isinstance(node, ast.Call) and (_called_name(node) or "").rstrip("_") in WRITES:
             fine |= {id(n) for n in ast.walk(node.func)}
             fine |= {id(n) for a in node.args[:1] for n in ast.walk(a)}
     return any(

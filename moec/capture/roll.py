@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from moec.capture.branches import branches
 from moec.capture.events import loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
-from moec.capture.recognise import Candidate, is_alias, recast
+from moec.capture.rebinds import recast
+from moec.capture.recognise import Candidate, is_alias
 from moec.capture.slices import appended_to
 from moec.capture.words import Unrollable, Words, assign, call, name
 
