@@ -304,7 +304,8 @@ def _say(
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
     spec = KernelSpec(body.spec, None, to.dtype)
-    out = Writer(graph, root, list(prelude))
+    made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}
+    out = Writer(graph, root, list(prelude), made)
     weights, choice = _pairs(out, weights, choice, x.dtype)
     groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
     args = (Ref(body.token), Ref(weights), Ref(choice), tuple(ref for group in groups for ref in group))
