@@ -315,7 +315,8 @@ def seats_of(lifter: Lifter, arg: Arg) -> Seats | None:
     if kind.rank < 3 and not (made is not None and made.word in ("reshape", "permute")):
         return None
     found = masks.lift(arg)
-    return found if isinstance(found, Seats) else None
+    # A table that lost an axis on its way here is none: what its axes mean is not known any more.
+    return found if isinstance(found, Seats) and len(found.axes) == kind.rank else None
 
 
 def _sent(lifter: Lifter, instr: Instr, left: str, right: str, out: str) -> Lift | None:
