@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from spelling import WIDTH, E, Gated, H, K, Mlp, Spelling, tokens
+from spelling import WIDTH, E, H, K, Mlp, Spelling, tokens
 from torch import nn
 
 
@@ -22,54 +22,6 @@ class Chosen(nn.Module):
         """Renormalised weights[T, k] and experts[T, k]."""
         w, chosen = F.softmax(self.router(x), dim=-1).topk(K, dim=-1)
         return w / w.sum(-1, keepdim=True), chosen
-
-
-class NamedResults(Chosen):
-    """Rows cut by counts that numpy holds; an expert's result gets a name before it is listed."""
-
-    expert = Gated
-
-    def forward(self, x):
-        w, chosen = self.choose(x)
-        counts = chosen.new_zeros((chosen.shape[0], E))
-        counts.scatter_(1, chosen, 1)
-        counts = counts.sum(dim=0)
-        order = chosen.view(-1).argsort()
-        rows = x[order // K]
-        counts = counts.cpu().numpy()
-        outs, start = [], 0
-        for i, count in enumerate(counts):
-            end = start + count
-            if count == 0:
-                continue
-            expert = self.experts[i]
-            result = expert(rows[start:end])
-            outs.append(result)
-            start = end
-        joined = torch.cat(outs, dim=0) if len(outs) else rows.new_empty(0)
-        back = torch.empty_like(joined)
-        back[order] = joined
-        return (back.view(*chosen.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
-
-
-class CountsByAdding(Chosen):
-    """Counts are ones added at the choices; tokens are repeated before they are sorted."""
-
-    def forward(self, x):
-        w, chosen = self.choose(x)
-        ids = chosen.view(-1)
-        order = torch.argsort(ids, stable=True)
-        counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, ids, torch.ones_like(ids)).tolist()
-        rows = x.repeat_interleave(K, dim=0)[order]
-        outs, start = [], 0
-        for i, expert in enumerate(self.experts):
-            size = counts[i]
-            outs.append(expert(rows[start : start + size]))
-            start += size
-        y = torch.cat(outs, 0)
-        back = torch.empty_like(y)
-        back[order] = y
-        return (back.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
 
 
 class HistogramSplit(nn.Module):
@@ -214,8 +166,6 @@ class ByWholeRows(Chosen):
 
 
 SPELLINGS = (
-    Spelling("NamedResults", "P7", NamedResults, tokens),
-    Spelling("CountsByAdding", "P7", CountsByAdding, tokens),
     Spelling("HistogramSplit", "P7", HistogramSplit, tokens),
     Spelling("BlockMeans", "P1", BlockMeans, tokens),
     Spelling("HashedIds", "P1", HashedIds, tokens),
