@@ -62,7 +62,7 @@ class Picked:
 
     def _moec_parts(self) -> list[str]:
         first = self._moec_first
-        return [name for name in (*first._modules, *first._parameters) if name is not None]
+        return [*first._modules, *first._parameters]
 
 
 def pick_from(key: str, obj: Any, at: Any) -> Any:
