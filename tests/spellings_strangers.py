@@ -165,6 +165,52 @@ class ByWholeRows(Chosen):
         return y
 
 
+class NamedResults(Chosen):
+    """One name for counts, their sum and what numpy holds; a list and its start bound at once."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        counts = chosen.new_zeros((chosen.shape[0], E))
+        counts.scatter_(1, chosen, 1)
+        counts = counts.sum(dim=0)
+        order = chosen.view(-1).argsort()
+        rows = x[order // K]
+        counts = counts.cpu().numpy()
+        outs, start = [], 0
+        for i, count in enumerate(counts):
+            end = start + count
+            if count == 0:
+                continue
+            expert = self.experts[i]
+            result = expert(rows[start:end])
+            outs.append(result)
+            start = end
+        joined = torch.cat(outs, dim=0) if len(outs) else rows.new_empty(0)
+        back = torch.empty_like(joined)
+        back[order] = joined
+        return (back.view(*chosen.shape, -1) * w.unsqueeze(-1)).sum(dim=1)
+
+
+class CountsByAdding(Chosen):
+    """Counts are ones added at the choices; tokens are repeated before they are sorted."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        ids = chosen.view(-1)
+        order = torch.argsort(ids, stable=True)
+        counts = torch.zeros(E, dtype=torch.long).scatter_add_(0, ids, torch.ones_like(ids)).tolist()
+        rows = x.repeat_interleave(K, dim=0)[order]
+        outs, start = [], 0
+        for i, expert in enumerate(self.experts):
+            size = counts[i]
+            outs.append(expert(rows[start : start + size]))
+            start += size
+        y = torch.cat(outs, 0)
+        back = torch.empty_like(y)
+        back[order] = y
+        return (back.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
+
+
 SPELLINGS = (
     Spelling("HistogramSplit", "P7", HistogramSplit, tokens),
     Spelling("BlockMeans", "P1", BlockMeans, tokens),
@@ -173,6 +219,8 @@ SPELLINGS = (
     Spelling("PartsByName", "P2", PartsByName, tokens),
     Spelling("ListedRows", "P2", ListedRows, tokens),
     Spelling("ByWholeRows", "P1", ByWholeRows, tokens),
+    Spelling("NamedResults", "P7", NamedResults, tokens),
+    Spelling("CountsByAdding", "P7", CountsByAdding, tokens),
 )
 
 

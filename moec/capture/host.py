@@ -177,13 +177,8 @@ def counters(scope: Scope, loop: ast.For) -> frozenset[str]:
         target, value = assignment.targets[0], assignment.value
         if id(assignment) in inside:
             continue
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            pairs = list(zip(target.elts, value.elts, strict=True))
-        else:
-            pairs = [(target, value)]
-        for name, held in pairs:
-            if isinstance(name, ast.Name):
-                values.setdefault(name.id, []).append(held)
+        if isinstance(target, ast.Name):
+            values.setdefault(target.id, []).append(value)
     bound = stored(loop.body)
     return frozenset(n for n, held in values.items() if n in bound and all(map(_is_whole, held)))
 

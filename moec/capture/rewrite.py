@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dis
 import types
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from moec.capture.events import Path, functions, loops
 from moec.capture.host import hands_over, keep_on_device, scope_of
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
+from moec.capture.single import single
 from moec.capture.slices import JOINING
 from moec.capture.state import NotRolled, loop_key
 from moec.capture.words import RUNTIME, Unrollable, call
@@ -72,7 +72,7 @@ def rewrite(code: types.CodeType) -> Rewritten:
     """The code with its loops over experts rolled."""
     line = code.co_firstlineno
     try:
-        node = source.parse(code)
+        node = single(source.parse(code))
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner)]
@@ -80,7 +80,7 @@ def rewrite(code: types.CodeType) -> Rewritten:
     if not any(one.verdict for one in found) and not handing:
         return Rewritten(None)
     try:
-        if not source.same_code(source.compile_like(code, copy.deepcopy(node)), code):
+        if not source.same_code(source.compile_like(code, source.parse(code)), code):
             raise source.NoSource("its source is not the one that its code was compiled from")
         return _roll_all(code, node, found, handing)
     except source.NoSource as error:
