@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from moec.cli_bisect import bisect_command
@@ -23,6 +22,7 @@ from moec.cli_capacity import DropRate, Loads, Tokens
 from moec.cli_diff import diff_command
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
+from moec.cli_io import say as _say
 from moec.cli_kernels import kernels_command
 from moec.cli_repro import repro_command
 from moec.cli_routes import routes_command
@@ -126,7 +126,7 @@ def inspect(
     asked = capacity_asked(capacity, tokens, loads, drop_rate)
     report = report_of(target, options, no_grad, symbolic=asked is not None)
     if html is not None:
-        Console(stderr=True).print(f"wrote {report.to_html(html)}", highlight=False, markup=False)
+        _say(f"wrote {report.to_html(html)}")
     if json:
         extra = {"capacity": asked.data(report, options)} if asked else {}
         _print_json({**inspect_data(report, passes, source), **extra})

@@ -18,5 +18,10 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=PIPED_WIDTH if piped else None, highlight=False, emoji=False, soft_wrap=False)
 
 
+def say(text: str, stderr: bool = True) -> None:
+    """One line that is never cut, so that a path in it can be copied."""
+    console(stderr).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))

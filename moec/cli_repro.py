@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moec.cli_io import console, print_json
+from moec.cli_io import print_json, say
 from moec.cli_types import OK, Debug, Json, NoGrad, OptionPairs, TargetArgument, report_of
 from moec.errors import OptionError, TargetError
 
@@ -40,5 +40,5 @@ def repro_command(
     if json:
         print_json({"site": found.name, "path": str(out), "spec": found.spec, "sizes": vars(sizes)})
     else:
-        console().print(f"wrote {out}: {found.name}; run it with `python {out}`", highlight=False, markup=False)
+        say(f"wrote {out}: {found.name}; run it with `python {out}`", stderr=False)
     return OK

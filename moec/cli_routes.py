@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli_io import console, print_json
+from moec.cli_io import console, print_json, say
 from moec.cli_options import parse_options
 from moec.cli_types import BROKEN_PROMISE, OK, Debug, Json, OptionPairs, TargetArgument
 from moec.errors import TargetError
@@ -58,7 +58,7 @@ def routes_command(
         loads, _ = record(loaded, given, wanted)
     if out is not None:
         write_loads(loads, out)
-        console(stderr=True).print(f"wrote {out}", highlight=False, markup=False)
+        say(f"wrote {out}")
     if json:
         print_json([_data(load, load_data(load)) for load in loads])
     elif loads:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moec.cli_io import console, print_json
+from moec.cli_io import console, print_json, say
 from moec.engine import check_weights
 from moec.errors import OptionError, TargetError
 
@@ -163,4 +163,4 @@ def _report(path: Path | None, json: bool) -> int:
 def _draw(searches: Sequence[Any], path: Path) -> None:
     from moec.tune_view import plot
 
-    console(stderr=True).print(f"wrote {plot(searches, path)}", highlight=False, markup=False)
+    say(f"wrote {plot(searches, path)}")

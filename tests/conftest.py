@@ -1,8 +1,14 @@
-"""The options of the long fuzz run (`-m fuzz`)."""
+"""The options of the long fuzz run (`-m fuzz`), and what every test sees of the terminal."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+
+def pytest_configure() -> None:
+    os.environ.pop("COLUMNS", None)  # the commands print as into a pipe, also where tests run in several processes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

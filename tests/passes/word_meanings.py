@@ -167,6 +167,8 @@ def meaning_of(instr: Instr, args: list[Any], attrs: dict[str, Any], shape) -> A
     word = instr.word
     if word in SPECIAL:
         return SPECIAL[word](*args)
+    if word == "truncate_divide":
+        return torch.div(*args, rounding_mode="trunc")
     if word in UNARY or word in BINARY:
         return pointwise(word, args)
     if word in REDUCE:
