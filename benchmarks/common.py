@@ -170,7 +170,9 @@ def plot_times(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
         for name in dict.fromkeys(name for row in rows for name in row.times):
             points = [(row.tokens, row.times[name].median) for row in rows if name in row.times]
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if name == MOEC else 1)
-        axis.plot([r.tokens for r in rows], [r.limit_ms for r in rows], "k--", label="limit of this machine")
+        axis.plot(
+            [r.tokens for r in rows], [r.limit_ms for r in rows], "k--", marker="_", label="limit of this machine"
+        )
         axis.set(title=title, xlabel="tokens", ylabel="ms a layer", xscale="log", yscale="log")
         axis.legend(fontsize=7)
     save_figure(figure, path)

@@ -110,6 +110,11 @@ class Graph:
         return {name: tuple(users) for name, users in found.items()}
 
     @cached_property
+    def skips(self) -> tuple[Instr, ...]:
+        """The instructions that leave out an iteration of a loop."""
+        return tuple(instr for instr in self.instrs if instr.word in SKIPS)
+
+    @cached_property
     def position(self) -> Mapping[str, int]:
         """The index of the defining instruction of each value; inputs are at -1."""
         return {name: -1 for name, _ in self.inputs} | {

@@ -7,6 +7,7 @@ Experts are found first: a top-k is a router only by what its choice is used for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.graph import Attr, Graph, Instr, Ref, Type, substitute, sweep
@@ -14,6 +15,14 @@ from moec.match import NoMatch
 from moec.passes.routing import RouterMatch, match_router, uncast
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import KernelSpec, RouterSpec
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What takes a site's place, and what the values that it makes itself are called after it."""
+
+    made: Instr
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -26,34 +35,49 @@ class FindRouters:
         """The graph with routers fused, and why the others were not."""
         misses: list[Miss] = []
         fused: list[str] = []
+        edits: dict[str, _Edit] = {}
+        taken: set[str] = set()
         for root in [i.results[0] for i in graph.instrs if i.word == "experts"]:
+            # Sites are decided on one graph, which is made anew only where one reads what another will make.
+            if not taken.isdisjoint(graph.defs[root].uses):
+                graph, edits, taken = _applied(graph, edits), {}, set()
             site = graph.defs[root]
-            weights, choice = site.uses[1], site.uses[2]
-            match = match_router(graph, weights, choice)
+            match = match_router(graph, site.uses[1], site.uses[2])
             done = _fuse(graph, facts, site, match) if isinstance(match, RouterMatch) else match
-            if isinstance(done, Graph) and facts.out_of_fuel(len(fused)):
+            if isinstance(done, _Edit) and facts.out_of_fuel(len(fused)):
                 done = NoMatch("rewrite fuel is spent", root)
             if isinstance(done, NoMatch):
                 misses.append(Miss(root, site.loc, done))
-                graph = _describe(graph, site, match, done)
-                continue
-            graph = done
-            fused.append(root)
-        return Outcome(sweep(graph), len(fused), tuple(misses), tuple(fused))
+                done = _described(site, match, done)
+            else:
+                fused.append(root)
+            edits[root] = done
+            taken |= {old for old, _ in done.renamed}
+        return Outcome(sweep(_applied(graph, edits)), len(fused), tuple(misses), tuple(fused))
 
 
-def _describe(graph: Graph, site: Instr, match: RouterMatch | NoMatch, why: NoMatch) -> Graph:
-    """The same graph, its site saying what its router is and why it stays apart."""
+def _applied(graph: Graph, edits: Mapping[str, _Edit]) -> Graph:
+    """The graph with all edits made, in one walk."""
+    later: dict[str, str] = {}
+    instrs: list[Instr] = []
+    for instr in graph.instrs:
+        edit = edits.get(instr.results[0]) if instr.results else None
+        instrs += substitute([edit.made if edit else instr], later)
+        later |= dict(edit.renamed) if edit else {}
+    return replace(graph, instrs=tuple(instrs), outputs=tuple(later.get(name, name) for name in graph.outputs))
+
+
+def _described(site: Instr, match: RouterMatch | NoMatch, why: NoMatch) -> _Edit:
+    """The site saying what its router is and why it stays apart."""
     apart: tuple[tuple[str, Attr], ...] = (("router_apart", why.reason),)
     if isinstance(match, RouterMatch):
         spec = replace(KernelSpec.parse(str(site.attr("spec"))), router=match.spec)
         apart = (*apart, ("router", str(spec)), ("router_params", match.params))
-    attrs = (*site.attrs, *apart)
-    return graph.with_instrs(replace(i, attrs=attrs) if i is site else i for i in graph.instrs)
+    return _Edit(replace(site, attrs=(*site.attrs, *apart)))
 
 
-def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> Graph | NoMatch:
-    """The graph with `site` and its router as one `moe` instruction."""
+def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> _Edit | NoMatch:
+    """`site` and its router as one `moe` instruction."""
     x, weights, choice = site.uses[:3]
     if uncast(graph, x) != match.x and x != match.x:
         return NoMatch(f"the router reads %{match.x}, the experts read %{x}", site.results[0])
@@ -68,7 +92,7 @@ def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> Graph 
         ]
         if early:
             return NoMatch(f"%{value} is used before the experts run, at {early[0].loc or early[0].word}", value)
-    return _replace(graph, site, match)
+    return _one(graph, site, match)
 
 
 def _outside(graph: Graph, user: Instr, site: Instr) -> bool:
@@ -87,7 +111,7 @@ def _outside(graph: Graph, user: Instr, site: Instr) -> bool:
     return False
 
 
-def _replace(graph: Graph, site: Instr, match: RouterMatch) -> Graph:
+def _one(graph: Graph, site: Instr, match: RouterMatch) -> _Edit:
     root, old = site.results[0], KernelSpec.parse(str(site.attr("spec")))
     spec = replace(old, router=match.spec)
     weights, choice = site.uses[1], site.uses[2]
@@ -97,11 +121,7 @@ def _replace(graph: Graph, site: Instr, match: RouterMatch) -> Graph:
     attrs = tuple((name, str(spec) if name == "spec" else value) for name, value in site.attrs)
     replaced = (match.logits, weights, choice)
     moe = Instr(results, "moe", args, types, (*attrs, ("k", match.k), ("replaces", replaced)), site.loc)
-    at = graph.position[root]
-    later = dict(zip(replaced, results[1:], strict=True))
-    tail = tuple(substitute(graph.instrs[at + 1 :], later))
-    outputs = tuple(later.get(name, name) for name in graph.outputs)
-    return replace(graph, instrs=(*graph.instrs[:at], moe, *tail), outputs=outputs)
+    return _Edit(moe, tuple(zip(replaced, results[1:], strict=True)))
 
 
 def describe(spec: RouterSpec, k: int) -> str:

@@ -276,9 +276,8 @@ def _logits(graph: Graph, spec: RouterSpec, logits: str, selection_bias: str, k:
     x, weight = made.uses
     compute = made.types[0].dtype
     params = tuple(filter(None, (uncast(graph, weight), bias and uncast(graph, bias), selection_bias)))
-    inputs = {name for name, _ in graph.inputs}
     if compute not in DTYPES or spec.score_dtype not in DTYPES or spec.weight_dtype not in DTYPES:
         return NoMatch(f"scores are computed in {compute}, {spec.score_dtype}, {spec.weight_dtype}", logits)
-    if not inputs.issuperset(params[:1]):
+    if params[0] in graph.defs:
         return NoMatch("the router's matrix is computed, not a parameter", weight)
     return RouterMatch(replace(spec, compute=compute, bias=bool(bias)), k, uncast(graph, x), params, logits)

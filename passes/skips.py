@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.graph import SKIPS, Instr, loop_of
+from moec.graph import Instr, loop_of
 from moec.match import NoMatch
 from moec.passes.lift import Lifter
 from moec.passes.rows import Anchor, Ids
@@ -10,8 +10,8 @@ from moec.passes.rows import Anchor, Ids
 
 def only_idle_skipped(lifter: Lifter, anchor: str) -> NoMatch | None:
     """Why an iteration of the loop may be skipped although its expert has rows, or None."""
-    for instr in lifter.graph.instrs:
-        if instr.word not in SKIPS or loop_of(lifter.graph, instr) != anchor:
+    for instr in lifter.graph.skips:
+        if loop_of(lifter.graph, instr) != anchor:
             continue
         item = lifter.lift_result(instr)
         if isinstance(item, NoMatch):
