@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
-from moec.passes.lift import Lift, Lifter, row_ids
+from moec.passes.index_rules import row_ids
+from moec.passes.lift import Lift, Lifter
 from moec.passes.rows import Apply, Ids, Rows, Slot, Space
 
 

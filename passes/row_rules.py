@@ -1,4 +1,4 @@
-"""The row rules of masks, loops, arithmetic and contractions; RULES is the whole table."""
+"""The row rules of masks, loops and arithmetic; RULES is the whole table."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import replace
 from moec.expr import POINTWISE
 from moec.graph import Arg, Instr, Ref
 from moec.match import NoMatch, nearest
+from moec.passes import index_rules
 from moec.passes import lift as base
 from moec.passes.kept import kept_mask
 from moec.passes.lift import INTEGER, Lift, Lifter, Rule, per_expert
 from moec.passes.partial import side_of, skip_side
+from moec.passes.product_rules import rule_contract, rule_grouped
 from moec.passes.rows import (
     Anchor,
     Apply,
-    Dot,
     Expert,
     Idle,
     Ids,
@@ -29,7 +30,8 @@ from moec.passes.rows import (
     Slice,
     Slot,
     Space,
-    Token,
+    compatible,
+    merged,
 )
 from moec.passes.runs import with_runs
 
@@ -247,12 +249,12 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
                 return NoMatch(
                     f"`{instr.word}` of {lifter.type(arg)} gives {instr.types[0]}: other rows", instr.results[0]
                 )
-            if lead is not None and (lead.layout != inner.layout or not _compatible(lead.space, inner.space)):
+            if lead is not None and (lead.layout != inner.layout or not compatible(lead.space, inner.space)):
                 return NoMatch(
                     f"`{instr.word}` of {lead.space.kind}/{lead.layout} and {inner.space.kind}/{inner.layout} rows",
                     instr.results[0],
                 )
-            lead = _merge(lead, inner)
+            lead = merged(lead, inner)
             args.append(inner.row)
         elif isinstance(inner, Expert) and len(inner.order) == 1:
             args.append(inner)
@@ -273,18 +275,6 @@ def _only_slot(lifter: Lifter, instr: Instr, arg: Arg) -> Rows | None:
     return Rows(rows[0].space, Slot(arg.name)) if rows else None
 
 
-def _compatible(a: Space, b: Space) -> bool:
-    return (a.kind, a.key, a.order) == (b.kind, b.key, b.order) and (a.k == b.k or 0 in (a.k, b.k))
-
-
-def _merge(a: Rows | None, b: Rows) -> Rows:
-    if a is None:
-        return b
-    earlier = tuple(dict.fromkeys((*a.earlier, *b.earlier)))
-    space = replace(a.space, k=a.space.k or b.space.k)
-    return replace(a, choice=a.choice or b.choice, space=space, anchor=a.anchor or b.anchor, earlier=earlier)
-
-
 def _masked(lifter: Lifter, instr: Instr) -> Masked | None:
     """w[t, s]·[slot s chose e], when `instr` is that."""
     if instr.word != "mul":
@@ -296,91 +286,6 @@ def _masked(lifter: Lifter, instr: Instr) -> Masked | None:
     return None
 
 
-def weight_of(lifter: Lifter, arg: Arg) -> Expert | NoMatch:
-    """A stacked [E, a, b] parameter used as a batch of experts' matrices, its last axes perhaps swapped."""
-    order = (0, 1)
-    made = lifter.instr(arg)
-    while made is not None and made.word == "permute" and made.attr("dims") == (0, 2, 1):
-        order, arg = (order[1], order[0]), made.args[0]
-        made = lifter.instr(arg)
-    if not isinstance(arg, Ref) or lifter.type(arg).rank != 3:
-        return NoMatch(f"{lifter.type(arg)} is not a stack of matrices", str(arg))
-    return Expert((arg.name,), order, True)
-
-
-def rule_grouped(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """Rows in expert order times each group's matrix."""
-    rows, weight, offsets = lifter.lift(instr.args[0]), weight_of(lifter, instr.args[1]), lifter.lift(instr.args[2])
-    if isinstance(rows, NoMatch):
-        return rows
-    if isinstance(weight, NoMatch):
-        return weight
-    if not isinstance(rows, Rows) or rows.space.kind != "sorted":
-        return NoMatch("grouped product of rows that are not in expert order", instr.results[0])
-    if not isinstance(offsets, PerExpert) or offsets.what != "offsets":
-        return (
-            offsets
-            if isinstance(offsets, NoMatch)
-            else NoMatch("group ends are not the running count of rows", instr.results[0])
-        )
-    if rows.choice and rows.choice != offsets.choice:
-        return NoMatch("groups and rows come from different choices", instr.results[0])
-    return replace(rows, row=Dot(rows.row, weight, 0), choice=offsets.choice)
-
-
-def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """Rows times their expert's matrix: in a loop, gathered a row, or batched over all experts."""
-    eq = str(instr.attr("eq"))
-    (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
-    x, w = instr.args
-    a, b = lifter.lift(x), lifter.lift(w)
-    if _matrix(a) and not _matrix(b):
-        x, w, a, b, left, right = w, x, b, a, right, left
-    if isinstance(a, Rows) and a.space.kind == "dense" and a.layout == "et" and isinstance(b, NoMatch):
-        b = weight_of(lifter, w)
-        if isinstance(b, Expert) and left[0] == right[0] == out[0]:
-            right = right[1:]
-    if (
-        (
-            isinstance(b, Rows)
-            and isinstance(b.row, Expert)
-            and isinstance(a, NoMatch)
-            and isinstance(x, Ref)
-            and b.layout == "tk"
-        )
-        and left[0] == right[0]
-        and lifter.type(x).rank == 2
-    ):
-        a = Rows(b.space, Token(x.name), "tk", b.choice)
-        left = left[0] + right[1] + left[1:]
-    if not isinstance(a, Rows):
-        return a if isinstance(a, NoMatch) else NoMatch(f"`contract` of {type(a).__name__}", instr.results[0])
-    return _dot(lifter, instr, a, b, (left, right, out), (x, w))
-
-
-def _matrix(value: Lift) -> bool:
-    return isinstance(value, Expert) or (isinstance(value, Rows) and isinstance(value.row, Expert))
-
-
-def _dot(lifter: Lifter, instr: Instr, a: Rows, b: Lift, letters: tuple[str, str, str], args: tuple[Arg, Arg]) -> Lift:
-    left, right, out = letters
-    weight: Expert
-    if isinstance(b, Rows) and isinstance(b.row, Expert) and _compatible(a.space, b.space) and a.layout == b.layout:
-        if left[: a.lead] != right[: b.lead]:
-            return NoMatch("rows and gathered matrices run over different axes", instr.results[0])
-        weight, right, a = b.row, right[b.lead :], _merge(a, b)
-    elif isinstance(b, Expert):
-        weight = b
-    else:
-        return b if isinstance(b, NoMatch) else NoMatch(f"rows times {type(b).__name__}", instr.results[0])
-    shared = [c for c in left if c in right and c not in out]
-    if len(right) != 2 or len(weight.order) != 2 or len(shared) != 1:
-        return NoMatch(f"contraction {instr.attr('eq')} is not one row times one matrix", instr.results[0])
-    if not out.startswith(left[: a.lead]):
-        return NoMatch(f"contraction {instr.attr('eq')} moves the row axis", instr.results[0])
-    return replace(a, row=Dot(a.row, weight, right.index(shared[0])))
-
-
 RULES: Mapping[str, Rule] = with_runs(
     {
         **dict.fromkeys(POINTWISE, rule_pointwise),
@@ -390,17 +295,17 @@ RULES: Mapping[str, Rule] = with_runs(
         "permute": base.rule_permute,
         "cast": base.rule_cast,
         "same": base.rule_same,
-        "index": base.rule_index,
-        "gather": base.rule_gather,
-        "sort": base.rule_sort,
-        **dict.fromkeys(("floor_divide", "truncate_divide"), base.rule_floor_divide),  # places are not negative
-        "remainder": base.rule_remainder,
-        "mod": base.rule_remainder,
-        "index_put": base.rule_index_put,
-        "scatter": base.rule_index_put,
-        "repeat_interleave": base.rule_repeat_interleave,
-        "expand": base.rule_expand,
-        "repeat": base.rule_repeat,
+        "index": index_rules.rule_index,
+        "gather": index_rules.rule_gather,
+        "sort": index_rules.rule_sort,
+        **dict.fromkeys(("floor_divide", "truncate_divide"), index_rules.rule_floor_divide),  # places are not negative
+        "remainder": index_rules.rule_remainder,
+        "mod": index_rules.rule_remainder,
+        "index_put": index_rules.rule_index_put,
+        "scatter": index_rules.rule_index_put,
+        "repeat_interleave": index_rules.rule_repeat_interleave,
+        "expand": index_rules.rule_expand,
+        "repeat": index_rules.rule_repeat,
         "counts": lambda lifter, instr, which: _counts(lifter, instr),
         "cumsum": per_expert("offsets", "counts"),
         "one_hot": rule_one_hot,
@@ -432,7 +337,7 @@ def _counts(lifter: Lifter, instr: Instr) -> Lift:
     """How many rows each expert has."""
     inner = lifter.lift(instr.args[0])
     if isinstance(inner, NoMatch):  # [T, k] as it was chosen
-        inner = base.choice_of(lifter, lifter.graph.behind(instr.args[0], ("cast", "same")), inner)
+        inner = index_rules.choice_of(lifter, lifter.graph.behind(instr.args[0], ("cast", "same")), inner)
     if isinstance(inner, Ids) and inner.what == "expert":
         size = instr.types[0].shape[0]
         return PerExpert("counts", inner.choice, int(size) if size.is_Integer else None)

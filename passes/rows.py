@@ -7,7 +7,7 @@ index operations differ between spellings, so a new spelling is a new index rule
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.dims import Dim
 
@@ -312,3 +312,17 @@ def text(row: Row) -> str:
             return f"{fn}({', '.join(map(text, args))})"
         case Number(value):
             return repr(value)
+
+
+def compatible(a: Space, b: Space) -> bool:
+    """Whether two values have the same rows in the same order."""
+    return (a.kind, a.key, a.order) == (b.kind, b.key, b.order) and (a.k == b.k or 0 in (a.k, b.k))
+
+
+def merged(a: Rows | None, b: Rows) -> Rows:
+    """The rows of both, which are compatible: each knows something of where they come from."""
+    if a is None:
+        return b
+    earlier = tuple(dict.fromkeys((*a.earlier, *b.earlier)))
+    space = replace(a.space, k=a.space.k or b.space.k)
+    return replace(a, choice=a.choice or b.choice, space=space, anchor=a.anchor or b.anchor, earlier=earlier)

@@ -1,0 +1,195 @@
+"""The row rules of indices: which rows an index, a gather, a sort or a repeat picks, and where it puts them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.graph import Arg, Instr, Ref
+from moec.match import NoMatch
+from moec.passes.lift import INTEGER, Lift, Lifter
+from moec.passes.rows import (
+    Expert,
+    Ids,
+    Masked,
+    Rows,
+    Slot,
+    Space,
+    Token,
+)
+
+
+def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """x[ids]: tokens, slots, or experts' parameters, one for each row."""
+    table, *ids = instr.args
+    if instr.attr("dim") != 0:
+        return NoMatch(f"indexed along axis {instr.attr('dim')}, expected 0", instr.results[0])
+    found = [lifter.lift(i) for i in ids]
+    if len(ids) == 1 and isinstance(found[0], NoMatch):
+        found = [choice_of(lifter, ids[0], found[0])]
+    misses = [f for f in found if isinstance(f, NoMatch)]
+    if misses:
+        return misses[0]
+    if not all(isinstance(f, Ids) for f in found) or not isinstance(table, Ref):
+        return NoMatch("indexed by something else than tokens, slots or experts", instr.results[0])
+    rows = [f for f in found if isinstance(f, Ids)]
+    what = tuple(f.what for f in rows)
+    if what == ("token", "slot"):
+        return Rows(rows[0].space, Slot(table.name), rows[0].layout, rows[0].choice)
+    if len(rows) == 1:
+        return _index_one(lifter, instr, table, rows[0])
+    return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
+
+
+def choice_of(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
+    """Integers [T, k] or [T] that index as they are: the chosen experts of each token."""
+    kind = lifter.type(arg)
+    if not isinstance(arg, Ref) or kind.dtype not in INTEGER or kind.rank not in (1, 2):
+        return miss
+    if kind.rank == 1:
+        return Ids(Space("slots", 1), "expert", arg.name)
+    if not kind.shape[1].is_Integer:
+        return miss
+    return Ids(Space("slots", int(kind.shape[1])), "expert", arg.name, "tk")
+
+
+def row_ids(lifter: Lifter, wide: Arg) -> Lift:
+    """The [rows] ids behind an index expanded to [rows, H]."""
+    made = lifter.instr(wide)
+    while made is not None and made.word in ("expand", "reshape", "repeat"):
+        found = lifter.lift(made.args[0])
+        if isinstance(found, Ids):
+            return found
+        made = lifter.instr(made.args[0])
+    return NoMatch("an index of whole rows is not one token a row")
+
+
+def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """x.gather(0, ids[:, None].expand(-1, H)) is x[ids]."""
+    table, wide = instr.args
+    ids = row_ids(lifter, wide) if instr.attr("dim") == 0 else NoMatch("no row meaning for `gather`", instr.results[0])
+    if not isinstance(ids, Ids) or not isinstance(table, Ref):
+        return ids if isinstance(ids, NoMatch) else NoMatch("gathers by something else than tokens", instr.results[0])
+    if lifter.type(table).rank != 2 or lifter.type(wide).shape[1:] != lifter.type(table).shape[1:]:
+        return NoMatch("gathers parts of rows", instr.results[0])
+    return _index_one(lifter, instr, table, ids)
+
+
+def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
+    kind = lifter.type(table)
+    if ids.what == "expert":
+        return Rows(ids.space, Expert((table.name,), tuple(range(kind.rank - 1)), True), ids.layout, ids.choice)
+    inner = lifter.lift(table)
+    if ids.what == "token":
+        if isinstance(inner, Masked) and inner.summed and inner.anchor == ids.space.key:
+            return Rows(ids.space, Slot(inner.value), ids.layout, inner.choice)
+        chosen = lifter.graph.types.get(ids.choice)
+        if kind.rank == 1 and chosen is not None and chosen.rank == 1:
+            return Rows(ids.space, Slot(table.name), ids.layout, ids.choice)  # w[T] of one expert a token
+        if kind.rank < 2:
+            return NoMatch(f"rows are taken from {kind}, expected [T, H]", table.name)
+        return Rows(ids.space, Token(table.name), ids.layout, ids.choice)
+    if ids.what == "flat" and isinstance(inner, Rows | Ids) and inner.space.kind == "slots" and inner.layout == "flat":
+        if isinstance(inner, Ids):
+            return replace(inner, space=replace(ids.space, k=inner.space.k))
+        space = replace(ids.space, k=inner.space.k)
+        return Rows(space, inner.row, ids.layout, inner.choice, anchor=inner.anchor, earlier=inner.earlier)
+    if ids.what == "inverse" and isinstance(inner, Rows) and inner.space.key == ids.space.key:
+        choice = inner.choice or ids.choice
+        return Rows(Space("slots", inner.space.k), inner.row, "flat", choice, "sorted", inner.anchor, inner.earlier)
+    return NoMatch(f"rows indexed by {ids.what} positions of {ids.space.kind}", instr.results[0])
+
+
+def rule_sort(lifter: Lifter, instr: Instr, which: int) -> Lift:
+    """Sorting the flat expert ids puts rows in expert order; sorting that permutation inverts it."""
+    inner = lifter.lift(instr.args[0])
+    if not isinstance(inner, Ids) or lifter.type(instr.args[0]).rank != 1 or instr.attr("descending"):
+        return NoMatch("sorts something else than the flat expert ids, ascending", instr.results[0])
+    key = instr.results[1]
+    if inner.what == "expert" and inner.space.kind == "slots":
+        return Ids(Space("sorted", inner.space.k, key), "flat" if which == 1 else "expert", inner.choice)
+    if inner.what == "flat" and inner.space.kind == "sorted" and which == 1:
+        return Ids(inner.space, "inverse", inner.choice)
+    return NoMatch(f"sorts {inner.what} ids of {inner.space.kind} rows", instr.results[0])
+
+
+def rule_floor_divide(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """flat // k is the token."""
+    inner, by = lifter.lift(instr.args[0]), instr.args[1]
+    if isinstance(inner, Ids) and inner.what == "flat" and inner.space.k == by:
+        return replace(inner, what="token")
+    return (
+        inner if isinstance(inner, NoMatch) else NoMatch(f"row positions divided by {by}, expected k", instr.results[0])
+    )
+
+
+def rule_remainder(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """flat % k is the slot."""
+    inner, by = lifter.lift(instr.args[0]), instr.args[1]
+    if isinstance(inner, Ids) and inner.what == "flat" and inner.space.k == by:
+        return replace(inner, what="slot")
+    return inner if isinstance(inner, NoMatch) else NoMatch(f"row positions modulo {by}, expected k", instr.results[0])
+
+
+def rule_index_put(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """inv[perm] = arange: the inverse of the sort's permutation."""
+    if instr.word == "index_put":
+        _base, source, *ids = instr.args
+        if instr.attr("accumulate"):
+            return NoMatch("adds positions instead of writing them", instr.results[0])
+    else:
+        _base, index, source = instr.args
+        ids = [index]
+    made = lifter.instr(source)
+    inner = lifter.lift(ids[0]) if len(ids) == 1 else NoMatch("several index tensors", instr.results[0])
+    if isinstance(inner, NoMatch):
+        return inner
+    if (
+        made is not None
+        and made.word == "arange"
+        and isinstance(inner, Ids)
+        and inner.what == "flat"
+        and inner.space.kind == "sorted"
+    ):
+        return Ids(inner.space, "inverse", inner.choice)
+    return NoMatch("writes something else than positions in sorted order", instr.results[0])
+
+
+def rule_repeat_interleave(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Each token k times in a row: rows in slot order."""
+    arg, k = instr.args[0], instr.attr("repeats")
+    if instr.attr("dim") != 0 or not isinstance(k, int) or not isinstance(arg, Ref):
+        return NoMatch("repeat_interleave along another axis than tokens", instr.results[0])
+    made = lifter.instr(arg)
+    if made is not None and made.word == "arange":
+        return Ids(Space("slots", k), "token")
+    if lifter.type(arg).rank < 2:
+        return NoMatch(f"repeat_interleave of {lifter.type(arg)}, expected [T, H]", instr.results[0])
+    return Rows(Space("slots", k), Token(arg.name))
+
+
+def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """[T, 1, H] → [T, k, H]: each token in each of its slots."""
+    inner, to = lifter.lift(instr.args[0]), instr.types[0]
+    if (
+        isinstance(inner, Rows)
+        and isinstance(inner.row, Token)
+        and inner.space == Space("slots", 1)
+        and to.rank >= 2
+        and to.shape[1].is_Integer
+    ):
+        return replace(inner, space=Space("slots", int(to.shape[1])))
+    return inner if isinstance(inner, NoMatch) else NoMatch(f"expanded to {to}", instr.results[0])
+
+
+def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """x.repeat(E, 1): every token for every expert."""
+    arg, reps = instr.args[0], instr.attr("reps")
+    if (
+        isinstance(arg, Ref)
+        and isinstance(reps, tuple)
+        and lifter.type(arg).rank == 2
+        and len(reps) == 2
+        and reps[1] == 1
+    ) and isinstance(reps[0], int):
+        return Rows(Space("dense", reps[0]), Token(arg.name))
+    return NoMatch(f"repeat{reps} is not every token for every expert", instr.results[0])
