@@ -105,7 +105,7 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if isinstance(total, NoMatch):
         return total
     held.append(f"each token sums its experts' rows (form: {total.form})")
-    anchor = total.rows.anchor or (total.rows.space.key if total.rows.space.kind == "loop" else "")
+    anchor = total.rows.loop
     part = part_of(lifter, anchor)
     body = match_body(lifter.graph, total.rows.row, None if part is None or part.above else part.limit)
     if isinstance(body, NoMatch):

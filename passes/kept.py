@@ -33,12 +33,11 @@ def kept_mask(lifter: Lifter, arg: Arg) -> OneHot | None:
 def _axes(graph: Graph, hot: Hot) -> tuple[str, ...] | None:
     """A mask's labels as t, s and e: one slot a token, or the choice's last axis."""
     letters = letters_of(graph.types[hot.base].rank)
-    names = {"e": "e", "".join(letters): "t"}
+    token = "".join(letters)
+    names = {"e": "e", token: "t"}
     if len(letters) == 2:
         names |= {"a": "t", "b": "s"}
-    elif "".join(letters) in hot.axes and hot.axes.count("1") == 1:
-        names["1"] = "s"
-    if "ab" in hot.axes and hot.axes.count("1") == 1:
+    if token in hot.axes and hot.axes.count("1") == 1:
         names["1"] = "s"
     found = tuple(names.get(label, "") for label in hot.axes)
     return found if all(found) and len(set(found)) == len(found) and {"t", "e"} <= set(found) else None

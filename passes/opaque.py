@@ -66,7 +66,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     if isinstance(total, NoMatch):
         return total
     graph, rows = lifter.graph, total.rows
-    anchor = rows.anchor or (rows.space.key if rows.space.kind == "loop" else "")
+    anchor = rows.loop
     if (
         not anchor
         or part_of(lifter, anchor) is not None

@@ -94,7 +94,7 @@ def _handed_on(lifter: Lifter, out: Writer, base: str, other: Combined, part: Pa
 
 def _visits_rest(lifter: Lifter, rows: Rows, part: Part, choice: str) -> bool:
     """Whether a loop visits every expert from the limit on, and no other."""
-    anchor = rows.space.key if rows.space.kind == "loop" else ""
+    anchor = rows.loop
     if not anchor or rows.anchor or rows.earlier or part_of(lifter, anchor) != Part(part.limit, True):
         return False
     hits = lifter.graph.defs[anchor].word == "anchor"  # a range may end before the last of them

@@ -138,6 +138,11 @@ class Rows:
     earlier: tuple[str, ...] = ()
 
     @property
+    def loop(self) -> str:
+        """The loop that computes the rows or computed them, an expert at a time; empty where none does."""
+        return self.anchor or (self.space.key if self.space.kind == "loop" else "")
+
+    @property
     def lead(self) -> int:
         """How many leading axes run over rows."""
         if self.space.kind == "grid":

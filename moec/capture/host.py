@@ -25,11 +25,6 @@ def strip_listing(items: ast.expr) -> ast.expr:
     return items
 
 
-def listed(expr: ast.expr) -> ast.expr:
-    """The tensor that an expression lists: `rows` of `rows.tolist()`."""
-    return strip_listing(expr)
-
-
 def indexing_lists(loop: ast.For, tainted: frozenset[str]) -> frozenset[str]:
     """The names of lists of rows that a body does nothing with but index: `rows = idx.tolist(); x[rows]`."""
     made: dict[str, bool] = {}

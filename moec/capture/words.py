@@ -6,7 +6,7 @@ import ast
 import copy
 
 from moec.capture.events import loaded
-from moec.capture.host import indexing_lists, listed
+from moec.capture.host import indexing_lists, strip_listing
 from moec.capture.recognise import Candidate, is_alias
 
 RUNTIME = "_moec_trace"
@@ -75,7 +75,7 @@ class Words(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         target = node.targets[0]
         if isinstance(target, ast.Name) and target.id in self.lists:
-            return assign(target, self.visit(listed(node.value)))
+            return assign(target, self.visit(strip_listing(node.value)))
         if len(node.targets) != 1 or not isinstance(target, ast.Subscript) or not self.indexes(target):
             self.generic_visit(node)
             return node
