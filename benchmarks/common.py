@@ -6,8 +6,9 @@ import argparse
 import copy
 import datetime
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.compare import MOEC, Row, Way, empty_cells
+from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
+from moec.compare_view import times_table
 from moec.demo_check import TOLERANCE, reference, relative_error
 from moec.demo_forms import MoE, make_moe
-from moec.measure import Layer, environment_line
+from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -130,6 +132,85 @@ def only(names: str, ways: Sequence[Way]) -> list[Way]:
         if name not in known:
             raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(known)}")
     return [way for way in ways if not wanted or way.name in wanted]
+
+
+def add_race(
+    parser: argparse.ArgumentParser,
+    name: str,
+    *,
+    tokens: str,
+    dtypes: str,
+    repeats: int,
+    budget: float,
+    seconds: float,
+    patience: float,
+) -> None:
+    """The options that `race_layers` reads, with these defaults, and where the benchmark `name` writes."""
+    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--tokens", default=tokens)
+    parser.add_argument("--dtypes", default=dtypes, help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--repeats", type=int, default=repeats, help="calls a cell, at most")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds to prepare one alternative")
+    parser.add_argument("--seconds", type=float, default=seconds, help="seconds to time one token count")
+    skips = "skip alternatives whose call is expected to be slower"
+    parser.add_argument("--patience", type=float, default=patience, help=skips)
+    add_ways(parser)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
+
+
+@dataclass(frozen=True)
+class Raced:
+    """One layer and dtype: its title, what the machine can do, and a row for each token count."""
+
+    title: str
+    shape: Shape
+    dtype: str
+    ceilings: Ceilings
+    rows: tuple[Row, ...]
+
+
+def race_layers(
+    asked: argparse.Namespace,
+    ways: Callable[[Shape, str, tuple[int, ...]], Sequence[Way]],
+    console: Console,
+    say: Console,
+    kind: str = "",
+    limit: Callable[[Layer], Layer] = lambda layer: layer,
+) -> Iterator[Raced]:
+    """Each layer and dtype asked for, timed and shown as a table; `kind` is said in titles, `limit` what bounds it."""
+    tokens = tuple(map(int, asked.tokens.split(",")))
+    budget = Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats)
+    for dtype in asked.dtypes.split(","):
+        ceilings = measure_ceilings(DTYPES[dtype])
+        for name in asked.layers.split(","):
+            shape = LAYERS[name]
+            plain = plain_layer(shape, DTYPES[dtype])
+            rows = race(
+                only(asked.ways, ways(shape, dtype, tokens)),
+                layer_inputs(shape, DTYPES[dtype], tokens),
+                limit(shape.layer(DTYPES[dtype])),
+                ceilings,
+                partial(active_experts, plain),
+                budget,
+                step=lambda text: say.log(text),
+            )
+            title = f"{name} {dtype}{kind}: {shape}"
+            names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
+            show_rows(console, times_table(title, rows, names), rows)
+            yield Raced(title, shape, dtype, ceilings, rows)
+
+
+def write_race(
+    name: str, raced: Sequence[Raced], asked: argparse.Namespace, say: Console, more: Mapping[str, Any]
+) -> None:
+    """Write all that was raced, and `more`, as JSON; the plot where it was asked for."""
+    tables = {each.title: each.rows for each in raced}
+    limits = {each.dtype: asdict(each.ceilings) for each in raced}
+    say.print(f"wrote {write_json(name, {'ceilings': limits, 'layers': rows_data(tables), **more}, asked.out)}")
+    if asked.plot:
+        plot_times(tables, asked.plot)
+        say.print(f"wrote {asked.plot}")
 
 
 def show_rows(console: Console, table: Table, rows: Sequence[Row]) -> None:

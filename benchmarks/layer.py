@@ -14,33 +14,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from time import thread_time
 
 import torch
 from common import (
     DTYPES,
     LAYERS,
-    RESULTS,
     Shape,
-    active_experts,
-    add_ways,
+    add_race,
     check_names,
     layer_inputs,
     library_block,
-    only,
     plain_layer,
-    plot_times,
-    rows_data,
-    show_rows,
+    race_layers,
     wanted,
-    write_json,
+    write_race,
 )
 from rich.console import Console
 
-from moec.compare import MOEC, Budget, Row, Way, race
-from moec.compare_view import times_table
-from moec.measure import Ceilings, environment_line, measure_ceilings
+from moec.compare import MOEC, Way
+from moec.measure import environment_line
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.worker import Built
 
@@ -48,21 +42,11 @@ from moec.worker import Built
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--tokens", default="1,8,64,512")
-    parser.add_argument("--dtypes", default="bf16,f32", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--repeats", type=int, default=15, help="calls a cell, at most")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds to prepare one alternative")
-    parser.add_argument("--seconds", type=float, default=20.0, help="seconds to time one token count")
-    parser.add_argument(
-        "--patience", type=float, default=2.0, help="skip alternatives whose call is expected to be slower"
-    )
+    cost = {"repeats": 15, "budget": 60.0, "seconds": 20.0, "patience": 8.0}
+    add_race(parser, "layer", tokens="1,8,64,512", dtypes="bf16,f32", **cost)
     parser.add_argument("--no-inductor", action="store_true", help="leave Inductor's compilations out")
     parser.add_argument("--on-grouped", action="store_true", help="also moec on the grouped_mm form")
     parser.add_argument("--quick", action="store_true", help="layer A, bf16, 1 and 64 tokens, short budgets")
-    add_ways(parser)
-    parser.add_argument("--out", type=Path, default=RESULTS / "layer.json")
-    parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
     if asked.quick:
         asked.layers, asked.tokens, asked.dtypes = "A", "1,64", "bf16"
@@ -95,21 +79,6 @@ def ways(shape: Shape, dtype: str, tokens: tuple[int, ...], inductor: bool, on_g
     if inductor:
         found += [way(f"Inductor, {name}", name, "inductor") for name in ("grouped_mm", "batched_mm", "eager")]
     return found
-
-
-def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceilings, say: Console) -> tuple[Row, ...]:
-    """All token counts of one layer and dtype."""
-    tokens = tuple(map(int, asked.tokens.split(",")))
-    plain = plain_layer(shape, DTYPES[dtype])
-    return race(
-        only(asked.ways, ways(shape, dtype, tokens, not asked.no_inductor, asked.on_grouped)),
-        layer_inputs(shape, DTYPES[dtype], tokens),
-        shape.layer(DTYPES[dtype]),
-        ceilings,
-        lambda x: active_experts(plain, x),
-        Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats),
-        step=lambda text: say.log(text),
-    )
 
 
 @dataclass(frozen=True)
@@ -151,28 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
     console, say = Console(), Console(stderr=True, highlight=False)
     console.print(environment_line(), highlight=False)
-    tables: dict[str, tuple[Row, ...]] = {}
-    ceilings: dict[str, Ceilings] = {}
     with torch.no_grad():
-        for dtype in asked.dtypes.split(","):
-            ceilings[dtype] = measure_ceilings(DTYPES[dtype])
-            for layer in asked.layers.split(","):
-                shape = LAYERS[layer]
-                title = f"{layer} {dtype}: {shape}"
-                rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
-                names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
-                show_rows(console, times_table(title, rows, names), rows)
+        forms = partial(ways, inductor=not asked.no_inductor, on_grouped=asked.on_grouped)
+        raced = list(race_layers(asked, forms, console, say))
         bare = outside()
     console.print(
         f"outside kernels, a layer at T=1: moec's op {bare.op:.0f} µs; with Dynamo's guards {bare.compiled:.0f} µs",
         highlight=False,
     )
-    data = rows_data(tables)
-    limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
-    say.print(f"wrote {write_json('layer', {'ceilings': limits, 'layers': data, 'outside': asdict(bare)}, asked.out)}")
-    if asked.plot:
-        plot_times(tables, asked.plot)
-        say.print(f"wrote {asked.plot}")
+    write_race("layer", raced, asked, say, {"outside": asdict(bare)})
 
 
 if __name__ == "__main__":

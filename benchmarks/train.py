@@ -18,6 +18,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,25 @@ import torch.nn.functional as nnf
 from common import (
     DTYPES,
     LAYERS,
-    RESULTS,
+    Raced,
     Shape,
-    active_experts,
-    add_ways,
+    add_race,
     check_names,
     layer_inputs,
     library_block,
-    only,
     plain_layer,
-    plot_times,
-    rows_data,
-    show_rows,
+    race_layers,
     wanted,
-    write_json,
+    write_race,
 )
 from rich.console import Console
 from torch import Tensor
 
-from moec.compare import MOEC, Budget, Row, Way, race
-from moec.compare_view import plain_table, times_table
+from moec.compare import MOEC, Row, Way
+from moec.compare_view import plain_table
 from moec.demo_check import TOLERANCE, relative_error
 from moec.demo_forms import MoE
-from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.measure import Layer, environment_line
 from moec.runtime_cpu import release_workspace
 from moec.runtime_gradients import gradient_memory
 from moec.worker import Built
@@ -82,21 +79,11 @@ class Peak:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--tokens", default="512,2048")
-    parser.add_argument("--dtypes", default="f32,bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--repeats", type=int, default=7, help="steps a cell, at most")
-    parser.add_argument("--budget", type=float, default=180.0, help="seconds to prepare one alternative")
-    parser.add_argument("--seconds", type=float, default=60.0, help="seconds to time one token count")
-    parser.add_argument(
-        "--patience", type=float, default=20.0, help="skip alternatives whose step is expected to be slower"
-    )
+    cost = {"repeats": 7, "budget": 180.0, "seconds": 60.0, "patience": 20.0}
+    add_race(parser, "train", tokens="512,2048", dtypes="f32,bf16", **cost)
     parser.add_argument("--inductor", action="store_true", help="also Inductor's compilation of the grouped_mm form")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
     parser.add_argument("--quick", action="store_true", help="layer A, f32, 512 tokens, short budgets")
-    add_ways(parser)
-    parser.add_argument("--out", type=Path, default=RESULTS / "train.json")
-    parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
     if asked.quick:
         asked.layers, asked.tokens, asked.dtypes = "A", "512", "f32"
@@ -221,21 +208,6 @@ def peak(way: Way, tokens: int) -> Peak:
     return Peak(way.name, tokens, extra, sizes)
 
 
-def measure(shape: Shape, dtype: str, asked: argparse.Namespace, ceilings: Ceilings, say: Console) -> tuple[Row, ...]:
-    """All token counts of one layer and dtype."""
-    tokens = tuple(map(int, asked.tokens.split(",")))
-    plain, layer = plain_layer(shape, DTYPES[dtype]), shape.layer(DTYPES[dtype])
-    return race(
-        only(asked.ways, ways(shape, dtype, tokens, asked.inductor)),
-        layer_inputs(shape, DTYPES[dtype], tokens),
-        Training(**asdict(layer)),
-        ceilings,
-        lambda x: active_experts(plain, x),
-        Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats),
-        step=lambda text: say.log(text),
-    )
-
-
 def peaks(shape: Shape, dtype: str, rows: Sequence[Row], inductor: bool, console: Console, title: str) -> list[Peak]:
     """The memory of every way that was timed, also as a table."""
     tokens = tuple(row.tokens for row in rows)
@@ -258,27 +230,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
     console, say = Console(), Console(stderr=True, highlight=False)
     console.print(environment_line(), highlight=False)
-    tables: dict[str, tuple[Row, ...]] = {}
-    memory: dict[str, list[Peak]] = {}
-    ceilings: dict[str, Ceilings] = {}
+    raced: list[Raced] = []
+    memory: dict[str, list[dict[str, Any]]] = {}
+    forms = partial(ways, inductor=asked.inductor)
     with torch.no_grad():
-        for dtype in asked.dtypes.split(","):
-            ceilings[dtype] = measure_ceilings(DTYPES[dtype])
-            for layer in asked.layers.split(","):
-                shape = LAYERS[layer]
-                title = f"{layer} {dtype} training: {shape}"
-                rows = tables[title] = measure(shape, dtype, asked, ceilings[dtype], say)
-                names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
-                show_rows(console, times_table(title, rows, names), rows)
-                if not asked.no_memory and os.path.exists("/proc/self/clear_refs"):
-                    memory[title] = peaks(shape, dtype, rows, asked.inductor, console, title)
-    data = rows_data(tables)
-    held = {title: [asdict(p) for p in each] for title, each in memory.items()}
-    limits = {dtype: asdict(found) for dtype, found in ceilings.items()}
-    say.print(f"wrote {write_json('train', {'ceilings': limits, 'layers': data, 'memory': held}, asked.out)}")
-    if asked.plot:
-        plot_times(tables, asked.plot)
-        say.print(f"wrote {asked.plot}")
+        for each in race_layers(asked, forms, console, say, " training", lambda layer: Training(**asdict(layer))):
+            raced.append(each)
+            if not asked.no_memory and os.path.exists("/proc/self/clear_refs"):
+                found = peaks(each.shape, each.dtype, each.rows, asked.inductor, console, each.title)
+                memory[each.title] = [asdict(one) for one in found]
+    write_race("train", raced, asked, say, {"memory": memory})
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def demo(
     width: Annotated[int, typer.Option(help="F, an expert's width.")] = 768,
     experts: Annotated[int, typer.Option(help="E, the number of experts.")] = 64,
     top_k: Annotated[int, typer.Option(help="k, experts a token.")] = 8,
-    budget: Annotated[float, typer.Option(help="Seconds after which what is left to compare with is skipped.")] = 100.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which what is left to compare with is skipped.")] = 85.0,
     json: Json = False,
     debug: Debug = False,
 ) -> int:

@@ -16,6 +16,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,27 +25,21 @@ import torch
 from common import (
     DTYPES,
     LAYERS,
-    RESULTS,
     Shape,
-    active_experts,
-    add_ways,
+    add_race,
     check_names,
     layer_inputs,
     library_block,
-    only,
     plain_layer,
-    plot_times,
-    rows_data,
-    show_rows,
+    race_layers,
     wanted,
-    write_json,
+    write_race,
 )
 from engines import ENGINES, way
 from rich.console import Console
 
-from moec.compare import MOEC, Budget, Row, Way, race
-from moec.compare_view import times_table
-from moec.measure import Ceilings, environment_line, measure_ceilings
+from moec.compare import MOEC, Way
+from moec.measure import environment_line
 from moec.options import Environment
 from moec.worker import Built
 
@@ -55,19 +50,11 @@ INSTALL_SECONDS = 600
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
-    parser.add_argument("--tokens", default="1,8,64,512")
-    parser.add_argument("--dtypes", default="bf16,f32", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--repeats", type=int, default=15, help="calls a cell, at most")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds to prepare one engine")
-    parser.add_argument("--seconds", type=float, default=20.0, help="seconds to time one token count")
-    parser.add_argument("--patience", type=float, default=5.0, help="skip engines whose call would be slower")
+    cost = {"repeats": 15, "budget": 120.0, "seconds": 20.0, "patience": 5.0}
+    add_race(parser, "peers", tokens="1,8,64,512", dtypes="bf16,f32", **cost)
     parser.add_argument("--freeze", action="store_true", help="also moec with its own copy of the weights")
     parser.add_argument("--offline", action="store_true", help="install nothing")
     parser.add_argument("--folder", type=Path, default=Environment.read().cache_dir / "peers")
-    add_ways(parser)
-    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
-    parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
     check_names(parser, asked, layers=LAYERS, dtypes=DTYPES)
     return asked
@@ -126,43 +113,18 @@ def ways(
     return [*found, *(way(engine, shape, dtype, tokens, folder) for engine in usable)]
 
 
-def measure(
-    shape: Shape, dtype: str, asked: argparse.Namespace, failed: Mapping[str, str], ceilings: Ceilings, say: Console
-) -> tuple[Row, ...]:
-    """All token counts of one layer and dtype."""
-    tokens, plain = tuple(map(int, asked.tokens.split(","))), plain_layer(shape, DTYPES[dtype])
-    return race(
-        only(asked.ways, ways(shape, dtype, tokens, asked.folder, failed, asked.freeze)),
-        layer_inputs(shape, DTYPES[dtype], tokens),
-        shape.layer(DTYPES[dtype]),
-        ceilings,
-        lambda x: active_experts(plain, x),
-        Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.repeats),
-        step=lambda text: say.log(text),
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Install, measure, print tables and what could not be installed, write JSON and the plot."""
     asked = parse(arguments)
     console, say = Console(), Console(stderr=True, highlight=False)
     console.print(environment_line(), highlight=False)
     failed = install(asked.folder, asked.offline, say)
-    tables: dict[str, tuple[Row, ...]] = {}
+    engines = partial(ways, folder=asked.folder, failed=failed, freeze=asked.freeze)
     with torch.no_grad():
-        for dtype in asked.dtypes.split(","):
-            ceilings = measure_ceilings(DTYPES[dtype])
-            for layer in asked.layers.split(","):
-                title = f"{layer} {dtype}: {LAYERS[layer]}"
-                rows = tables[title] = measure(LAYERS[layer], dtype, asked, failed, ceilings, say)
-                names = list(dict.fromkeys(n for row in rows for n in (*row.times, *row.skipped)))
-                show_rows(console, times_table(title, rows, names), rows)
+        raced = list(race_layers(asked, engines, console, say))
     for package, why in failed.items():
         console.print(f"{package} could not be installed: {why}", style="dim", highlight=False)
-    say.print(f"wrote {write_json('peers', {'failed': failed, 'layers': rows_data(tables)}, asked.out)}")
-    if asked.plot:
-        plot_times(tables, asked.plot)
-        say.print(f"wrote {asked.plot}")
+    write_race("peers", raced, asked, say, {"failed": failed})
 
 
 if __name__ == "__main__":
