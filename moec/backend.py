@@ -18,8 +18,10 @@ from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
+from moec.collector import no_collections
 from moec.describe import describe, site_name, with_opaque
 from moec.graph import Graph, sweep
+from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
 from moec.passes import PASSES
 from moec.passes.canonicalize import Canonicalize
@@ -93,12 +95,12 @@ class Backend:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
         if self.report is None and not can_hold_experts(gm):  # a report also says what was looked at
             return GraphReport((), (), len(gm.graph.nodes))
-        before = fx.Graph()
-        before.output(before.graph_copy(gm.graph, {}))
+        before = KeptGraph.of(gm.graph)
         try:
-            return self._rewrite(gm, nested)
+            with no_collections():
+                return self._rewrite(gm, nested)
         except Exception as error:  # whatever it is, the user's model still runs
-            gm.graph = before
+            gm.graph = before.restored()
             note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return GraphReport((), (), len(gm.graph.nodes), (note,))
@@ -281,11 +283,7 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
         devices[node.name] = value.device.type
         if not _plain(value):
             not_plain[node.name] = type(value).__name__ if value.layout is torch.strided else str(value.layout)
-    grad = frozenset(
-        name
-        for name, carriers in raised.carriers.items()
-        if torch.is_grad_enabled() and (nested or any(_has_gradient(node) for node, _ in carriers))
-    )
+    grad = _with_gradients(raised, nested) if torch.is_grad_enabled() else frozenset[str]()
     return Facts(options, grad, devices, not_plain, any(map(torch.is_autocast_enabled, ("cpu", "cuda"))))
 
 
@@ -301,6 +299,11 @@ def nothing_to_compile(gm: fx.GraphModule) -> bool:
     # Nodes that lowering added carry no fake value; sizes are numbers.
     free = (type(None), int, torch.SymInt)
     return bool(sites) and all(n in sites or isinstance(fake(n), free) or key_of(n) in _VIEWS for n in calls)
+
+
+def _with_gradients(raised: Raised, nested: bool) -> frozenset[str]:
+    carriers = raised.carriers.items()
+    return frozenset(name for name, holders in carriers if nested or any(_has_gradient(node) for node, _ in holders))
 
 
 def _has_gradient(node: fx.Node) -> bool:

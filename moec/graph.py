@@ -33,13 +33,13 @@ class Type:
         return "any" if bare else f"{word_text(self.dtype)}[{', '.join(map(dim_text, self.shape))}]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ref:
     """A use of the value of this name."""
 
     name: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"%{self.name}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,20 @@ def type_of_fake(value: Any) -> Type:
     """The canonical type of a fake value."""
     if not isinstance(value, torch.Tensor):
         return ANY
-    return Type(DTYPE_WORDS.get(value.dtype, str(value.dtype)), tuple(dim_of(d) for d in value.shape))
+    shape = tuple(value.shape)
+    if all(type(size) is int for size in shape):
+        return _plain_type(value.dtype, shape)
+    return Type(_dtype_word(value.dtype), tuple(map(dim_of, shape)))
+
+
+@lru_cache(maxsize=4096)
+def _plain_type(dtype: torch.dtype, shape: tuple[int, ...]) -> Type:
+    """A type without symbols; a model of many experts has thousands of parameters of few types."""
+    return Type(_dtype_word(dtype), tuple(map(sympy.Integer, shape)))
+
+
+def _dtype_word(dtype: torch.dtype) -> str:
+    return DTYPE_WORDS.get(dtype, str(dtype))
 
 
 def dim_of(size: Any) -> sympy.Expr:
@@ -147,7 +161,10 @@ def dim_of(size: Any) -> sympy.Expr:
 
 def storage_key(node: fx.Node) -> int | None:
     """Identity of the storage behind the node's fake value."""
-    value = fake(node)
+    return _storage_of(fake(node))
+
+
+def _storage_of(value: Any) -> int | None:
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
     try:
@@ -164,16 +181,17 @@ def raise_graph(gm: fx.GraphModule, raisers: Callable[[fx.Node], Raiser | None])
     order: dict[fx.Node, int] = {}
     for build.position, node in enumerate(gm.graph.nodes):
         order[node] = build.position
+        value = fake(node)
         build.node, build.fresh = node, 0
         if node.op in ("placeholder", "get_attr"):
-            inputs.append((node.name, type_of_fake(fake(node))))
+            inputs.append((node.name, type_of_fake(value)))
             build.types[node.name] = inputs[-1][1]
             build.hold(node, Ref(node.name))
         elif node.op == "output":
             outputs.extend(dict.fromkeys(_returned(build.value(node.args[0]))))
         else:
             build.hold(node, _raise_node(build, node, raisers(node)))
-        key = storage_key(node)
+        key = _storage_of(value)
         if key is not None:
             build.aliases.setdefault(key, []).append(node)
     for name, _ in inputs:

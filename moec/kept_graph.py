@@ -1,0 +1,47 @@
+"""An FX graph as it was: what a rewrite that fails half-way is undone with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True)
+class KeptNode:
+    """What a rewrite may change of one node."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """A graph's nodes in order; keeping them costs a small part of what a copy of the graph does."""
+
+    graph: fx.Graph
+    nodes: tuple[KeptNode, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> KeptGraph:
+        """The graph as it is now."""
+        nodes = (KeptNode(n, n.target, n.args, n.kwargs, dict(n.meta)) for n in graph.nodes)
+        return cls(graph, tuple(nodes))
+
+    def restored(self) -> fx.Graph:
+        """A new graph that equals the one that was kept, whatever has become of its nodes."""
+        graph = fx.Graph(tracer_cls=self.graph._tracer_cls)
+        graph.set_codegen(self.graph._codegen)
+        again: dict[fx.Node, fx.Node] = {}
+        for kept in self.nodes:
+            old = kept.node
+            args = fx.map_arg(kept.args, again.__getitem__)
+            kwargs = fx.map_arg(kept.kwargs, again.__getitem__)
+            node = graph.create_node(old.op, kept.target, args, kwargs, old.name, old.type)
+            node.meta = dict(kept.meta)
+            again[old] = node
+        return graph
