@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_aggregate
 from torch.fx.passes.split_module import split_module
 
 from moec.capture.lower import RegionLoop, lower_regions
@@ -28,6 +29,7 @@ def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
     if not regions(gm):
         return compile_fn(gm, _examples(gm))
     gm = lower_regions(gm)
+    _open_shapes(gm)
     try:
         split = split_module(gm, gm, _partition(gm), keep_original_order=True)
     except KeyError:  # a size made of one that depends on data: no part can be given it, so all run as they are
@@ -39,6 +41,39 @@ def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
         with _own_context():
             setattr(split, name, _Compiled(compile_fn(part, _examples(part)), single))
     return split
+
+
+def _open_shapes(gm: GraphModule) -> None:
+    """Whole shapes as their sizes one by one: AOTAutograd lets a part return numbers, but no `torch.Size`."""
+    for node in list(gm.graph.nodes):
+        if not isinstance(node.meta.get("example_value"), torch.Size):
+            continue
+        sizes = _sizes(gm.graph, node)
+        if sizes is None:
+            continue
+        for user in list(node.users):
+            user.args = map_aggregate(user.args, lambda arg, node=node, sizes=sizes: sizes if arg is node else arg)
+            user.kwargs = map_aggregate(user.kwargs, lambda arg, node=node, sizes=sizes: sizes if arg is node else arg)
+        gm.graph.erase_node(node)
+
+
+def _sizes(graph: Graph, node: Node) -> tuple[Any, ...] | None:
+    """The sizes that a shape is made of: numbers and nodes."""
+    if node.target is torch.Size:
+        (given,) = node.args
+        return tuple(given) if isinstance(given, (tuple, list)) else None
+    if node.target != "size" or len(node.args) != 1:
+        return None
+    sizes: list[Node | int] = []
+    for dim, size in enumerate(node.meta["example_value"]):
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        with graph.inserting_before(node):
+            one = graph.call_method("size", (node.args[0], dim))
+        one.meta["example_value"] = size
+        sizes.append(one)
+    return tuple(sizes)
 
 
 @contextmanager

@@ -104,6 +104,30 @@ def test_no_grad_around_the_loop_and_after(make_recorder):
     assert len(recorder.graphs) == 1
 
 
+@pytest.mark.parametrize("written", ["whole", "made"])
+def test_a_shape_that_is_asked_for_before_the_loop_and_used_after_it(written, make_recorder):
+    from torch._inductor.compile_fx import compile_fx
+
+    class Batched(Routed):
+        def forward(self, x):
+            shape = x.shape if written == "whole" else (*x.shape[:1], -1, 8)
+            y, _ = super().forward(x.reshape(-1, x.shape[-1]))
+            return y.reshape(shape)
+
+    recorder = make_recorder(lambda gm: compile_parts(gm, compile_fx))
+    model = Batched()
+    compiled = torch.compile(model, backend=recorder, dynamic=True)
+    for shape in ((2, 5, 8), (3, 4, 8)):
+        a = torch.randn(shape, requires_grad=True)
+        b = a.detach().clone().requires_grad_()
+        expected, got = model(a), compiled(b)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        expected.square().sum().backward()
+        got.square().sum().backward()
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-5)
+    assert len(recorder.graphs) == 1
+
+
 def test_graph_without_regions_is_one_part():
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
     for node in gm.graph.nodes:
