@@ -13,8 +13,17 @@ from moec.dims import dim_text
 from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
 from moec.passes.lower import SITES
-from moec.passes.near_miss import NearMiss, banks_text, chosen_text, chosen_values, counts_of, near_misses
+from moec.passes.near_miss import (
+    NearMiss,
+    banks_text,
+    chosen_text,
+    chosen_values,
+    counts_of,
+    near_misses,
+    place_of,
+)
 from moec.passes.opaque import OpaqueSite
+from moec.passes.places import place
 from moec.passes.raise_graph import Raised
 from moec.passes.sites import experts_text, router_text, site_of
 from moec.pipeline import Facts, Miss
@@ -41,10 +50,10 @@ def describe(
     candidates, near = near_misses(graph, facts, left, parameters(raised))
     order = graph.position
     found = [(order[i.results[0]], site) for i, site in _fused_sites(raised, graph, misses, facts, proofs)]
-    found += [(order.get(n.miss.value, len(order)), _declined(raised, n)) for n in near]
+    found += [(order.get(n.miss.value, len(order)), _declined(raised, graph, n)) for n in near]
     sites = tuple(site for _, site in sorted(found, key=lambda pair: pair[0]))
     missed = {id(n.candidate): n for n in near}
-    return Described(sites, tuple(_region(raised, c, missed.get(id(c))) for c in candidates))
+    return Described(sites, tuple(_region(raised, graph, c, missed.get(id(c))) for c in candidates))
 
 
 def parameters(raised: Raised) -> frozenset[str]:
@@ -71,18 +80,17 @@ def _fused_sites(
             yield instr, _fused(raised, graph, instr, why, facts, proofs)
 
 
-def _region(raised: Raised, candidate: Candidate, near: NearMiss | None) -> report.Region:
+def _region(raised: Raised, graph: Graph, candidate: Candidate, near: NearMiss | None) -> report.Region:
     """A candidate for people."""
     status = {"open": "declined"}.get(candidate.status, candidate.status) if near is None else "declined"
     why = candidate.why if near is None else near.miss.why.reason
-    place = candidate.combine or candidate.last
     return report.Region(
         name=site_name(raised, candidate.root),
         status=status,
         chosen=chosen_text(candidate) if candidate.selections else "–",
         experts=banks_text(candidate) if candidate.banks else "–",
         why=why,
-        location=place.loc,
+        location=place_of(graph, candidate),
     )
 
 
@@ -142,7 +150,7 @@ def capacity_text(capacity: ir.Capacity | None) -> str:
     return f"{dim_text(capacity.limit)} rows an expert{groups}, by {capacity.order}; {others}"
 
 
-def _declined(raised: Raised, near: NearMiss) -> report.Site:
+def _declined(raised: Raised, graph: Graph, near: NearMiss) -> report.Site:
     experts, top_k = counts_of(near.candidate)
     return report.Site(
         name=site_name(raised, near.miss.value),
@@ -155,7 +163,7 @@ def _declined(raised: Raised, near: NearMiss) -> report.Site:
         capacity="",
         kernels=(),
         reasons=(_reason(raised, near.miss),),
-        location=(near.candidate.combine or near.candidate.last).loc or near.miss.loc,
+        location=place_of(graph, near.candidate),
         checks=near.checks,
         choice=tuple(filter(None, (_node_name(raised, value) for value in chosen_values(near.candidate)))),
     )
@@ -168,8 +176,9 @@ def _node_name(raised: Raised, value: str) -> str:
 
 def _reason(raised: Raised, miss: Miss) -> report.Reason:
     """Why, at the line of the value that did not fit."""
-    made = raised.graph.defs.get(miss.why.at)
-    return report.Reason(miss.why.reason, location=(made.loc if made else "") or miss.loc, hint=miss.why.hint)
+    own = place(raised.graph, miss.why.at) if miss.why.at else ""
+    where = own or miss.loc or place(raised.graph, miss.value.removesuffix(".routed"))
+    return report.Reason(miss.why.reason, location=where, hint=miss.why.hint)
 
 
 def site_name(raised: Raised, root: str) -> str:

@@ -84,7 +84,8 @@ def report_view(report: Report, width: int) -> RenderableType:
     parts.extend(ladder(group) for group in alike(report.near_misses))
     if not groups:
         parts.append(Text("no MoE layer was found: the model runs as it would with the rest compiler alone", "yellow"))
-        looked = [f"{r.chosen}: {r.why}  at {short_place(r.location)}" for r in report.regions if r.chosen != "–"]
+        seen = [(r.chosen if r.chosen != "–" else r.experts, r) for r in report.regions]
+        looked = [f"{what}: {r.why}  at {short_place(r.location)}" for what, r in seen if what != "–"]
         parts.extend(_bullets("looked at", _counted(looked)))
     parts.extend(_proofs(report, groups))
     breaks = [f"{_brief(reason)}  at {short_place(where)}" for reason, where in report.graph_breaks]

@@ -61,7 +61,9 @@ class Lifter:
         if arg.name not in self.memo:
             instr = self.graph.defs.get(arg.name)
             if instr is None:
-                self.memo[arg.name] = NoMatch(f"%{arg.name} is an input of the graph", arg.name)
+                self.memo[arg.name] = NoMatch(
+                    f"%{arg.name} is an input, the same for every row of this operation", arg.name
+                )
             elif instr.word not in self.rules:
                 what = instr.attr("target") if instr.word == "opaque" else instr.word
                 self.memo[arg.name] = NoMatch(f"no row meaning for `{what}`", arg.name)

@@ -10,6 +10,7 @@ from moec.match import NoMatch
 from moec.passes.banks import Bank
 from moec.passes.candidates import Candidate, candidates_of
 from moec.passes.find_experts import ROOTS, Found, find_any, lifter_of
+from moec.passes.places import place
 from moec.pipeline import Facts, Miss
 from moec.report import Check
 
@@ -101,7 +102,7 @@ def _behind(graph: Graph, value: str) -> set[str]:
 
 def _near(graph: Graph, facts: Facts, candidate: Candidate, miss: Miss | None) -> NearMiss:
     """The ladder of one candidate, up to the first predicate that fails."""
-    evidence = evidence_of(candidate)
+    evidence = evidence_of(graph, candidate)
     held = [check for check, _ in evidence if check.held]
     failed = next(((check, hint) for check, hint in evidence if not check.held), None)
     if miss is None and failed is not None:
@@ -111,8 +112,7 @@ def _near(graph: Graph, facts: Facts, candidate: Candidate, miss: Miss | None) -
     why = miss.why if miss is not None else _ask(graph, facts, candidate)
     predicate, hint = _stage(graph, candidate, why)
     why = why if why.hint else replace(why, hint=hint)
-    made = graph.defs.get(why.at)
-    loc = (made.loc if made is not None else "") or (miss.loc if miss is not None else "") or _place(candidate).loc
+    loc = place(graph, *filter(None, (why.at, miss.value if miss is not None else "")), *_standing_for(candidate))
     checks = (*held, *(Check(text, True) for text in why.held), Check(predicate, False, why.reason, loc))
     return NearMiss(candidate, checks, Miss(miss.value if miss is not None else candidate.root, loc, why))
 
@@ -147,27 +147,34 @@ def _ask(graph: Graph, facts: Facts, candidate: Candidate) -> NoMatch:
     return NoMatch("rewrite fuel is spent") if isinstance(found, Found) else found
 
 
-def _place(candidate: Candidate) -> Instr:
-    """The instruction that stands for the candidate in the user's code."""
-    return candidate.combine or candidate.last
+def place_of(graph: Graph, candidate: Candidate) -> str:
+    """`file:line` of the user's code for which a candidate stands."""
+    return place(graph, *_standing_for(candidate))
 
 
-def evidence_of(candidate: Candidate) -> tuple[tuple[Check, str], ...]:
+def _standing_for(candidate: Candidate) -> tuple[str, ...]:
+    """The values that stand for a candidate, the best first."""
+    return candidate.root, candidate.last.results[0], *(bank.instrs[0] for bank in candidate.banks[:1])
+
+
+def evidence_of(graph: Graph, candidate: Candidate) -> tuple[tuple[Check, str], ...]:
     """What can be seen of an MoE layer without understanding it; with each predicate what to change where it fails."""
     chosen, banks, combine = candidate.selections, candidate.banks, candidate.combine
+    products = place(graph, *(bank.instrs[0] for bank in banks), candidate.root)
+    choosing = place(graph, chosen[-1].results[0]) if chosen else products  # where a choice would have been used
     return (
         (
-            Check("experts are chosen", bool(chosen), chosen_text(candidate), chosen[-1].loc if chosen else ""),
+            Check("experts are chosen", bool(chosen), chosen_text(candidate), choosing),
             "a layer in which every expert counts for every token, only by weights, has nothing to leave out: "
             "it runs as it was written",
         ),
-        (Check("experts have parameters of their own", bool(banks), banks_text(candidate)), ""),
+        (Check("experts have parameters of their own", bool(banks), banks_text(candidate), products), ""),
         (
             Check(
                 "experts' rows come together",
                 combine is not None,
                 f"`{combine.word}`" if combine is not None else "no sum, index_add or scatter behind the experts",
-                combine.loc if combine is not None else candidate.last.loc,
+                place_of(graph, candidate),
             ),
             "add the experts' rows to their tokens with index_add, or sum them over the axis of choices",
         ),

@@ -36,6 +36,7 @@ class Summary:
     supported_fused: int = 0
     declined: Counter[str] = field(default_factory=Counter)
     missing_reason: int = 0
+    missing: dict[str, str] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -45,6 +46,7 @@ class Summary:
             f"inside the supported grammar {self.supported}, fused {self.supported_fused} ({share:.1f} %)",
             f"declined without a reason that names a line: {self.missing_reason}",
             *(f"  {n:5d} × {why}" for why, n in self.declined.most_common(25)),
+            *(f"no line: {why}\n{source}" for why, source in self.missing.items()),
         ]
         return "\n".join(lines)
 
@@ -136,7 +138,9 @@ def count(sample: Any, report: Report, seen: Summary) -> None:
     reasons = [r for s in report.sites if s.status != "fused" for r in s.reasons] + report.not_rolled
     why = str(reasons[0].predicate) if reasons else "no candidate"
     seen.declined[f"{'supported' if sample.supported else 'twisted'}: {why[:110]}"] += 1
-    seen.missing_reason += not any(r.predicate and r.location for r in reasons)
+    if not any(r.predicate and r.location for r in reasons):
+        seen.missing_reason += 1
+        seen.missing.setdefault(why[:110], _runnable(sample))
     if sample.supported:
         seen.unfused.setdefault(why[:110], sample.source)
 

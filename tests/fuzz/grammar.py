@@ -132,8 +132,8 @@ def samples(draw: st.DrawFn, twists: float = 0.3) -> Sample:
 
 
 def _gap(p: Parts, tokens: int) -> bool:
-    """Known gaps of the matcher: one token repeated for every expert looks like E tokens; the dense einsum."""
-    return p.dispatch == "dense_einsum" or (p.dispatch == "dense_bmm" and tokens == 1)
+    """Known gap of the matcher: one token repeated for every expert looks like E tokens."""
+    return p.dispatch == "dense_bmm" and tokens == 1
 
 
 def write(p: Parts, dtype: str) -> str:

@@ -209,6 +209,7 @@ def test_a_soft_mixture_is_told_that_nothing_is_chosen():
     (site,) = explain(Soft()).sites
     assert [c.held for c in site.checks] == [True, True, False]
     assert site.checks[-1].predicate == "experts are chosen"
+    assert all(c.location.startswith(f"{__file__}:") for c in (*site.checks, *site.reasons)), site
     assert "runs as it was written" in site.reasons[0].hint
 
 
