@@ -19,21 +19,21 @@ from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
 from moec.collector import no_collections
-from moec.describe import describe, site_name, with_opaque
+from moec.describe import Sorted, describe, site_name, with_opaque
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
 from moec.passes import PASSES
 from moec.passes.canonicalize import Canonicalize
 from moec.passes.lower import groups_of, lower
-from moec.passes.opaque import OpaqueSite, find_opaque
+from moec.passes.opaque import find_opaque
 from moec.passes.opaque_lower import sort_rows
 from moec.passes.quick_look import can_hold_experts
 from moec.passes.raise_graph import Raised, fake
 from moec.passes.vocabulary import raise_fx
 from moec.passes.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
-from moec.proof import Verdict, prove
+from moec.proof import Verdict, prove, prove_bodies
 from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.runtime_packed import pack_log
@@ -43,6 +43,8 @@ from moec.verify import recording, verifying
 Compiled = Callable[..., Any]
 
 install.install()
+
+NO_NODE = "its rows cannot be sorted: a value that this needs is overwritten before the loop"
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,19 @@ class Backend:
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
         # No real loop can run inside a higher-order operator; and fuel counts the rewrites of the passes.
-        bodies = () if nested or self.options.fuel >= 0 else _sorted_bodies(gm)
+        bodies = () if nested or self.options.fuel >= 0 else self._sort_bodies(gm)
         if self.report is None:
             return GraphReport((), (), nodes)
-        proofs = {root: str(verdict) for root, verdict in done.verdicts.items()}
+        groups = groups_of(raised, done.graph)
+        proofs = {name: str(v) for root, v in done.verdicts.items() for i in groups[root] for name in i.results}
         said = with_opaque(describe(raised, done.graph, done.misses, done.facts, proofs), bodies, raised)
         records = (first, *done.records) if first is not None else ()
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
         rewritten = self._said(raised, done)
-        return GraphReport(said.sites, records, nodes, notes, done.proof_seconds, said.regions, rewritten)
+        tried = {id(body.verdict): body.verdict for body in bodies if not body.verdict.remembered}
+        seconds = done.proof_seconds + sum(verdict.seconds for verdict in tried.values())
+        return GraphReport(said.sites, records, nodes, notes, seconds, said.regions, rewritten)
 
     def _left(self) -> Options:
         """The options with the fuel that the graphs so far have left: one budget for all that a report looks at."""
@@ -165,6 +170,22 @@ class Backend:
             return {root: Verdict("off") for root in groups_of(raised, graph)}
         return prove(gm, raised, graph, facts.grad, Environment.read().cache_dir / "proofs")
 
+    def _sort_bodies(self, gm: fx.GraphModule) -> tuple[Sorted, ...]:
+        """Dispatch and combine around the experts that are no MLPs, in what the passes left of a graph."""
+        if not regions(gm):
+            return ()
+        raised = raise_fx(gm)
+        found = find_opaque(Canonicalize().run(sweep(raised.graph), Facts()).graph)
+        if self.options.proof == "off":
+            verdicts = {site.root: Verdict("off") for site in found}
+        else:
+            grad = facts_of(gm, raised, self.options, nested=False).grad
+            verdicts = prove_bodies(gm, raised, found, grad, Environment.read().cache_dir / "proofs")
+        refused = self._refused(verdicts)
+        done = sort_rows(gm, raised, tuple(site for site in found if site.root not in refused))
+        left = {site: refused.get(site.root, NO_NODE) for site in found if site not in done}
+        return tuple(Sorted(site, verdicts[site.root], left.get(site, "")) for site in found)
+
     def _refused(self, verdicts: Mapping[str, Verdict]) -> dict[str, str]:
         """The rewrites that are not to be used, and why; a wrong one is a bug in moec, and is said aloud."""
         refused: dict[str, str] = {}
@@ -189,15 +210,6 @@ class Backend:
         patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
         with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
             return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
-
-
-def _sorted_bodies(gm: fx.GraphModule) -> tuple[OpaqueSite, ...]:
-    """Dispatch and combine around the experts that are no MLPs, in what the passes left of a graph."""
-    if not regions(gm):
-        return ()
-    raised = raise_fx(gm)
-    graph = Canonicalize().run(sweep(raised.graph), Facts()).graph
-    return sort_rows(gm, raised, find_opaque(graph))
 
 
 def compile_graph(

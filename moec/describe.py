@@ -27,6 +27,7 @@ from moec.passes.places import place
 from moec.passes.raise_graph import Raised
 from moec.passes.sites import experts_text, router_text, site_of
 from moec.pipeline import Facts, Miss
+from moec.proof.store import Verdict
 from moec.site_text import dump_site
 from moec.spec import KernelSpec
 from moec.target import Target
@@ -121,7 +122,7 @@ def _fused(
         location=instr.loc,
         ir=dump_site(renamed(site, readable_names(raised))),
         spec=str(spec),
-        proof=proofs.get(instr.results[0].removesuffix(".routed"), ""),
+        proof=proofs.get(instr.results[0], ""),
     )
 
 
@@ -236,30 +237,47 @@ def renamed(site: ir.Site, names: Mapping[str, str]) -> ir.Site:
     )
 
 
-def with_opaque(said: Described, bodies: Sequence[OpaqueSite], raised: Raised) -> Described:
+@dataclass(frozen=True)
+class Sorted:
+    """A loop over experts with code of their own, what its proof has shown, and why its rows are not sorted, if so."""
+
+    site: OpaqueSite
+    verdict: Verdict
+    refused: str = ""
+
+
+def with_opaque(said: Described, bodies: Sequence[Sorted], raised: Raised) -> Described:
     """What is said, with experts that run their own code on slices of sorted rows in the place of their misses."""
     sites, regions = list(said.sites), list(said.regions)
     for body in bodies:
-        at = next((i for i, s in enumerate(sites) if (s.status, s.location) == ("declined", body.loc)), len(sites))
-        sites[at : at + 1] = [_opaque(raised, body)]
+        loc, status = body.site.loc, "declined" if body.refused else "fused"
+        at = next((i for i, s in enumerate(sites) if (s.status, s.location) == ("declined", loc)), len(sites))
+        sites[at : at + 1] = [_opaque(raised, body, status)]
         for i, region in enumerate(regions):
-            if (region.status, region.location) == ("declined", body.loc):
-                regions[i] = replace(region, status="fused", why="")
+            if (region.status, region.location) == ("declined", loc):
+                regions[i] = replace(region, status=status, why=body.refused)
                 break
     return Described(tuple(sites), tuple(regions))
 
 
-def _opaque(raised: Raised, body: OpaqueSite) -> report.Site:
+def _opaque(raised: Raised, body: Sorted, status: str) -> report.Site:
+    site, why = body.site, body.refused
+    hint = (
+        "the loop runs as it was written; a refused rewrite is a bug to report, one that is not tried needs proof='on'"
+    )
+    how = "in the loop that was written" if why else "on slices of sorted rows"
     return report.Site(
-        name=site_name(raised, body.root),
-        status="fused",
-        form=body.form,
+        name=site_name(raised, site.root),
+        status=status,
+        form=site.form,
         router="the model's own (in the graph)",
-        experts=f"{body.experts} × own code ({', '.join(body.body)}) on slices of sorted rows",
-        num_experts=body.experts,
-        top_k=body.top_k,
+        experts=f"{site.experts} × own code ({', '.join(site.body)}) {how}",
+        num_experts=site.experts,
+        top_k=site.top_k,
         capacity="none: every choice is served",
-        kernels=("sorted_dispatch", "combine"),
-        reasons=(),
-        location=body.loc,
+        kernels=() if why else ("sorted_dispatch", "combine"),
+        reasons=(report.Reason(why, location=site.loc, hint=hint),) if why else (),
+        location=site.loc,
+        proof="" if why else str(body.verdict),
+        checks=(report.Check("sorting its rows changes nothing", False, why, site.loc),) if why else (),
     )

@@ -28,9 +28,11 @@ _SKIPS = (_M.skip.default, _M.skip_size.default)
 def dispatch(choice: Tensor, experts: int, slots_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows in expert order: token[R] and flat slot[R] of each, start[E] and end[E] of each expert's rows.
 
-    choice [T] or [T, k], R = T·k; rows of one expert are ordered by (token, slot), or by (slot, token).
+    choice [T] or [T, k], R = T·k; rows of one expert are ordered by (token, slot), or by (slot, token). Choices below 0
+    or from `experts` on are no expert's and come last.
     """
     k = choice.shape[1] if choice.dim() == 2 else 1
+    choice = torch.where(choice < 0, experts, choice)
     flat = choice.t().reshape(-1) if slots_first and choice.dim() == 2 else choice.reshape(-1)
     ordered, place = torch.sort(flat, stable=True)
     ids = torch.arange(experts, device=choice.device, dtype=choice.dtype)

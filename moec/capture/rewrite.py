@@ -12,6 +12,7 @@ from moec.capture import source
 from moec.capture.comprehend import unfolded
 from moec.capture.events import Path, functions, loops
 from moec.capture.host import hands_over, keep_on_device, scope_of
+from moec.capture.rebinds import WRITES
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
 from moec.capture.single import single
@@ -22,11 +23,7 @@ from moec.capture.words import RUNTIME, Unrollable, call
 _FOR = dis.opmap["FOR_ITER"]
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = dis.opmap["LIST_APPEND"]
-_WRITES = frozenset(
-    f"{word}{end}"
-    for word in ("index_add", "scatter_add", "index_put", "index_copy", "scatter", "scatter_reduce", "index_reduce")
-    for end in ("", "_")
-) | {"masked_scatter_", "masked_scatter", "slice_scatter"}
+_WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Each distinct rewrite is proved before it is used: the user's nodes and what replaces them give the same numbers.
 
-`prove` is asked once a graph. Layers of one structure are proved once, and the verdict is remembered on disk.
+`prove` is asked once a graph, `prove_bodies` once a graph in which experts keep code of their own. Layers of one
+structure are proved once, and the verdict is remembered on disk.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from torch import fx
 
 from moec.graph import Graph
+from moec.passes.opaque import OpaqueSite
 from moec.passes.raise_graph import Raised
+from moec.proof.bodies import Bodies
 from moec.proof.compare import Difference, Runner
 from moec.proof.copying import Unprovable
 from moec.proof.region import Carver, Pair
@@ -26,7 +30,7 @@ SECONDS = 1.0
 AFFORDABLE = 4_000_000
 """Elements of the leaves up to which a region can be run in its own sizes."""
 
-__all__ = ["Verdict", "prove"]
+__all__ = ["Verdict", "prove", "prove_bodies"]
 
 
 def prove(
@@ -35,12 +39,32 @@ def prove(
     """A verdict for each value that `graph` makes anew, before it is lowered into `gm`."""
     carver = Carver(gm, raised, graph, grad)
     known: dict[str, Verdict] = {}
-    return {root: _verdict(carver, root, folder, seconds, known) for root in carver.groups}
+    return {root: _verdict(lambda root=root: carver.pair(root), folder, seconds, known) for root in carver.groups}
 
 
-def _verdict(carver: Carver, root: str, folder: Path, seconds: float, known: dict[str, Verdict]) -> Verdict:
+def prove_bodies(
+    gm: fx.GraphModule,
+    raised: Raised,
+    sites: Iterable[OpaqueSite],
+    grad: frozenset[str],
+    folder: Path,
+    seconds: float = SECONDS,
+) -> dict[str, Verdict]:
+    """A verdict for each loop over experts with code of their own, by its root, before its rows are sorted in `gm`."""
+    bodies = Bodies(gm, raised, grad)
+    known: dict[str, Verdict] = {}
+
+    def of(site: OpaqueSite) -> Verdict:
+        if site.form == "grouped":
+            return Verdict("unchanged", reason="rows come sorted, so that the loop stays as it was written")
+        return _verdict(lambda: bodies.pair(site), folder, seconds, known)
+
+    return {site.root: of(site) for site in sites}
+
+
+def _verdict(carve: Callable[[], Pair], folder: Path, seconds: float, known: dict[str, Verdict]) -> Verdict:
     try:
-        pair = carver.pair(root)
+        pair = carve()
         sizes = shrunk(pair)
         key = key_of(pair, sizes, seconds)
     except Unprovable as error:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from moec.capture.lower import lower_regions
+from moec.passes.words import key_of
 from moec.proof.copying import Unprovable
 from moec.proof.region import Half, Pair
 from moec.proof.routings import WIDENED, Trial, values
@@ -25,6 +26,9 @@ TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float16: 5e-3,
 }
 """The largest difference, relative to the largest value of the tensor, that rounding explains."""
+
+UNINITIALISED = frozenset({"empty", "empty_like", "new_empty"})
+"""What gives memory as it is: both graphs get NaN there, which whatever they return must not depend on."""
 
 _WIDE_METHODS = frozenset({"float", "half", "bfloat16"})
 
@@ -96,6 +100,17 @@ def _as_if_outside() -> Generator[None]:
         yield
 
 
+@contextmanager
+def _same_random() -> Generator[None]:
+    """The same random numbers for both graphs, and those of the user as they were."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
 def _run(
     what: str, module: fx.GraphModule, half: Half, leaves: Mapping[str, Tensor], needs: list[str]
 ) -> list[Tensor | None]:
@@ -104,7 +119,7 @@ def _run(
     inputs = [fresh[half.feeds[n.name]] for n in module.graph.nodes if n.op == "placeholder"]
     inputs = [leaf.clone() for leaf in inputs]  # the code may update them in place
     try:
-        with redirect_stderr(io.StringIO()):  # a generated module prints its own code where it fails
+        with redirect_stderr(io.StringIO()), _same_random():  # a generated module prints its own code where it fails
             outputs = list(module(*inputs))
         grads = _gradients(outputs, [fresh[name] for name in needs])
     except Exception as error:
@@ -143,7 +158,13 @@ def executable(half: Half, sizes: Sizes, exact: bool, engine: str) -> fx.GraphMo
         if engine and made.target in (torch.ops.moec.moe.default, torch.ops.moec.experts.default):
             args = (*args[:-1], engine)
         made.args, made.kwargs = args, kwargs
+        if key_of(node) in UNINITIALISED:
+            env[node] = graph.call_function(_poisoned, (made,))
     return lower_regions(fx.GraphModule(nn.Module(), graph))
+
+
+def _poisoned(memory: Tensor) -> Tensor:
+    return memory.fill_(torch.nan) if memory.is_floating_point() else memory
 
 
 def _widened(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +51,9 @@ class Size:
     """A size that stands in a copied node's arguments, as an expression of the graph's symbols."""
 
     expr: sympy.Expr
+
+    def __str__(self) -> str:
+        return str(self.expr)
 
 
 @dataclass
@@ -115,15 +119,29 @@ class Copy:
 
     def value(self, name: str, within: Collection[str] = ()) -> fx.Node:
         """The node that computes a value. With `within`, other values than these become leaves, constants excepted."""
-        if name in self.cut:
-            return self.operand(name)
-        self._copy(self._closure(self.source.maker(name), within))
-        return self._holder(name)
+        return self.values((name,), within)[0]
+
+    def values(self, names: Collection[str], within: Collection[str] = ()) -> tuple[fx.Node, ...]:
+        """The nodes that compute several values, copied together: what one loop computes stays in that loop."""
+        makers = [node for name in names if name not in self.cut for node in self._makers(name)]
+        self._copy(self._closure(makers, within))
+        return tuple(map(self.operand, names))
+
+    def _makers(self, name: str) -> Iterator[fx.Node]:
+        """The node that makes a value; and the one that takes it out, where it is one of several results."""
+        made = self.source.maker(name)
+        yield made
+        for node, _ in self.source.lowering.raised.carriers.get(name, ()):
+            if node.target is operator.getitem and node.args[0] is made:
+                yield node
+                return
 
     def _holder(self, name: str) -> fx.Node:
+        updated = {node: made for (_, node), made in self._inputs.items() if node is not None}
         for node, since in self.source.lowering.raised.carriers.get(name, ()):
-            if node in self._env and node not in self.source.inside and self._last(node) == (name, since):
-                return self._env[node]
+            made = self._env.get(node, updated.get(node))
+            if made is not None and node not in self.source.inside and self._last(node) == (name, since):
+                return made
         raise Unprovable(f"nothing holds %{name} at the end of the matched code")
 
     def _last(self, node: fx.Node) -> tuple[str, int] | None:
@@ -136,15 +154,17 @@ class Copy:
         if key not in self._inputs:
             with self.graph.inserting_before(None):
                 made = self.graph.placeholder(f"leaf_{len(self._inputs)}")
+            holder = node if node is not None else leaf.node
+            made.meta = {"example_value": fake(holder)} if holder is not None else {}
             self._inputs[key] = made
             self.leaves.setdefault(leaf.name, leaf)
             self.feeds[made.name] = leaf.name
         return self._inputs[key]
 
-    def _closure(self, maker: fx.Node, within: Collection[str]) -> list[fx.Node]:
+    def _closure(self, makers: list[fx.Node], within: Collection[str]) -> list[fx.Node]:
         """The nodes to copy, in order."""
-        wanted: dict[fx.Node, None] = {maker: None}
-        todo = [maker]
+        wanted = dict.fromkeys(makers)
+        todo = list(makers)
         while todo:
             node = todo.pop()
             if len(wanted) > LIMIT:

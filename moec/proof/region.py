@@ -57,11 +57,8 @@ class Carver:
     old_names: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        raised = self.raised
-        lowering = Lowering(self.gm, raised, "eager", any_views(raised.graph), twins(raised.graph, self.grad))
-        loops = regions(self.gm)
-        self.source = Source(lowering, {node.name: node for node in self.gm.graph.nodes}, loops)
-        self.groups = groups_of(raised, self.graph)
+        self.source = source_of(self.gm, self.raised, self.grad)
+        self.groups = groups_of(self.raised, self.graph)
         self.old_names = {
             new: old
             for instr in self.graph.instrs
@@ -94,10 +91,10 @@ class Carver:
             root,
             Half(original.graph, original.feeds),
             Half(replacement.graph, replacement.feeds),
-            tuple(map(self._signed, leaves.values())),
+            tuple(signed(self.raised.graph, leaf) for leaf in leaves.values()),
             outputs,
             site,
-            all(map(self._distinct, choices)),
+            all(is_distinct(self.raised.graph, choice) for choice in choices),
             self.grad,
         )
 
@@ -131,32 +128,10 @@ class Carver:
         made = self.raised.graph.defs.get(name)
         return made is not None and made.word in ("arange", "full")
 
-    def _signed(self, leaf: Leaf) -> Leaf:
-        """A leaf that never is negative in the user's graph is not negative in a trial either."""
-        if leaf.role == "given" and nonnegative_value(self.raised.graph, leaf.name):
-            return replace(leaf, role="weight")
-        return leaf
-
-    def _computed_from(self, choices: tuple[str, ...], root: str) -> frozenset[str]:
-        """The values between the choices and the root that are computed from them."""
-        if not choices:
-            return frozenset()
-        graph = self.raised.graph
-        found = {same for choice in choices for same in (choice, *self.source.lowering.twins.get(choice, ()))}
-        first = min(graph.position[name] for name in found)
-        for instr in graph.instrs[first + 1 : graph.position[root]]:
-            if not found.isdisjoint(instr.uses):
-                found.update(instr.results)
-        return frozenset(found)
-
-    def _distinct(self, choice: str) -> bool:
-        """Whether the choice comes from a top-k or a sort along experts, or is one expert a token."""
-        graph = self.raised.graph
-        if not choice or graph.types[choice].rank < 2 or graph.types[choice].shape[-1] == 1:
-            return True
-        first = graph.behind(Ref(choice), ("cast", "same", "slice", "detach"))
-        made = graph.defs.get(first.name) if isinstance(first, Ref) else None
-        return made is not None and made.word in ("topk", "sort") and first == Ref(made.results[1])
+    def _computed_from(self, choices: tuple[str, ...], last: str) -> frozenset[str]:
+        """The values up to `last` that are computed from the choices, with these."""
+        same = tuple(s for choice in choices for s in (choice, *self.source.lowering.twins.get(choice, ())))
+        return computed_from(self.raised.graph, same, last)
 
     def _emit(self, copy: Copy, instrs: list[Instr], outputs: tuple[str, ...]) -> None:
         """The new instructions as nodes of `copy`, by the same code that lowers them into the user's graph."""
@@ -183,6 +158,40 @@ class Sketch(Lowering):
     def users(self, name: str, after: int) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Nothing."""
         return iter(())
+
+
+def source_of(gm: fx.GraphModule, raised: Raised, grad: frozenset[str]) -> Source:
+    """The user's graph, as what is copied from."""
+    lowering = Lowering(gm, raised, "eager", any_views(raised.graph), twins(raised.graph, grad))
+    return Source(lowering, {node.name: node for node in gm.graph.nodes}, regions(gm))
+
+
+def signed(graph: Graph, leaf: Leaf) -> Leaf:
+    """A leaf that never is negative in the user's graph is not negative in a trial either."""
+    if leaf.role == "given" and nonnegative_value(graph, leaf.name):
+        return replace(leaf, role="weight")
+    return leaf
+
+
+def computed_from(graph: Graph, values: tuple[str, ...], last: str) -> frozenset[str]:
+    """The values up to `last` that are computed from these, with these."""
+    if not values:
+        return frozenset()
+    found = set(values)
+    first = min(graph.position[name] for name in found)
+    for instr in graph.instrs[first + 1 : graph.position[last]]:
+        if not found.isdisjoint(instr.uses):
+            found.update(instr.results)
+    return frozenset(found)
+
+
+def is_distinct(graph: Graph, choice: str) -> bool:
+    """Whether the choice comes from a top-k or a sort along experts, or is one expert a token."""
+    if not choice or graph.types[choice].rank < 2 or graph.types[choice].shape[-1] == 1:
+        return True
+    first = graph.behind(Ref(choice), ("cast", "same", "slice", "detach"))
+    made = graph.defs.get(first.name) if isinstance(first, Ref) else None
+    return made is not None and made.word in ("topk", "sort") and first == Ref(made.results[1])
 
 
 def replaced_by(site: Instr) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ WIDENED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 class Trial:
     """One try.
 
-    routing    random | one expert | ties | repeated
+    routing    random | one expert | ties | repeated | crowded: all choices fall on two experts, in both orders
+               | dropped: some choices are no expert's
     exact      in fp64, where two spellings of one sum differ by 1e-15; else in the model's own dtypes
     tokens     which of the sizes that `shrunk` offers
     gradients  compared too, where they flow
@@ -42,13 +43,25 @@ SHORT: tuple[Trial, ...] = (
     Trial("one expert", True),
     Trial("ties", False, 1, gradients=False),
     Trial("repeated", True),
+    Trial("crowded", True),
+    Trial("dropped", True),
 )
 """What every distinct rewrite goes through when it is compiled."""
 
 
 def applies(trial: Trial, pair: Pair) -> bool:
-    """One token that chooses an expert twice is tried only where nothing says that it cannot."""
-    return trial.routing != "repeated" or not pair.distinct
+    """Whether a routing can be, and tells something.
+
+    One token that chooses an expert twice: where nothing says that it cannot. Queues that overflow with first and
+    second choices mixed: where experts have seats. Choices of no expert: where a loop asks who chose an expert, so
+    that it passes them by.
+    """
+    needs: Mapping[str, bool] = {
+        "repeated": not pair.distinct,
+        "crowded": "seats" in dict(pair.site.attrs),
+        "dropped": pair.site.word == "bodies" and not pair.distinct,
+    }
+    return needs.get(trial.routing, True)
 
 
 def values(pair: Pair, trial: Trial, sizes: Sizes, seed: int = 0) -> dict[str, Tensor]:
@@ -132,6 +145,11 @@ class Maker:
         """Different experts for each token; the same for all; or the same one twice."""
         k = shape[-1] if len(shape) > 1 else 1
         rows = math.prod(shape) // k if k else 0
+        if self.trial.routing == "crowded":
+            side = self._integers((rows, 1), 0, 2) + torch.arange(k, device="cpu")
+            return ((self.experts // 2 + side % max(2, k)) % self.experts).reshape(shape)
+        if self.trial.routing == "dropped":
+            return self._integers((rows, k), -1, self.experts + 1).reshape(shape)
         if self.trial.routing == "random":
             order: Any = torch.rand((rows, max(self.experts, k)), generator=self.generator, device="cpu").argsort(-1)
             return order[:, :k].reshape(shape)

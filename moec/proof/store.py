@@ -26,7 +26,8 @@ ROOMS = ("*.py", "passes/*.py", "codegen/*.py", "capture/*.py", "proof/*.py")
 class Verdict:
     """What is known about one rewrite.
 
-    status    proved: all trials agree; wrong: one does not; unproved: no trial could be run; off: not asked for
+    status    proved: all trials agree; wrong: one does not; unproved: no trial could be run; off: not asked for;
+              unchanged: nothing was rewritten
     error     the largest difference seen, relative to the largest value of its tensor
     """
 
@@ -112,8 +113,8 @@ def _target_text(target: Any) -> str | None:
         name = str(target)
         return name if name.startswith(("aten.", "moec.", "prim")) else None
     module = getattr(target, "__module__", "") or ""
-    if isinstance(target, FunctionType) and not module.startswith("torch"):
-        return None
+    if isinstance(target, FunctionType) and not module.startswith(("torch", "moec.")):
+        return None  # torch's version and moec's source are part of the key; nobody else's are
     return f"{module}.{getattr(target, '__qualname__', target)}"
 
 

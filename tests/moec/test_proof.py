@@ -7,14 +7,16 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from spellings_capacity import BATCHED, Counted, Groups, TopK
 from torch import nn
 
 import moec
-from moec.passes import find_experts, find_routers, routing
+from moec.passes import find_experts, find_routers, lower_words, routing
 from moec.passes.lift import Lifter
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Ids, Rows, Space
 from moec.proof import compare, copying
+from moec.proof.routings import Maker, Trial
 from moec.proof.sizes import _assign
 
 T, H, N, E, K = 13, 8, 12, 4, 2
@@ -263,6 +265,38 @@ SABOTAGE = {
     "softmax is over any axis": (OverTokens, patch_softmax_axis),
     "rows may stay in expert order": (SortedOnce, lambda m: patch_rules(m, index=any_order)),
 }
+
+
+@pytest.mark.parametrize(("kind", "factor"), [(Counted, 0.5), (Groups, 1.0), (TopK, 0.4)])
+def test_capacity_is_tried_with_full_queues(kind, factor):
+    torch.manual_seed(0)
+    report = explained(kind(factor), torch.randn(2, T, 16) if kind in BATCHED else torch.randn(T, 16))
+    assert [site.proof[:9] for site in report.sites] == ["proved in"], report.sites
+    assert ": 4 routings" in report.sites[0].proof
+
+
+def test_a_seat_too_many_is_found(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Counted(0.5), torch.randn(T, 16)
+    below = lower_words.WORDS["below"]
+
+    def up_to(graph, instr, args):
+        node = below(graph, instr, args)
+        node.target = torch.le  # the first pair that has no seat keeps one
+        return node
+
+    monkeypatch.setitem(lower_words.WORDS, "below", up_to)
+    with pytest.warns(RuntimeWarning, match="computes something else"):
+        report = explained(model, x)
+    assert [site.status for site in report.sites] == ["declined"]
+
+
+def test_crowded_choices_fill_two_queues_in_both_orders():
+    make = Maker(torch.Generator().manual_seed(0), Trial("crowded", True), 4)
+    chosen = make._choice((200, 2))
+    assert chosen.unique().numel() == 2
+    assert (chosen[:, 0] != chosen[:, 1]).all()
+    assert all(0.3 < float((column == 2).double().mean()) < 0.7 for column in chosen.t())
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
