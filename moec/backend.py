@@ -18,7 +18,9 @@ from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
+from moec.choose_once import choose_once
 from moec.collector import no_collections
+from moec.describe import Sorted, describe, site_name, with_opaque
 from moec.describe import Sorted, describe, site_name, with_opaque
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
@@ -116,6 +118,8 @@ class Backend:
         nodes = len(gm.graph.nodes)
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
+        if nested and done.facts.grad:
+            choose_once(gm)
         # No real loop can run inside a higher-order operator; and fuel counts the rewrites of the passes.
         bodies = () if nested or self.options.fuel >= 0 else self._sort_bodies(gm)
         if self.report is None:
