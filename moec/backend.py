@@ -21,7 +21,6 @@ from moec.capture.settle import no_loops_left, settle
 from moec.choose_once import choose_once
 from moec.collector import no_collections
 from moec.describe import Sorted, describe, site_name, with_opaque
-from moec.describe import Sorted, describe, site_name, with_opaque
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
