@@ -177,8 +177,10 @@ def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
     for buffer in made.buffers:
         make = x.new_zeros if buffer.zeros else x.new_empty
         tensors[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
-    # In a context of its own, so that the allocator of the user's kernels stays what it is.
-    contextvars.copy_context().run(_launch, module, made, tensors)
+    if made.scratch:  # in a context of its own, so that the allocator of the user's kernels stays what it is
+        contextvars.copy_context().run(_launch, module, made, tensors)
+    else:
+        _launch(module, made, tensors)
 
 
 def _launch(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:
