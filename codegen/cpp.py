@@ -28,7 +28,6 @@ _CHOICES = {
     "layout_out": ("nk", "kn"),
     "weight_on": ("output", "input"),
     "dtype": tuple(_TYPES),
-    "score": ("softmax", "sigmoid", "softplus", "sqrt_softplus", "logits"),
     "group_score": ("top2_sum", "max"),
     "weight_from": ("score", "choice"),
     "choose_by": ("score", "logits"),
@@ -95,6 +94,8 @@ def check(spec: KernelSpec) -> None:
             value = getattr(part, name, None)
             if value is not None and value not in allowed:
                 raise CodegenError(f"{type(part).__name__}.{name}={value!r}: expected one of {', '.join(allowed)}")
+    if spec.router:
+        _check_score(spec.router)
     known = {"a", "b"} if spec.experts.ab_views == 2 else {"a"}
     unknown = variables(spec.experts.phi) - known
     if unknown:
@@ -104,8 +105,15 @@ def check(spec: KernelSpec) -> None:
         )
 
 
+def _check_score(r: RouterSpec) -> None:
+    if tuple(variables(r.scored)) not in (("softmax",), ("logits",)):
+        raise CodegenError(f"RouterSpec.score={r.score!r}: expected an expression over softmax, or over logits")
+    if tuple(variables(r.softened)) != ("logits",):
+        raise CodegenError(f"RouterSpec.softmax_of={r.softmax_of!r}: expected an expression over logits")
+
+
 def expression(expr: Expr) -> str:
-    """An activation over vectors `a` and `b` as C++."""
+    """An expression over vectors as C++."""
     if isinstance(expr, Var):
         return expr.name
     if isinstance(expr, Const):
@@ -197,12 +205,18 @@ def _kernel(
 
 
 def _router(r: RouterSpec, weight: str) -> str:
+    given = "softmax" if r.softmax else "logits"
+    maps_logits, maps_score = r.softened != Var("logits"), r.scored != Var(given)
+    functions = (_function("softmax_of", "logits", r.softened) if maps_logits else "") + (
+        _function("score", given, r.scored) if maps_score else ""
+    )
     return f"""struct Router {{
   using Weight = {_TYPES[weight]};
   using Compute = {_TYPES[r.compute]};
   using ScoreType = {_TYPES[r.score_dtype]};
-  static constexpr Score score = Score::{r.score};
-  static constexpr int64_t groups = {r.groups}, topk_group = {r.topk_group};
+  static constexpr bool softmax = {_flag(r.softmax)};
+  static constexpr bool maps_logits = {_flag(maps_logits)}, maps_score = {_flag(maps_score)};
+{functions}  static constexpr int64_t groups = {r.groups}, topk_group = {r.topk_group};
   static constexpr GroupScore group_score = GroupScore::{r.group_score};
   static constexpr float masked_value = {_number(r.masked_value)};
   static constexpr bool sorted = {_flag(r.sorted)}, weight_from_choice = {_flag(r.weight_from == "choice")};
@@ -211,6 +225,12 @@ def _router(r: RouterSpec, weight: str) -> str:
   static constexpr float eps = {_number(r.eps)}, clamp_min = {_number(r.clamp_min)}, scale = {_number(r.scale)};
 }};
 """
+
+
+def _function(name: str, given: str, expr: Expr) -> str:
+    """A member function of one vector."""
+    lines = "".join(f"    {line}\n" for line in _statements({"return": expr}))
+    return f"  static MOEC_INLINE vf {name}(vf {given}) {{\n{lines}  }}\n"
 
 
 def _entries(spec: KernelSpec) -> list[str]:

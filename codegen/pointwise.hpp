@@ -21,6 +21,14 @@ MOEC_INLINE vf minimum(vf x, vf y) { return (x < y) | (x != x) ? x : y; }
 MOEC_INLINE vf clamp_min(vf x, vf lo) { return x < lo ? lo : x; }
 MOEC_INLINE vf clamp_max(vf x, vf hi) { return x > hi ? hi : x; }
 MOEC_INLINE vf relu(vf x) { return x < 0.0f ? splat(0) : x; }
+template <class T>
+MOEC_INLINE vf rounded_lanes(vf x) {
+  vf r;
+  for (int i = 0; i < L; i++) r[i] = rounded<T>(x[i]);
+  return r;
+}
+MOEC_INLINE vf round_bf16(vf x) { return rounded_lanes<bf16>(x); }
+MOEC_INLINE vf round_f16(vf x) { return rounded_lanes<f16>(x); }
 MOEC_INLINE vf sqrt(vf x) {
   vf r;
   for (int i = 0; i < L; i++) r[i] = __builtin_sqrtf(x[i]);

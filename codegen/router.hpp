@@ -8,7 +8,6 @@
 
 namespace moec {
 
-enum class Score { softmax, sigmoid, softplus, sqrt_softplus, logits };
 enum class GroupScore { top2_sum, max };
 
 using Scored = std::pair<float, int64_t>;
@@ -28,11 +27,13 @@ inline void top_k(Scored* queue, int64_t n, int64_t k, bool sorted) {
   if (sorted) std::sort(queue, queue + k - 1, better);
 }
 
-template <class R>
-MOEC_INLINE vf score_of(vf x) {
-  if constexpr (R::score == Score::sigmoid) return sigmoid(x);
-  else if constexpr (R::score == Score::softplus || R::score == Score::sqrt_softplus) return softplus(x);
-  else return x;
+// x[n] → f(x[n]), `f` being of vectors.
+template <class F>
+MOEC_INLINE void map(float* x, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t part = n - i < L ? n - i : L;
+    store_n(x + i, f(load_n(x + i, part)), part);
+  }
 }
 
 template <class T>
@@ -52,22 +53,15 @@ inline void softmax(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) x[i] /= sum;
 }
 
-// x[E]: logits in, scores out, both as numbers of R::ScoreType.
+// x[E]: logits in, scores out, these as numbers of R::ScoreType.
 template <class R>
 void scores(float* x, int64_t E) {
-  using S = typename R::ScoreType;
-  round_all<S>(x, E);
-  if constexpr (R::score == Score::softmax) softmax(x, E);
-  else if constexpr (R::score != Score::logits) {
-    for (int64_t i = 0; i < E; i += L) {
-      const int64_t part = E - i < L ? E - i : L;
-      store_n(x + i, score_of<R>(load_n(x + i, part)), part);
-    }
+  if constexpr (R::softmax) {
+    if constexpr (R::maps_logits) map(x, E, [](vf logits) { return R::softmax_of(logits); });
+    softmax(x, E);
   }
-  round_all<S>(x, E);
-  if constexpr (R::score == Score::sqrt_softplus) {
-    for (int64_t i = 0; i < E; i++) x[i] = rounded<S>(__builtin_sqrtf(x[i]));
-  }
+  if constexpr (R::maps_score) map(x, E, [](vf given) { return R::score(given); });
+  round_all<typename R::ScoreType>(x, E);
 }
 
 // Leaves choice[E] as it is in the best R::topk_group groups and overwrites it elsewhere.

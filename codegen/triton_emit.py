@@ -56,7 +56,6 @@ def to_bf16(value):
         value = tl.where(value == value, near.to(tl.float32, bitcast=True), value)
     return value.to(tl.bfloat16)
 '''
-_SCORES = {"sigmoid": ("sigmoid",), "softplus": ("softplus",), "sqrt_softplus": ("softplus",)}
 
 
 @lru_cache(maxsize=1024)
@@ -66,13 +65,25 @@ def emit(spec: KernelSpec) -> str:
     e, r = spec.experts, spec.router
     phi = e.phi
     gated = e.ab_views == 2
-    needed = (*used([phi]), *(_SCORES.get(r.score, ()) if r else ()))
+    needed = used([phi, *((r.scored, r.softened) if r else ())])
     parts = [
         _HEAD.format(spec=textwrap.fill(f"moec: {spec}", 110)),
         functions(dict.fromkeys(needed)),
         function("phi", ("a", "b") if gated else ("a",), {"h": phi}, "The activation."),
+        *(_score_functions(r) if r else ()),
     ]
     return _joined(spec, parts, (*(("router",) if r else ()), "dispatch", "tiles", "experts", "decode"))
+
+
+def _score_functions(r: RouterSpec) -> list[str]:
+    """What the scores are made with, beside the softmax."""
+    given = "softmax" if r.softmax else "logits"
+    made = (
+        [] if r.scored == Var(given) else [function("score_of", (given,), {"score": r.scored}, "The score function.")]
+    )
+    if r.softmax and r.softened != Var("logits"):
+        made.append(function("softmax_of", ("logits",), {"value": r.softened}, "What the softmax is taken of."))
+    return made
 
 
 @lru_cache(maxsize=1024)
@@ -151,6 +162,8 @@ def _router_context(r: RouterSpec) -> dict[str, Any]:
     return {
         "choice_dtype": choice,
         "weight_from_dtype": choice if r.weight_from == "choice" else r.score_dtype,
+        "maps_logits": r.softened != Var("logits"),
+        "maps_score": r.score not in ("softmax", "logits"),
         "block_groups": 1 << max(r.groups - 1, 0).bit_length(),
     }
 

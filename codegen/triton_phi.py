@@ -24,6 +24,8 @@ _INLINE = {
     "erf": "tl.erf({})",
     "ge": "({} >= {}).to(tl.float32)",
     "gt": "({} > {}).to(tl.float32)",
+    "round_bf16": "to_bf16({}).to(tl.float32)",
+    "round_f16": "({}).to(tl.float16).to(tl.float32)",
 }
 
 # The rest: arguments, body. NaN passes through comparisons as torch passes it.

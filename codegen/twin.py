@@ -17,14 +17,6 @@ from moec.codegen.codes import decoded
 from moec.expr import derivative, evaluate
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
-_SCORES = {
-    "softmax": lambda x, dtype: torch.softmax(x, -1, dtype=dtype),
-    "sigmoid": lambda x, dtype: torch.sigmoid(x.to(dtype)),
-    "softplus": lambda x, dtype: nnf.softplus(x.to(dtype)),
-    "sqrt_softplus": lambda x, dtype: nnf.softplus(x.to(dtype)).sqrt(),
-    "logits": lambda x, dtype: x.to(dtype),
-}
-
 
 def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
     """x[T, H] → logits[T, E] (compute dtype), weights[T, k] (weight dtype), experts[T, k] (int64).
@@ -39,7 +31,7 @@ def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tupl
     )
     bias = rest.pop(0).to(compute) if spec.bias else None
     logits = nnf.linear(x.to(compute), router[0].to(compute), bias)
-    score = _SCORES[spec.score](logits, score_dtype)
+    score = _scores(logits.to(_wide(compute)), spec).to(score_dtype)
     choice = logits if spec.choose_by == "logits" else score
     choice = choice + rest.pop(0) if spec.selection_bias else choice
     if spec.groups > 1:
@@ -55,6 +47,14 @@ def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tupl
     if spec.scale != 1.0:
         weights = weights * spec.scale
     return logits, weights.to(weight_dtype), experts
+
+
+def _scores(logits: Tensor, spec: RouterSpec) -> Tensor:
+    """logits[T, E] → the score of each expert, in the dtype of the logits."""
+    env = {"logits": logits}
+    if spec.softmax:
+        env = {"softmax": evaluate(spec.softened, env).softmax(-1)}
+    return evaluate(spec.scored, env)
 
 
 def _keep_best_groups(choice: Tensor, spec: RouterSpec) -> Tensor:

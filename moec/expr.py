@@ -140,6 +140,11 @@ def _share(x: Expr, y: Expr) -> Expr:
     return Call("mul", (Const(0.5), Call("add", (Call("ge", (x, y)), Call("gt", (x, y))))))
 
 
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to what `dtype` holds; a reference in fp64 is not rounded at all."""
+    return x if x.dtype == torch.float64 else x.to(dtype).to(x.dtype)
+
+
 POINTWISE: Mapping[str, Pointwise] = {
     "add": Pointwise(2, torch.add, lambda x, y: (_ONE, _ONE)),
     "sub": Pointwise(2, torch.sub, lambda x, y: (_ONE, Const(-1.0))),
@@ -168,6 +173,9 @@ POINTWISE: Mapping[str, Pointwise] = {
     "clamp_max": Pointwise(
         2, lambda x, hi: torch.clamp(x, max=hi), lambda x, hi: (_where_ge(hi, x), Call("gt", (x, hi)))
     ),
+    # A step that a model computes in half precision, inside of an expression in fp32.
+    "round_bf16": Pointwise(1, lambda x: _rounded(x, torch.bfloat16), lambda x: (_ONE,)),
+    "round_f16": Pointwise(1, lambda x: _rounded(x, torch.float16), lambda x: (_ONE,)),
     "maximum": Pointwise(2, torch.maximum, lambda x, y: (_share(x, y), _share(y, x))),
     "minimum": Pointwise(2, torch.minimum, lambda x, y: (_share(y, x), _share(x, y))),
     "ge": Pointwise(2, lambda x, y: torch.ge(x, y).to(torch.float32), lambda x, y: (_ZERO, _ZERO)),
@@ -201,6 +209,15 @@ def evaluate(expr: Expr, env: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return memo[e]
 
     return value(expr)
+
+
+def substituted(expr: Expr, values: Mapping[str, Expr]) -> Expr:
+    """`expr` with expressions in the place of some of its variables."""
+    if isinstance(expr, Var):
+        return values.get(expr.name, expr)
+    if isinstance(expr, Const):
+        return expr
+    return Call(expr.fn, tuple(substituted(arg, values) for arg in expr.args))
 
 
 def variables(expr: Expr) -> frozenset[str]:

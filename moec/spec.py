@@ -34,7 +34,8 @@ class RouterSpec:
     """How tokens choose experts: logits → score → choice → top-k → weights.
 
     logits  = linear(x, W[E, H]) + bias, both operands first cast to `compute`, result rounded to `compute`
-    score   = softmax(logits) over E | sigmoid(logits) | softplus | sqrt_softplus | logits, in `score_dtype`
+    score   = a pointwise expression over `logits`, or over `softmax`: the softmax over E of the pointwise `softmax_of`
+              of the logits; in fp32 but for what the expressions round, the result rounded to `score_dtype`
     choice  = score (or the logits themselves, by `choose_by`) + selection_bias[E];
               outside the `topk_group` best of `groups` groups replaced by `masked_value`
     experts = top-k indices of choice (torch.topk's own tie-breaking; `sorted` as torch.topk's)
@@ -44,6 +45,7 @@ class RouterSpec:
     compute: str = "f32"
     bias: bool = False
     score: str = "softmax"
+    softmax_of: str = "logits"
     score_dtype: str = "f32"
     choose_by: str = "score"
     selection_bias: bool = False
@@ -59,6 +61,28 @@ class RouterSpec:
     clamp_min: float = 0.0
     scale: float = 1.0
     weight_dtype: str = "f32"
+
+    @property
+    def scored(self) -> ex.Expr:
+        """The score as a tree over `logits` or `softmax`."""
+        return ex.parse(self.score)
+
+    @property
+    def softened(self) -> ex.Expr:
+        """What the softmax is taken of, as a tree over `logits`."""
+        return ex.parse(self.softmax_of)
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the score is one of the softmax over all experts."""
+        return "softmax" in ex.variables(self.scored)
+
+    @property
+    def score_text(self) -> str:
+        """The score function for people: one function by its name, else the whole expression."""
+        whole = ex.substituted(self.scored, {"softmax": ex.Var(f"softmax({self.softmax_of})")})
+        text = str(whole)
+        return text.removesuffix("(logits)") if text.count("(") == 1 else text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Experts are found first: a top-k is a router only by what its choice is used for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moec.graph import Attr, Graph, Instr, Ref, Type, substitute, sweep
@@ -86,17 +86,23 @@ def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> _Edit 
     if graph.types[x].dtype != graph.types[match.x].dtype:
         return NoMatch("the router reads the token in another dtype than the experts", site.results[0])
     where = graph.position[site.results[0]]
-    for value in (weights, choice, match.logits):
+    replaced = (weights, choice, match.logits)
+    for value in replaced:
         early = [
-            u for u in graph.users.get(value, ()) if graph.position[u.results[0]] < where and _outside(graph, u, site)
+            u
+            for u in graph.users.get(value, ())
+            if graph.position[u.results[0]] < where and _outside(graph, u, site, replaced)
         ]
         if early:
             return NoMatch(f"%{value} is used before the experts run, at {early[0].loc or early[0].word}", value)
     return _one(graph, site, match)
 
 
-def _outside(graph: Graph, user: Instr, site: Instr) -> bool:
-    """Whether an early user of a router's value has an effect besides the site's own routing."""
+def _outside(graph: Graph, user: Instr, site: Instr, replaced: Sequence[str]) -> bool:
+    """Whether an early user of a router's value has an effect besides the site's own routing.
+
+    Values that the site will make itself may be results of the graph: they come from there then.
+    """
     pending, seen = [user], set[str]()
     while pending:
         instr = pending.pop()
@@ -105,9 +111,10 @@ def _outside(graph: Graph, user: Instr, site: Instr) -> bool:
         if instr.results[0] in seen:
             continue
         seen.add(instr.results[0])
-        if instr.word in ("effect", "random") or any(r in graph.outputs for r in instr.results):
+        others = [r for r in instr.results if r not in replaced]
+        if instr.word in ("effect", "random") or any(r in graph.outputs for r in others):
             return True
-        pending.extend(u for r in instr.results for u in graph.users.get(r, ()))
+        pending.extend(u for r in others for u in graph.users.get(r, ()))
     return False
 
 
@@ -126,7 +133,7 @@ def _one(graph: Graph, site: Instr, match: RouterMatch) -> _Edit:
 
 def describe(spec: RouterSpec, k: int) -> str:
     """The router in a few words."""
-    parts = [f"{spec.score} ({spec.score_dtype})" if spec.score != "logits" else "logits"]
+    parts = [f"{spec.score_text} ({spec.score_dtype})" if spec.score != "logits" else "logits"]
     if spec.selection_bias:
         parts.append("+ selection bias")
     if spec.groups > 1:

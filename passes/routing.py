@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moec import expr as ex
 from moec.graph import Arg, Graph, Instr, Ref
 from moec.match import NoMatch
+from moec.passes.scores import Score, linear, read_score, read_step
 from moec.spec import DTYPES, RouterSpec
 
 
@@ -22,11 +24,11 @@ class RouterMatch:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The steps from a chosen score to w, outermost first, and the chosen score itself."""
+    """The steps from a chosen score to w, and the chosen score itself; `after`: what is computed of chosen logits."""
 
     spec: RouterSpec
     chosen: str
-    after: tuple[str, ...] = ()
+    after: Score | None = None
 
 
 def _def(graph: Graph, arg: Arg) -> Instr | None:
@@ -94,11 +96,21 @@ def _weight_steps(graph: Graph, name: str, spec: RouterSpec) -> _Weights | NoMat
         behind = graph.defs.get(source)
         if behind is not None and behind.word in ("topk", "gather"):
             return _weight_steps(graph, source, replace(spec, softmax_over_k=True))
-    if made is not None and made.word == "sigmoid" and not (spec.softmax_over_k):
-        source = uncast(graph, made.uses[0])
-        if graph.types[source].shape == graph.types[name].shape and graph.defs.get(source) is not None:
-            return _Weights(spec, source, ("sigmoid",)) if graph.defs[source].word == "topk" else _Weights(spec, name)
+    if not spec.softmax_over_k and made is not None and made.word not in ("topk", "gather"):
+        return _after_choice(graph, name, spec)
     return _Weights(spec, name)
+
+
+def _after_choice(graph: Graph, name: str, spec: RouterSpec) -> _Weights:
+    """Chosen values that a pointwise function was applied to, where they are top-k's own."""
+    below = graph.defs[name]
+    while below.word not in ("topk", "gather"):
+        inner = next((graph.defs[u] for u in below.uses if u in graph.defs), None)
+        if inner is None or graph.types[below.uses[0]].shape != graph.types[name].shape:
+            return _Weights(spec, name)
+        below = inner
+    after = read_step(graph, name, below.results[0]) if below.word == "topk" else None
+    return _Weights(spec, name) if after is None else _Weights(spec, below.results[0], after)
 
 
 def _renormalization(graph: Graph, made: Instr) -> tuple[str, float, float] | NoMatch:
@@ -130,8 +142,9 @@ def _chosen_from(graph: Graph, steps: _Weights, topk: Instr) -> tuple[RouterSpec
     """Where the chosen score comes from: top-k's own values, or a gather of scores at the chosen experts."""
     made = graph.defs.get(steps.chosen)
     if made is not None and made.word == "topk" and made.results == topk.results and steps.chosen == topk.results[0]:
-        if steps.after:
-            return replace(steps.spec, score=steps.after[0], choose_by="logits"), topk.uses[0]
+        if steps.after is not None:
+            dtype = _dtype(graph, topk.results[0])
+            return replace(_scored(steps.spec, steps.after, dtype), choose_by="logits"), topk.uses[0]
         return replace(steps.spec, weight_from="choice"), ""
     if made is None or made.word != "gather" or made.attr("dim") != 1 or uncast(graph, made.uses[1]) != topk.results[1]:
         return NoMatch("weights are not the scores of the chosen experts", steps.chosen)
@@ -140,7 +153,8 @@ def _chosen_from(graph: Graph, steps: _Weights, topk: Instr) -> tuple[RouterSpec
     if inner is not None and inner.word == "sigmoid":
         spread = graph.defs.get(uncast(graph, inner.uses[0]))
         if spread is not None and spread.word == "scatter" and spread.uses[1:] == (topk.results[1], topk.results[0]):
-            return replace(steps.spec, score="sigmoid", choose_by="logits"), topk.uses[0]
+            spec = replace(steps.spec, score="sigmoid(logits)", score_dtype=_dtype(graph, score))
+            return replace(spec, choose_by="logits"), topk.uses[0]
     return steps.spec, made.uses[0]
 
 
@@ -160,9 +174,25 @@ def _selection(graph: Graph, spec: RouterSpec, choice: str, score: str, k: int) 
                 return NoMatch(f"scores are shifted by {graph.types[bias]}, expected one number an expert", bias)
             choice = made.uses[ranks.index(2)]
             spec = replace(spec, selection_bias=True)
-    if score and uncast(graph, score) != uncast(graph, choice):
-        return NoMatch("experts are chosen by another score than their weights come from", choice)
-    return _score(graph, spec, choice, bias, k)
+    by = read_score(graph, choice)
+    if isinstance(by, NoMatch):
+        return by
+    if spec.choose_by == "logits":  # what is computed of chosen logits is known already
+        matched = by.score == ex.Var("logits")
+        return _linear(graph, spec, by, bias, k) if matched else NoMatch("a score function of a score", choice)
+    if not score or uncast(graph, score) == uncast(graph, choice):
+        return _linear(graph, _scored(spec, by, _dtype(graph, choice)), by, bias, k)
+    of = read_score(graph, score)
+    if isinstance(of, Score) and by.score == ex.Var("logits") and by.logits == of.logits:
+        spec = replace(_scored(spec, of, _dtype(graph, score)), choose_by="logits")
+        return _linear(graph, spec, by, bias, k)
+    return NoMatch("experts are chosen by another score than their weights come from", choice)
+
+
+def _scored(spec: RouterSpec, found: Score, dtype: str) -> RouterSpec:
+    """`spec` with a score function whose result is `dtype`."""
+    found = found.rounded_at_last(dtype)
+    return replace(spec, score=str(found.score), softmax_of=str(found.softmax_of), score_dtype=dtype)
 
 
 def _groups(graph: Graph, choice: str, spec: RouterSpec) -> tuple[RouterSpec, str] | NoMatch:
@@ -239,45 +269,16 @@ def _group_scores(graph: Graph, spec: RouterSpec, source: str, top: Instr) -> tu
     return replace(spec, groups=int(groups), topk_group=chosen, group_score=kind), source
 
 
-SCORES = {"softmax": "softmax", "sigmoid": "sigmoid", "softplus": "softplus"}
-
-
-def _score(graph: Graph, spec: RouterSpec, score: str, bias: str, k: int) -> RouterMatch | NoMatch:
-    """The score function and what it is applied to."""
-    dtype = _dtype(graph, score)
-    made = graph.defs.get(uncast(graph, score))
-    fn, source = "logits", uncast(graph, score)
-    if made is not None and made.word == "sqrt":
-        inner = graph.defs.get(uncast(graph, made.uses[0]))
-        if inner is None or inner.word != "softplus":
-            return NoMatch("score function is sqrt of something else than softplus", score)
-        fn, source = "sqrt_softplus", inner.uses[0]
-    elif made is not None and made.word in SCORES:
-        if made.word == "softmax" and made.attr("dim") != 1:
-            return NoMatch("softmax is over another axis than experts", score)
-        fn, source = SCORES[made.word], made.uses[0]
-    if spec.choose_by == "logits":
-        if made is not None and made.word in (*SCORES, "sqrt"):
-            return NoMatch("a score function of a score", score)
-        fn = spec.score
-    spec = replace(spec, score=fn, score_dtype=dtype)
-    return _logits(graph, spec, uncast(graph, source), bias, k)
-
-
-def _logits(graph: Graph, spec: RouterSpec, logits: str, selection_bias: str, k: int) -> RouterMatch | NoMatch:
-    """linear(x, W) + b."""
-    made = graph.defs.get(logits)
-    bias = ""
-    if made is not None and made.word == "add" and len(made.uses) == 2 and graph.types[made.uses[1]].rank == 1:
-        bias = made.uses[1]
-        made = graph.defs.get(made.uses[0])
-    if made is None or made.word != "contract" or made.attr("eq") != "ab,cb->ac":
-        return NoMatch("scores do not come from one linear map of the token", logits)
-    x, weight = made.uses
-    compute = made.types[0].dtype
+def _linear(graph: Graph, spec: RouterSpec, found: Score, selection_bias: str, k: int) -> RouterMatch | NoMatch:
+    """The map x·Wᵀ + b that makes the logits."""
+    made = linear(graph, found.logits)
+    assert made is not None
+    product, bias = made
+    x, weight = product.uses
+    spec = replace(spec, compute=product.types[0].dtype, bias=bool(bias))
     params = tuple(filter(None, (uncast(graph, weight), bias and uncast(graph, bias), selection_bias)))
-    if compute not in DTYPES or spec.score_dtype not in DTYPES or spec.weight_dtype not in DTYPES:
-        return NoMatch(f"scores are computed in {compute}, {spec.score_dtype}, {spec.weight_dtype}", logits)
+    if not {spec.compute, spec.score_dtype, spec.weight_dtype} <= set(DTYPES):
+        return NoMatch(f"scores are computed in {spec.compute}, {spec.score_dtype}, {spec.weight_dtype}", found.logits)
     if params[0] in graph.defs:
         return NoMatch("the router's matrix is computed, not a parameter", weight)
-    return RouterMatch(replace(spec, compute=compute, bias=bool(bias)), k, uncast(graph, x), params, logits)
+    return RouterMatch(spec, k, uncast(graph, x), params, found.logits)

@@ -83,7 +83,7 @@ def _router(instr: Instr, k: sympy.Expr, tokens: sympy.Expr) -> tuple[ir.Score, 
         return ir.Score("opaque"), ir.Select("given", k, k * tokens), ir.Weight("given")
     bias = names[1] if router.bias else ""
     selection = names[-1] if router.selection_bias else ""
-    score = ir.Score(router.score, names[0], bias, router.compute, router.score_dtype)
+    score = ir.Score(router.score_text, names[0], bias, router.compute, router.score_dtype)
     select = ir.Select(
         "topk",
         k,

@@ -51,6 +51,8 @@ def test_what_occurs_twice_is_computed_once():
         (KernelSpec(ExpertsSpec(gate="none")), "reads b"),
         (KernelSpec(ExpertsSpec(activation="mul(a, c)")), "reads c"),
         (KernelSpec(ExpertsSpec(), RouterSpec(score="tanh")), "score='tanh'"),
+        (KernelSpec(ExpertsSpec(), RouterSpec(score="mul(softmax, logits)")), "score='mul"),
+        (KernelSpec(ExpertsSpec(), RouterSpec(softmax_of="1.0")), "softmax_of='1.0'"),
     ],
 )
 def test_unknown_values_are_named(spec, words):

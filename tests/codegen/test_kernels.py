@@ -29,23 +29,25 @@ SPECS = {
     ),
     "grouped_f16": KernelSpec(
         ExpertsSpec("f16", "separate", "nk", "nk", "mul(gelu(a), b)", bias_in=True, stacked=False),
-        RouterSpec(score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-9, scale=2.0),
+        RouterSpec(score="sigmoid(logits)", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-9,
+                   scale=2.0),
         y_dtype="f16",
     ),
     "plain_kn": KernelSpec(
         ExpertsSpec("f32", "none", "kn", "nk", "mul(relu(a), relu(a))", bias_out=True, weight_on="input"),
-        RouterSpec(score="sqrt_softplus", groups=2, topk_group=1, group_score="max", weight_from="choice",
+        RouterSpec(score="sqrt(softplus(logits))", groups=2, topk_group=1, group_score="max", weight_from="choice",
                    masked_value=0.0),
     ),
     "plain_f16_kn": KernelSpec(
         ExpertsSpec("f16", "none", "kn", "kn", "gelu_tanh(a)", bias_in=True, stacked=False),
-        RouterSpec(score="softplus", score_dtype="bf16", choose_by="logits", clamp_min=0.5, renormalize=True,
+        RouterSpec(score="mul(round_bf16(tanh(softplus(logits))), 0.3)", score_dtype="bf16",
+                   choose_by="logits", clamp_min=0.5, renormalize=True,
                    sorted=False),
         y_dtype="f32",
     ),
     "on_input_bf16": KernelSpec(
         ExpertsSpec("bf16", "separate", "kn", "nk", "mul(softplus(a), tanh(b))", weight_on="input"),
-        RouterSpec("f32", score="sigmoid", weight_dtype="bf16"),
+        RouterSpec("f32", score="sqrt(softmax)", softmax_of="mul(tanh(div(logits, 3.0)), 3.0)", weight_dtype="bf16"),
         y_dtype="bf16",
     ),
 }  # fmt: skip

@@ -23,8 +23,12 @@ MIXTRAL = KernelSpec(ExpertsSpec("bf16"), RouterSpec(renormalize=True), "bf16")
 ROUTERS = (
     None,
     RouterSpec(bias=True, compute="bf16", score_dtype="bf16", weight_dtype="bf16"),
-    RouterSpec(score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5),
-    RouterSpec(score="sqrt_softplus", weight_from="choice", softmax_over_k=True, clamp_min=0.1, weight_dtype="f16"),
+    RouterSpec(
+        score="sigmoid(logits)", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5
+    ),
+    RouterSpec(
+        score="sqrt(softplus(logits))", weight_from="choice", softmax_over_k=True, clamp_min=0.1, weight_dtype="f16"
+    ),
 )
 GATES = (
     ("none", "gelu_tanh(a)"),

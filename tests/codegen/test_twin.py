@@ -95,7 +95,7 @@ def test_half_precision_gradients_keep_dtype_and_shape():
 def test_route_spelled_out():
     x, w = torch.randn(13, 6), torch.randn(8, 6)
     bias = torch.randn(8)
-    spec = RouterSpec(score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, scale=2.5)
+    spec = RouterSpec(score="sigmoid(logits)", selection_bias=True, groups=4, topk_group=2, renormalize=True, scale=2.5)
     logits, weights, experts = twin.route(x, [w, bias], 3, spec)
     score = torch.sigmoid(x @ w.t())
     for t in range(13):

@@ -258,17 +258,21 @@ ROUTERS = {
     "plain": RouterSpec(),
     "renormalized": RouterSpec(renormalize=True, bias=True),
     "sigmoid-groups": RouterSpec(
-        score="sigmoid", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5,
+        score="sigmoid(logits)", selection_bias=True, groups=4, topk_group=2, renormalize=True, eps=1e-20, scale=2.5,
         masked_value=0.0,
     ),
     "groups-max": RouterSpec(groups=2, topk_group=1, group_score="max"),
-    "softplus": RouterSpec(score="sqrt_softplus", selection_bias=True, weight_from="choice", clamp_min=1e-3),
+    "softplus": RouterSpec(score="sqrt(softplus(logits))", selection_bias=True, weight_from="choice", clamp_min=1e-3),
     "logits": RouterSpec(score="logits", softmax_over_k=True),
+    "capped": RouterSpec(score="mul(softmax, softmax)", softmax_of="mul(tanh(div(logits, 3.0)), 3.0)"),
+    "relu-squared": RouterSpec(
+        compute="bf16", score="mul(round_bf16(relu(logits)), relu(logits))", score_dtype="bf16", groups=2, topk_group=2,
+    ),
     "by-logits": RouterSpec(choose_by="logits", selection_bias=True, renormalize=True, clamp_min=0.5),
     "bf16": RouterSpec(compute="bf16", score_dtype="bf16", softmax_over_k=True, weight_dtype="bf16", bias=True),
     "bf16-bias": RouterSpec(
-        compute="bf16", score="sigmoid", score_dtype="bf16", selection_bias=True, weight_from="choice", groups=4,
-        topk_group=2, renormalize=True, weight_dtype="bf16",
+        compute="bf16", score="sigmoid(logits)", score_dtype="bf16", selection_bias=True, weight_from="choice",
+        groups=4, topk_group=2, renormalize=True, weight_dtype="bf16",
     ),
 }  # fmt: skip
 

@@ -26,7 +26,8 @@ struct Router {
   using Weight = bf16;
   using Compute = bf16;
   using ScoreType = float;
-  static constexpr Score score = Score::softmax;
+  static constexpr bool softmax = true;
+  static constexpr bool maps_logits = false, maps_score = false;
   static constexpr int64_t groups = 1, topk_group = 1;
   static constexpr GroupScore group_score = GroupScore::top2_sum;
   static constexpr float masked_value = -__builtin_inff();
