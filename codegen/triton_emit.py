@@ -164,7 +164,7 @@ def _router_context(r: RouterSpec) -> dict[str, Any]:
         "weight_from_dtype": choice if r.weight_from == "choice" else r.score_dtype,
         "maps_logits": r.softened != Var("logits"),
         "maps_score": r.score not in ("softmax", "logits"),
-        "block_groups": 1 << max(r.groups - 1, 0).bit_length(),
+        "block_groups": max(16, 1 << max(r.groups - 1, 0).bit_length()),
     }
 
 

@@ -149,8 +149,9 @@ def _router_consts(at: At) -> dict[str, int | bool]:
 def _choice_consts(at: At) -> dict[str, int | bool]:
     s, r = at.sizes, at.spec.router
     assert r is not None
+    # Of fewer than 16 slots Triton 3.7 makes tensors that have no layout where products are WMMA (gfx1100, gfx1201).
     return {
-        "K": s.k, "BLOCK_E": max(16, power_of_two(s.E)), "BLOCK_SLOTS": power_of_two(s.k),
+        "K": s.k, "BLOCK_E": max(16, power_of_two(s.E)), "BLOCK_SLOTS": max(16, power_of_two(s.k)),
         "WIDE_CHOICE": r.selection_bias and at.operands.selection_dtype == "f32",
     }  # fmt: skip
 

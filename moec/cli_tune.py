@@ -37,6 +37,12 @@ def tune_command(
     weights: Annotated[
         str, typer.Option(help="Tune the kernels of this `weights` option: stored, packed, bf16, int8, int8:N.")
     ] = "stored",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="GPU", help="Rank the configurations of this GPU's kernels (sm_90, gfx942, …) and compile them."
+        ),
+    ] = "",
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
     ] = None,
@@ -49,6 +55,8 @@ def tune_command(
     if budget <= 0:
         raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
     check_weights(weights)
+    if target:
+        return _modelled(what, target, tokens, sizes, budget, weights, json)
     jobs = [replace(job, weights=weights) for job in _jobs(what, tokens, profile, sizes)]
     results = _run(jobs, budget / len(jobs))
     if plot is not None:
@@ -60,6 +68,30 @@ def tune_command(
 
     found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
     console().print(report_table(found))
+    return 0
+
+
+def _modelled(what: str, target: str, tokens: str, sizes: str, budget: float, weights: str, json: bool) -> int:
+    """Without the GPU: ranked by the model and compiled, nothing measured, nothing kept."""
+    from moec.codegen.encode import coded_spec
+    from moec.codegen.plan import Sizes
+    from moec.gpu_target import gpu_target
+    from moec.options import Environment
+    from moec.spec import KernelSpec
+    from moec.tune_modelled import rank_offline, ranking_table
+
+    gpu, found = gpu_target(target), list[Any]()
+    jobs = _jobs(what, tokens, "uniform", sizes)
+    for job in jobs:
+        spec = KernelSpec.parse(job.spec)
+        spec = spec if weights == "stored" else coded_spec(spec, weights)
+        with console(stderr=True).status(f"T={job.sizes.T} on {gpu.name}"):
+            at, folder = Sizes(**asdict(job.sizes)), Environment.read().cache_dir
+            found.append(rank_offline(spec, at, gpu, budget / len(jobs), folder))
+    if json:
+        print_json([ranking.to_dict() for ranking in found])
+    else:
+        console().print(ranking_table(found))
     return 0
 
 

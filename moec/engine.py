@@ -10,8 +10,13 @@ from moec.errors import OptionError
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
 # What is asked for by a word of its own, where it differs from this.
-_PLAIN = (("weights", "stored"), ("combine", "ordered"), ("capacity", ""))
-_VALUES = {"weights": _WEIGHTS, "combine": re.compile("ordered|atomic"), "capacity": re.compile(r"[\w.+*/(),-]+")}
+_PLAIN = (("weights", "stored"), ("combine", "ordered"), ("schedule", "pointers"), ("capacity", ""))
+_VALUES = {
+    "weights": _WEIGHTS,
+    "combine": re.compile("ordered|atomic"),
+    "schedule": re.compile("pointers|auto|descriptors|persistent|specialized"),
+    "capacity": re.compile(r"[\w.+*/(),-]+"),
+}
 _FLAGS = ([], ["race"], ["fresh"], ["race", "fresh"])
 
 
@@ -23,6 +28,8 @@ class Engine:
     scale a channel), int8:N (a scale for N numbers of it), fp8 (a scale a matrix) or fp8:N (a scale for N×N numbers of
     it): a copy in fewer bytes.
     combine: ordered, a token's slots are added in their order; atomic, in any (Triton kernels).
+    schedule: how Triton's grouped products run: by pointers, by tensor descriptors, persistent, with specialized warps,
+    or auto: by descriptors where compiled code shows that they pay.
     fresh: gradients of parameters are new memory in every step.
     capacity: what the graph says of the rows that one expert can get, as a formula of T; empty: nothing but T.
     """
@@ -31,6 +38,7 @@ class Engine:
     race: bool = False
     weights: str = "stored"
     combine: str = "ordered"
+    schedule: str = "pointers"
     fresh: bool = False
     capacity: str = ""
 
@@ -66,7 +74,7 @@ def _parse(text: str) -> Engine:
     right = all(name in _VALUES and _VALUES[name].fullmatch(value) for name, value in named.items())
     if len(named) + len(rest) != len(words) or rest not in _FLAGS or not right:
         raise OptionError(
-            f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…` or"
-            " `capacity=…`"
+            f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`,"
+            " `schedule=…` or `capacity=…`"
         )
     return Engine(kind, "race" in rest, **named, fresh="fresh" in rest)

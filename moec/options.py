@@ -17,6 +17,7 @@ Rest = Literal["inductor", "aot_eager", "eager"]
 Save = Literal["auto", "always", "never"]
 Race = Literal["off", "on"]
 Combine = Literal["ordered", "atomic"]
+Schedule = Literal["pointers", "auto", "descriptors", "persistent", "specialized"]
 Proof = Literal["on", "strict", "off"]
 
 
@@ -42,6 +43,8 @@ class Options:
              fewer bytes, which changes results by as much as the report says
     combine  how Triton kernels add the results of a token's experts: ordered (the same bits in every call) or atomic
              (less memory; the last bits may differ from call to call)
+    schedule  how Triton's grouped products run: pointers; descriptors (TMA), persistent, specialized (warps): an error
+             where the GPU lacks it; auto: by descriptors where compiled code shows that they pay
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -53,6 +56,7 @@ class Options:
     freeze: bool = False
     weights: str = "stored"
     combine: Combine = "ordered"
+    schedule: Schedule = "pointers"
     fuel: int = -1
     save_activations: Save = "auto"
     keep_gradients: bool = True
@@ -60,9 +64,11 @@ class Options:
     def engine(self, training: bool) -> Engine:
         """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
         if training:
-            return Engine(self.kernels, combine=self.combine, fresh=not self.keep_gradients)
+            fresh = not self.keep_gradients
+            return Engine(self.kernels, combine=self.combine, schedule=self.schedule, fresh=fresh)
         frozen = self.freeze and self.weights == "stored"
-        return Engine(self.kernels, self.race == "on", "packed" if frozen else self.weights, self.combine)
+        weights = "packed" if frozen else self.weights
+        return Engine(self.kernels, self.race == "on", weights, self.combine, self.schedule)
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:

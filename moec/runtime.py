@@ -66,16 +66,19 @@ def _kernel(spec: str, mode: Engine, device: torch.device, router_dtype: torch.d
     if engine == "cpp" and device.type != "cpu":
         raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
     if engine == "auto":
-        return _kernel_or_warning(spec, device, router_dtype, mode.combine)
-    return load_triton(spec, device, mode.combine) if engine == "triton" else load_kernel(spec, router_dtype)
+        return _kernel_or_warning(spec, device, router_dtype, mode.combine, mode.schedule)
+    triton = engine == "triton"
+    return load_triton(spec, device, mode.combine, mode.schedule) if triton else load_kernel(spec, router_dtype)
 
 
 @lru_cache(maxsize=1024)
 def _kernel_or_warning(
-    spec: str, device: torch.device, router_dtype: torch.dtype | None, combine: str
+    spec: str, device: torch.device, router_dtype: torch.dtype | None, combine: str, schedule: str
 ) -> _AnyKernel | None:
     try:
-        return load_kernel(spec, router_dtype) if device.type == "cpu" else load_triton(spec, device, combine)
+        if device.type == "cpu":
+            return load_kernel(spec, router_dtype)
+        return load_triton(spec, device, combine, schedule)
     except (BuildError, CodegenError) as error:
         _warn_once(str(error))
         return None

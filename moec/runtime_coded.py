@@ -26,7 +26,7 @@ class CodedKernel(TritonKernel):
     """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel."""
 
     def __init__(self, plain: TritonKernel, weights: str) -> None:
-        super().__init__(coded_spec(plain.spec, weights), plain.figures, plain.combine)
+        super().__init__(coded_spec(plain.spec, weights), plain.figures, plain.combine, plain.schedule)
         self.user, self.weights = plain.spec, weights
         self._copies = Copies(self._copied)
 

@@ -24,6 +24,7 @@ from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import program
 from moec.codegen.triton_operands import Operands, Strides
+from moec.codegen.triton_schedule import scheduled
 from moec.errors import CodegenError
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
 from moec.target import GpuFigures, gpu_figures
@@ -32,8 +33,10 @@ _BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
 
 
 @lru_cache(maxsize=1024)
-def load_triton(spec: str, device: torch.device, combine: str = "ordered") -> TritonKernel:
+def load_triton(spec: str, device: torch.device, combine: str = "ordered", schedule: str = "pointers") -> TritonKernel:
     """The Triton kernels of a spec for tensors on `device`; `combine` atomic: slots are added in any order.
+
+    `schedule` says how the grouped products run (`moec.codegen.triton_schedule`).
 
     Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
     """
@@ -47,7 +50,7 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered") -> Tr
     if device.type not in ("cpu", "cuda"):
         raise CodegenError(f"kernels='triton' takes CUDA, ROCm or CPU tensors, got {device}; use kernels='eager'")
     figures = gpu_figures(device) if device.type == "cuda" else None
-    return TritonKernel(KernelSpec.parse(spec), figures, combine)
+    return TritonKernel(KernelSpec.parse(spec), figures, combine, schedule)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,10 @@ class Bound:
 class TritonKernel:
     """The kernels of one spec on one device."""
 
-    def __init__(self, spec: KernelSpec, figures: GpuFigures | None, combine: str = "ordered") -> None:
-        self.spec, self.figures, self.combine = spec, figures, combine
+    def __init__(
+        self, spec: KernelSpec, figures: GpuFigures | None, combine: str = "ordered", schedule: str = "pointers"
+    ) -> None:
+        self.spec, self.figures, self.combine, self.schedule = spec, figures, combine, schedule
         self._module = load(spec)
         # A stacked tensor is bound as it is: to keep that would keep the user's weights alive.
         self._bindings = Bindings(lambda params: bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
@@ -148,7 +153,8 @@ class TritonKernel:
         return Operands(*base, *names)
 
     def _make_program(self, sizes: Sizes, operands: Operands, entry: str, capacity: int | None) -> Program:
-        return program(self.spec, sizes, check_target(self.config_for(sizes), self.figures), operands, entry, capacity)
+        config = scheduled(self.config_for(sizes), self.schedule, self.spec, sizes, operands, self.figures)
+        return program(self.spec, sizes, check_target(config, self.figures), operands, entry, capacity)
 
     def _run(
         self,

@@ -103,6 +103,16 @@ def test_atomics_by_option():
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
 
 
+@pytest.mark.parametrize("schedule", ["auto", "descriptors", "persistent", "specialized"])
+def test_ways_by_option(schedule):
+    spec = with_gate("concat", "nk", True, False, "output")
+    params, (weights, experts) = make_params(spec.experts, 64, 32, 2), routing("random", 40, 2, 1)
+    params = [p.contiguous() for p in params]
+    x = torch.randn(40, 64)
+    y = torch.ops.moec.experts(x, weights, experts, params, str(spec), f"triton schedule={schedule}")
+    assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
+
+
 def check_schedule(form, name, dtype, T, kind, H=64, F=32, E=3):
     """Descriptors take contiguous weights only; others are an error that says so."""
     spec, config = with_gate(*form, dtype), SCHEDULES[name]

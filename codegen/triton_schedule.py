@@ -1,0 +1,112 @@
+"""Which way a call's grouped products run: as the option `schedule` says, and the configurations worth trying.
+
+pointers is the default, since no other way was timed. auto takes tensor descriptors where compiled code shows that they
+pay (`pays`), on a target that has them, for weights that they can read; everything else stays as it is.
+
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+from moec.codegen.cost_model import fits, tile_of, uniform_histogram
+from moec.codegen.plan import Sizes
+from moec.codegen.tile_prior import rank_with_prior
+from moec.codegen.triton_config import GpuConfig, GpuFigures, check_target, default_config
+from moec.codegen.triton_operands import Operands, contiguous
+from moec.codegen.triton_views import undescribable
+from moec.errors import CodegenError
+from moec.gpu_target import GpuTarget, gpu_targets
+from moec.spec import KernelSpec
+
+SCHEDULES = ("pointers", "auto", "descriptors", "persistent", "specialized")
+_PROGRAMS = 128  # of a target whose multiprocessors are not known
+
+
+def scheduled(
+    config: GpuConfig, schedule: str, spec: KernelSpec, sizes: Sizes, operands: Operands, target: GpuFigures | None
+) -> GpuConfig:
+    """`config` run the way that `schedule` names; a decode configuration has one way only and stays as it is.
+
+    Raises CodegenError where a way that was asked for by name is not there on the target, or cannot read the weights.
+    """
+    if config.variant == "decode" or schedule == "pointers":
+        return config
+    if schedule == "specialized" and config.combine == "atomic":
+        raise CodegenError("schedule='specialized' adds slots in a launch of its own; use combine='ordered'")
+    if schedule != "auto":
+        return check_target(_named(config, schedule, target), target)
+    found = _named(config, "descriptors", target)
+    there = _has(found, target) and pays(found, target) and not undescribable(spec, sizes, found, operands)
+    return found if there else config
+
+
+def pays(config: GpuConfig, target: GpuFigures | None) -> bool:
+    """Whether compiled code has clearly fewer instructions a step with descriptors than with pointers.
+
+    Tiles of few rows, whose step is all loads (docs/kernels.md, "Inner loops"): 16×128×128 on sm_90 has 114 and 109
+    instructions (gate/up and down) against 138 and 134. Larger tiles have a few more by descriptors than by pointers.
+    """
+    return target is not None and target.name == "sm_90" and config.block_m <= 16 and config.block_k >= 128
+
+
+def _named(config: GpuConfig, schedule: str, target: GpuFigures | None) -> GpuConfig:
+    programs = next((t.processors for t in gpu_targets() if target and t.name == target.name), _PROGRAMS)
+    if schedule == "persistent":
+        return replace(config, programs=programs)
+    if schedule == "descriptors":
+        return replace(config, weights="descriptors")
+    changed = {"weights": "descriptors", "programs": programs, "specialized": True, "combine": "separate"}
+    return replace(config, block_m=max(128, config.block_m), num_warps=4, **changed)
+
+
+def _has(config: GpuConfig, target: GpuFigures | None) -> bool:
+    try:
+        check_target(config, target)
+    except CodegenError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def candidates(spec: KernelSpec, sizes: Sizes, target: GpuTarget, tiles: int = 6) -> tuple[GpuConfig, ...]:
+    """The default, then the `tiles` tiles that prior and model rank first, each in every way that the target has.
+
+    The model does not tell the ways of one tile apart: they follow one another, pointers first.
+    """
+    default = default_config(spec, sizes, target)
+    if default.variant == "decode":
+        return (default,)
+    ranked = rank_with_prior(tuple(_tiles(spec, target)), sizes, uniform_histogram(sizes), target, spec.experts.dtype)
+    best: dict[tuple[int, int, int], GpuConfig] = {}
+    for config, _ in ranked:
+        best.setdefault(tile_of(config), config)
+    found = dict.fromkeys([default])
+    for config in (default, *list(best.values())[:tiles]):
+        found |= dict.fromkeys(_ways(replace(config, native_fp8=default.native_fp8), spec, sizes, target))
+    return tuple(found)
+
+
+def _tiles(spec: KernelSpec, target: GpuTarget) -> Iterator[GpuConfig]:
+    axes = ((16, 32, 64, 128), (64, 128, 256), (32, 64, 128), (1, 8), (4, 8), (2, 3, 4))
+    for numbers in itertools.product(*axes):
+        config = GpuConfig(*numbers)
+        if fits(config, target, spec.experts.dtype):
+            yield config
+
+
+def _ways(config: GpuConfig, spec: KernelSpec, sizes: Sizes, target: GpuTarget) -> Iterator[GpuConfig]:
+    """One tile by pointers, by descriptors, persistent, specialised, as far as the target and the weights allow."""
+    yield config
+    plain = contiguous(spec, sizes)
+    for schedule in SCHEDULES[2:]:
+        if schedule == "specialized" and config.block_m < 128:
+            continue
+        found = _named(config, schedule, target)
+        described = found.weights == "descriptors"
+        if _has(found, target) and not (described and undescribable(spec, sizes, found, plain)):
+            yield found
