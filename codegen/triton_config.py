@@ -152,7 +152,18 @@ def _of_codes(config: GpuConfig, coding: Coding | None, target: GpuFigures | Non
     if coding is None:
         return config
     native = coding.element == "fp8" and target is not None and target.name in NATIVE_FP8
-    return replace(config, native_fp8=native, block_n=min(config.block_n, 128) if coding.columns else config.block_n)
+    config = replace(config, native_fp8=native)
+    if not coding.columns or config.variant == "decode":
+        return config
+    most_m, most_n = (64, 64) if _wmma(target) else (64, 128) if target and target.name == "sm_100" else (128, 128)
+    smaller = config.block_m > most_m or config.block_n > most_n
+    config = replace(config, block_m=min(config.block_m, most_m), block_n=min(config.block_n, most_n))
+    return replace(config, num_warps=4, num_stages=2) if smaller and most_m == 64 else config
+
+
+def _wmma(target: GpuFigures | None) -> bool:
+    """RDNA: half the registers a lane of CDNA's, for tiles as large."""
+    return target is not None and target.name.startswith("gfx1")
 
 
 def _few_pairs(sizes: Sizes) -> bool:
@@ -163,7 +174,7 @@ def _few_pairs(sizes: Sizes) -> bool:
 def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
     """By the mean number of rows of an expert that is hit."""
     amd = target is not None and target.name.startswith("gfx")
-    if dtype == "f32":
+    if dtype == "f32" or (target is not None and target.name == "sm_75"):  # no matrix instruction: sums are many
         return GpuConfig(32, 64, 32, 8, 4, 2) if rows > 16 else GpuConfig(16, 64, 32, 8, 4, 2)
     if rows <= 16:
         return GpuConfig(16, 128, 64, 1, 4, 2 if amd else 4)
@@ -172,6 +183,8 @@ def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
     if rows <= 128:
         return GpuConfig(64, 128, 64, 8, 4, 2 if amd else 3)
     if amd:
+        if _wmma(target):
+            return GpuConfig(128, 128, 64, 8, 8, 2)
         return GpuConfig(128, 256, 64, 8, 8, 2)
     wide = target is not None and target.name in ("sm_90", "sm_100")
     return GpuConfig(128, 256, 64, 8, 8, 3) if wide else GpuConfig(128, 128, 64, 8, 8, 3)

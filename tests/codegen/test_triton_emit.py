@@ -55,6 +55,25 @@ CONFIGS = (
 )
 
 
+def test_tiles_that_spill_elsewhere_are_smaller_where_they_would():
+    """What offline compilation found at T = 4096: docs/kernels.md."""
+    sizes = Sizes(4096, 2048, 768, 8, 2)
+    coded = KernelSpec(ExpertsSpec("bf16", codes="fp8:128x128"), None, "bf16")
+    tiles = {}
+    for name in ("sm_75", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1201"):
+        target = next(t for t in gpu_targets() if t.name == name)
+        found = (default_config(spec, sizes, target) for spec in (MIXTRAL, coded))
+        tiles[name] = [(c.block_m, c.block_n, c.block_k, c.num_warps) for c in found]
+    assert tiles == {
+        "sm_75": [(32, 64, 32, 4), (32, 64, 32, 4)],
+        "sm_90": [(128, 256, 64, 8), (128, 128, 64, 8)],
+        "sm_100": [(128, 256, 64, 8), (64, 128, 64, 4)],
+        "gfx942": [(128, 256, 64, 8), (128, 128, 64, 8)],
+        "gfx1100": [(128, 128, 64, 8), (64, 64, 64, 4)],
+        "gfx1201": [(128, 128, 64, 8), (64, 64, 64, 4)],
+    }
+
+
 def test_golden():
     """After a wanted change: write the new text to the file and read the difference."""
     source = emit(MIXTRAL)

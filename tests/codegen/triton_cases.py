@@ -229,7 +229,11 @@ def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2):
     want = twin.experts_backward(g.double(), x.double(), weights.double(), experts, wide, spec, needs)
     there = (experts >= 0) & (experts < E)
     assert torch.equal(dweights[~there], torch.zeros_like(dweights[~there]))
-    pairs = [(dx, want[0]), (dweights[there], want[1][there]), *zip(dparams, want[2], strict=True)]
+    # A weight's gradient is a sum over H of which little may be left: eager's own rounding is the measure.
+    low = twin.experts_backward(g, x, weights, experts, params, spec, needs)[1]
+    limit = max(2 * LIMITS[dtype], 3 * relative(low[there], want[1][there]))
+    assert relative(dweights[there], want[1][there]) < limit
+    pairs = [(dx, want[0]), *zip(dparams, want[2], strict=True)]
     for got, reference in pairs:
         assert got.shape == reference.shape
         assert relative(got, reference) < 2 * LIMITS[dtype]
