@@ -11,8 +11,9 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis, UserError, UserErrorType
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,24 @@ def compiles_for_moec(tx: Any) -> bool:
     return False
 
 
+class DecidedByData(UserError, GuardOnDataDependentSymNode):
+    """A branch on a size that only data decides: Dynamo breaks the graph there, as it does at a branch on a tensor."""
+
+    def __init__(self, cause: GuardOnDataDependentSymNode) -> None:
+        super().__init__(UserErrorType.DYNAMIC_CONTROL_FLOW, str(cause))
+        self.cond = cause.cond
+
+
 def allow_data_dependence(tx: Any) -> None:
-    """Let this compile, and no other, trace outputs whose shape depends on data."""
+    """Let this compile, and no other, trace outputs whose shape depends on data.
+
+    Code that has nothing to do with a loop over experts may ask for the truth of such a shape; Dynamo would let that
+    error through to the user, since without these settings it breaks the graph where the shape is made.
+    """
     env = tx.output.shape_env
+    if not hasattr(env, "moec_error"):
+        env.moec_error = error = env._make_data_dependent_error
+        env._make_data_dependent_error = lambda *args, **kwargs: DecidedByData(error(*args, **kwargs))
     env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
 
 

@@ -56,6 +56,27 @@ class AsksForASize(Base):
         return y
 
 
+class SkipsIdle(Base):
+    def forward(self, x):
+        idx, y = self.choose(x), torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t = torch.where(idx == e)[0]
+            if t.numel():
+                y.index_add_(0, t, self.experts[e](x[t]))
+        return y
+
+
+class AsksBehindTheLoop(SkipsIdle):
+    """What stands behind the loop has nothing to do with it, and branches on a size that only data decides."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        rows = (y > 0).nonzero()
+        if rows.numel():
+            y = y + len(rows)
+        return y[: int((y > 1).sum())]
+
+
 class Layers(Base):
     """A loop over layers: each reads what the last one wrote."""
 
@@ -93,6 +114,19 @@ def test_break_in_an_inner_frame(recorder):
     model, x = nn.Sequential(nn.Linear(8, 8), BreaksTheGraph(), Loop()), torch.randn(6, 8)
     assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
     assert recorder.anchors == 1  # of the last, which has nothing against it
+
+
+def test_truth_of_a_size_in_a_loop_as_written(recorder):
+    model, x = SkipsIdle(), torch.randn(6, 8)
+    _wider(model)
+    assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
+    assert recorder.anchors == 0
+
+
+def test_truth_of_a_size_behind_a_loop(recorder):
+    model, x = AsksBehindTheLoop(), torch.randn(6, 8)
+    assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
+    assert recorder.anchors == 1
 
 
 @pytest.mark.parametrize("model", [Layers(), LastUsed()], ids=lambda m: type(m).__name__)
