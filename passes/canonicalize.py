@@ -2,6 +2,7 @@
 
 %a = reshape(%x); %b = reshape(%x)              →   %a = reshape(%x)
 %t = permute(%w) dims=(1, 0); contract(%x, %t)  →   contract(%x, %w) with the letters of %w swapped
+%j = add(%i, 0); take(%w, %j)                   →   take(%w, %i)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from moec.graph import Arg, Graph, Instr, Ref, substitute, sweep
+from moec.graph import Arg, Graph, Instr, Ref, Type, substitute, sweep
 from moec.passes.word_contract import normal_equation
 from moec.pipeline import Facts, Outcome
 
@@ -41,7 +42,7 @@ class Canonicalize:
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The canonical graph; rewrites counts removed and changed instructions."""
         folded = tuple(_fold_permutes(graph))
-        once = _number(folded, facts.grad)
+        once = _number(folded, graph.types, facts.grad)
         outputs = tuple(once.names.get(name, name) for name in graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
@@ -88,18 +89,42 @@ class Numbered:
 def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
     """The other values that are the same as a value, in the graph before this pass."""
     found: dict[str, list[str]] = {}
-    for name, kept in _number(tuple(_fold_permutes(graph)), grad).names.items():
+    for name, kept in _number(tuple(_fold_permutes(graph)), graph.types, grad).names.items():
         found.setdefault(kept, []).append(name)
     return {name: tuple(others) for name, others in found.items()}
 
 
-def _number(instrs: tuple[Instr, ...], grad: frozenset[str]) -> Numbered:
+def _unchanged(instr: Instr, types: Mapping[str, Type], grad: frozenset[str]) -> str | None:
+    """The value that an instruction gives back as it is: plus 0 of whole numbers, times 1 of any; else None."""
+    if instr.word not in _NEUTRAL or len(instr.args) != 2:
+        return None
+    left, right = instr.args
+    if instr.word in ("add", "mul") and not isinstance(left, Ref):
+        left, right = right, left
+    neutral = _NEUTRAL[instr.word]
+    if not isinstance(left, Ref) or isinstance(right, Ref | bool) or right != neutral:
+        return None
+    kind = instr.types[0]
+    if kind != types.get(left.name) or (neutral == 0 and kind.dtype not in ("i64", "i32")):
+        return None  # −0.0 + 0 is another number
+    return left.name if (left.name in grad) == (instr.results[0] in grad) else None
+
+
+_NEUTRAL: Mapping[str, int] = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+"""By what number nothing is changed."""
+
+
+def _number(instrs: tuple[Instr, ...], types: Mapping[str, Type], grad: frozenset[str]) -> Numbered:
     """Value numbering; a value that carries a gradient is not the same as its copy under no_grad."""
     seen: dict[tuple[object, ...], tuple[str, ...]] = {}
     names: dict[str, str] = {}
     kept: list[Instr] = []
     for instr in instrs:
         (instr,) = substitute((instr,), names)
+        same = _unchanged(instr, types, grad)
+        if same is not None:
+            names[instr.results[0]] = same
+            continue
         # repr keeps 1, 1.0 and True apart, which compare equal.
         differentiable = not grad.isdisjoint(instr.results)
         key = (instr.word, repr(instr.args), repr(instr.attrs), instr.types, differentiable)

@@ -318,6 +318,7 @@ RULES: Mapping[str, Rule] = with_runs(
         "lt": rule_compare,
         "le": rule_compare,
         "invert": rule_invert,
+        "unique": lambda lifter, instr, which: _unique(lifter, instr),
         "anchor": rule_anchor,
         "anchor_range": rule_anchor,
         "skip": rule_skip,
@@ -331,6 +332,20 @@ RULES: Mapping[str, Rule] = with_runs(
         "grouped": rule_grouped,
     }
 )
+
+
+def _unique(lifter: Lifter, instr: Instr) -> Lift:
+    """The experts that occur among the choices: those that have rows. A sentinel such as −1 would be one of them."""
+    inner = lifter.lift(instr.args[0])
+    if isinstance(inner, NoMatch):
+        inner = index_rules.choice_of(lifter, lifter.graph.behind(instr.args[0], ("cast", "same")), inner)
+    if not isinstance(inner, Ids) or inner.what != "expert":
+        miss = NoMatch("the distinct values of something else than choices", instr.results[0])
+        return inner if isinstance(inner, NoMatch) else miss
+    made = lifter.instr(lifter.graph.behind(Ref(inner.choice), ("cast", "same", "reshape", "permute", "detach")))
+    if made is None or made.word not in ("topk", "max", "sort"):
+        return NoMatch("the distinct values of choices that may hold others than experts", instr.results[0])
+    return PerExpert("hits", inner.choice)
 
 
 def _counts(lifter: Lifter, instr: Instr) -> Lift:

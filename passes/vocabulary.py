@@ -35,6 +35,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("max", words.raise_max),
     **_each("topk", words.raise_topk),
     **_each("sort argsort", words.raise_sort),
+    **_each("unique", words.raise_unique),
     **_each("zeros ones full empty zeros_like ones_like full_like empty_like", words.raise_full),
     **_each("new_zeros new_ones new_full new_empty", words.raise_full),
     **_each("arange", words.raise_arange),

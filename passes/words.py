@@ -267,6 +267,14 @@ def raise_topk(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit_many("topk", (x,), tuple(map(type_of_fake, fake(node))), **attrs, **flags)
 
 
+def raise_unique(build: Builder, node: fx.Node) -> Arg | None:
+    """unique(x): each number that occurs in x, once."""
+    args = named(node, "input sorted return_inverse return_counts dim")
+    if args.get("return_inverse") or args.get("return_counts") or args.get("dim") is not None:
+        return None
+    return build.emit("unique", (build.value(args["input"]),), type_of_fake(fake(node)))
+
+
 def raise_sort(build: Builder, node: fx.Node) -> Arg | None:
     """sort(x, dim, descending) → values, indices; argsort is its second result."""
     args = named(node, "input dim descending")
