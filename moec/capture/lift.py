@@ -53,16 +53,19 @@ def _members(tx: Any, var: Any, wanted: Any) -> list[Member]:
         return _children(value, var.source, _numbered(asked, names) if asked else names)
     if isinstance(value, nn.ModuleList):
         return _children(value, var.source, list(value._modules))
-    if isinstance(value, nn.ParameterList):
+    if isinstance(value, nn.ParameterList | nn.ParameterDict):
         source = AttrSource(var.source, "_parameters")
-        exchanged = {name: _exchanged(tx, value._parameters, name) for name in value._parameters}
-        return [
-            (p, DictGetItemSource(source, name))
-            if exchanged[name] is None
-            else (_value(exchanged[name]), exchanged[name])
-            for name, p in value._parameters.items()
-        ]
+        names = list(value._parameters)
+        asked = [name.as_python_constant() for name in wanted.items]
+        return [_parameter(tx, value, source, name) for name in (_numbered(asked, names) if asked else names)]
     return []
+
+
+def _parameter(tx: Any, holder: nn.Module, source: Source, name: str) -> Member:
+    exchanged = _exchanged(tx, holder._parameters, name)
+    if exchanged is None:
+        return holder._parameters[name], DictGetItemSource(source, name)
+    return _value(exchanged), exchanged
 
 
 def _numbered(asked: Sequence[str], names: Sequence[str]) -> Sequence[str]:

@@ -23,6 +23,16 @@ class TextKey:
         self.suffix = suffix
 
 
+def numbered(item: Tensor, names: list[str]) -> TextKey | None:
+    """The name at the item's place, where names are `expert_0`, `expert_1`, … in order."""
+    first = names[0] if names else ""
+    for at in [at for at, letter in enumerate(first) if letter == "0"]:
+        prefix, suffix = first[:at], first[at + 1 :]
+        if names == [f"{prefix}{i}{suffix}" for i in range(len(names))]:
+            return TextKey(prefix, item.reshape(()), suffix)
+    return None
+
+
 class Picked:
     """A module, or a part of one, whose tensors belong to the loop's current item."""
 

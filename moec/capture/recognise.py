@@ -196,7 +196,9 @@ def _derived(loop: ast.For, aliases: set[str], bounds: set[str]) -> set[str]:
             if not isinstance(stmt, (ast.Assign, ast.AnnAssign)) or stmt.value is None:
                 continue
             called = {
-                n.func.id for n in ast.walk(stmt.value) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+                n.func.id
+                for n in ast.walk(stmt.value)
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and not is_alias(n, aliases)
             }
             if called & (names | _NUMBERS) or is_alias(stmt.value, aliases):
                 continue

@@ -92,23 +92,38 @@ class _Roller:
             if items.keywords and items.func.id == "zip":
                 items = ast.Call(items.func, items.args, [])
             return self.bind_joint(target, items)
-        expert, held = self.of_items(target, items)
+        target, held = self.of_items(target, items)
         if held is not items:
-            return self.bind_joint(ast.Tuple([expert], ast.Store()), ast.Call(name("zip"), [held], []))
-        out = [assign(_ITEM, call("anchor", self.key, strip_listing(items), copy.deepcopy(self.candidate.like)))]
+            if isinstance(held, ast.Call) and _called(held) == "zip":
+                return self.bind_joint(target, held)
+            return self.bind_joint(ast.Tuple([target], ast.Store()), ast.Call(name("zip"), [held], []))
+        like = copy.deepcopy(self.candidate.like)
+        if isinstance(items, (ast.Name, ast.Attribute)) and isinstance(target, ast.Name):
+            self.item = target.id
+            walked = call("walk", self.key, name("_moec_seq0"), name(_ITEM), self.as_key(target))
+            begin = call("anchor_of", self.key, name("_moec_seq0"), like)
+            return [assign("_moec_seq0", items), assign(_ITEM, begin), assign(target, walked)]
         self.item = target.id if isinstance(target, ast.Name) else _ITEM
-        return [*out, assign(target, name(_ITEM))]
+        return [assign(_ITEM, call("anchor", self.key, strip_listing(items), like)), assign(target, name(_ITEM))]
+
+    def as_key(self, target: ast.expr) -> ast.Constant:
+        """Whether the body does nothing with an item but look a dictionary up: `experts[name]`, `g[:, int(name)]`."""
+        if not isinstance(target, ast.Name):
+            return ast.Constant(False)
+        body = ast.Module(self.candidate.loop.body, [])
+        return ast.Constant(only_keys(body, target.id, target.id in self.candidate.aliases))
 
     def of_items(self, target: ast.expr, items: ast.expr) -> tuple[ast.expr, ast.expr]:
-        """`for name, expert in experts.items()` as `for expert in experts`, when the name is not read."""
+        """`experts.items()` as the zip of its keys and values, or as its values when the keys are not read."""
         if not isinstance(items, ast.Call) or not isinstance(items.func, ast.Attribute) or items.func.attr != "items":
             return target, items
         if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
             raise Unrollable("the items of a dictionary are not unpacked into a name and an expert")
-        read = loaded(self.candidate.loop.body) & stored([target.elts[0]])
-        if read:
-            raise Unrollable(f"the body reads {', '.join(sorted(read))}, an expert's name in its dictionary")
-        return target.elts[1], items.func.value
+        held = items.func.value
+        keys, values = (ast.Call(ast.Attribute(copy.deepcopy(held), f, ast.Load()), [], []) for f in ("keys", "values"))
+        if not loaded(self.candidate.loop.body) & stored([target.elts[0]]):
+            return target.elts[1], values
+        return target, ast.Call(name("zip"), [keys, values], [])
 
     def bind_joint(self, target: ast.expr, items: ast.Call) -> list[ast.stmt]:
         sequences: list[tuple[ast.expr, ast.expr]] = []
@@ -121,7 +136,7 @@ class _Roller:
             counter, (target, inner) = (target.elts[0], start), self.of_items(target.elts[1], items.args[0])
         else:
             inner = items
-        if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == "zip":
+        if isinstance(inner, ast.Call) and _called(inner) == "zip":
             if not isinstance(target, ast.Tuple) or len(target.elts) != len(inner.args):
                 raise Unrollable("zip is not unpacked into as many targets")
             sequences = list(zip(target.elts, inner.args, strict=True))
@@ -130,13 +145,17 @@ class _Roller:
         out: list[ast.stmt] = []
         for i, (_, sequence) in enumerate(sequences):
             kept = kept_form(sequence, self.hosts, self.given)
-            plain = _without_values(strip_listing(sequence)) if kept is None else kept
+            plain = _held(strip_listing(sequence)) if kept is None else kept
             out.append(assign(f"_moec_seq{i}", plain))
         sizes: list[ast.expr] = [call("length", name(f"_moec_seq{i}")) for i in range(len(sequences))]
         size = sizes[0] if len(sizes) == 1 else call("shortest", self.key, *sizes)
         out.append(assign(_ITEM, call("anchor_each", self.key, size, copy.deepcopy(self.candidate.like))))
-        for i, (part, _) in enumerate(sequences):
-            out.append(assign(part, call("index", self.key, name(f"_moec_seq{i}"), name(_ITEM))))
+        for i, (part, sequence) in enumerate(sequences):
+            at = [name(f"_moec_seq{i}"), name(_ITEM)]
+            values = isinstance(sequence, ast.Call) and _called(sequence) != "keys"
+            out.append(
+                assign(part, call("index", self.key, *at) if values else call("each", self.key, *at, self.as_key(part)))
+            )
         if counter is not None:
             place, start = counter
             value: ast.expr = name(_ITEM) if start is None else ast.BinOp(name(_ITEM), ast.Add(), start)
@@ -222,13 +241,34 @@ def is_joint(test: ast.expr) -> bool:
     return isinstance(test, ast.Call) and isinstance(test.func, ast.Attribute) and test.func.attr == "joint"
 
 
-def _without_values(sequence: ast.expr) -> ast.expr:
-    """`self.experts.values()` as `self.experts`: the words index a ModuleDict by place."""
-    if isinstance(sequence, ast.Call) and isinstance(sequence.func, ast.Attribute) and sequence.func.attr == "values":
+def only_keys(body: ast.AST, key: str, item: bool) -> bool:
+    """Whether a name is read as an index alone; `item`: or as a number or a text, which words exist for."""
+    fine: set[int] = set()
+    for node in ast.walk(body):
+        if isinstance(node, ast.Subscript):
+            fine |= {id(part) for part in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])}
+        if item and isinstance(node, ast.Call) and _called(node) == "int" and len(node.args) == 1:
+            fine.add(id(node.args[0]))
+        if item and isinstance(node, ast.FormattedValue):
+            fine.add(id(node.value))
+    return all(id(n) in fine for n in ast.walk(body) if isinstance(n, ast.Name) and n.id == key)
+
+
+def _called(expr: ast.expr) -> str | None:
+    """The name of the function or method that an expression calls."""
+    if not isinstance(expr, ast.Call):
+        return None
+    return getattr(expr.func, "attr", None) or getattr(expr.func, "id", None)
+
+
+def _held(sequence: ast.expr) -> ast.expr:
+    """`self.experts.values()` as `self.experts`: the words look a dictionary up by place."""
+    if isinstance(sequence, ast.Call) and isinstance(sequence.func, ast.Attribute) and sequence.func.attr in _VIEWED:
         return sequence.func.value
     return sequence
 
 
+_VIEWED = ("keys", "values")
 _COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",

@@ -6,12 +6,12 @@ import operator
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
 from moec.capture.numbers import counted
-from moec.capture.picked import TextKey, pick_from
+from moec.capture.picked import TextKey, numbered, pick_from
 from moec.capture.state import (
     allow_data_dependence,
     compiles_for_moec,
@@ -128,6 +128,26 @@ def anchor_each(key: str, count: Any, like: Any) -> Tensor:
     return _markers.anchor_range.default(0, count, 1, _device(like))
 
 
+def anchor_of(key: str, items: Any, like: Any) -> Tensor:
+    """One item of whatever a loop runs over: numbers, or the places of a list or of a dictionary."""
+    return anchor(key, items, like) if isinstance(items, Tensor | range) else anchor_each(key, len(items), like)
+
+
+def walk(key: str, items: Any, item: Tensor, as_key: bool) -> Any:
+    """What `for x in items` binds x to."""
+    return item if isinstance(items, Tensor | range) else each(key, items, item, as_key)
+
+
+def each(key: str, items: Any, item: Tensor, as_key: bool) -> Any:
+    """One of `items` by its place; of a dictionary its key, as `for name in experts` has it."""
+    if not isinstance(items, nn.ModuleDict | nn.ParameterDict | dict):
+        return index(key, items, item)
+    if not as_key:
+        give_up(key, "the body does something else with the names of a dictionary than look it up")
+    found = numbered(item, list(items.keys()))
+    return give_up(key, "the names of a dictionary are not numbers in order") if found is None else found
+
+
 def _device(like: Any) -> torch.device:
     return like.device if isinstance(like, Tensor) else torch.device("cpu")
 
@@ -144,6 +164,7 @@ def is_row(x: Any) -> bool:
 
 def item_of(x: Any) -> Any:
     """`x.item()` or `int(x)` of the loop's item: still symbolic."""
+    x = x.item if isinstance(x, TextKey) else x
     return x.reshape(()) if isinstance(x, Tensor) else x
 
 
@@ -376,6 +397,8 @@ def in_place(key: str, head: Any, new: Any) -> Any:
 
 def text_key(prefix: str, item: Any, suffix: str) -> Any:
     """`f"{prefix}{item}{suffix}"` of the loop's item, for a ModuleDict."""
+    if isinstance(item, TextKey):
+        return TextKey(prefix + item.prefix, item.item, item.suffix + suffix)
     return TextKey(prefix, item.reshape(()), suffix) if isinstance(item, Tensor) else f"{prefix}{item}{suffix}"
 
 

@@ -257,6 +257,71 @@ class ParameterLists(Layer):
         return y
 
 
+class DictNames(Dict):
+    def forward(self, x):
+        w, idx = self.route(x)
+        final = torch.zeros_like(x)
+        for i, name in enumerate(self.experts):
+            t, slot = torch.where(idx == i)
+            final.index_add_(0, t, self.experts[name](x[t]) * w[t, slot, None])
+        return final
+
+
+class NumbersAsNames(Layer):
+    def make(self, experts, hidden, width):
+        self.experts = nn.ModuleDict({str(i): Expert(hidden, width) for i in range(experts)})
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        mask = F.one_hot(idx, num_classes=self.num_experts)
+        final = torch.zeros_like(x)
+        for name, expert in self.experts.items():
+            column = mask[:, :, int(name)]
+            t, slot = torch.where(column)
+            final.index_add_(0, t, expert(x[t]) * w[t, slot, None])
+        return final
+
+
+class KeysOfADict(Dict):
+    def forward(self, x):
+        w, idx = self.route(x)
+        final = torch.zeros_like(x)
+        i = 0
+        for name in self.experts:
+            t, slot = torch.where(idx == i)
+            final.index_add_(0, t, self.experts[name](x[t]) * w[t, slot, None])
+            i += 1  # noqa: SIM113  the form under test
+        return final
+
+
+class CountedByHand(Layer):
+    def forward(self, x):
+        w, idx = self.route(x)
+        final, i = torch.zeros_like(x), 0
+        for expert in self.experts:
+            t, slot = torch.where(idx == i)
+            if len(t) > 0:
+                final.index_add_(0, t, expert(x[t]) * w[t, slot, None])
+            i += 1  # noqa: SIM113  the form under test
+        return final
+
+
+class NamedParameters(Layer):
+    def make(self, experts, hidden, width):
+        up = {f"up{i}": nn.Parameter(torch.randn(hidden, width) * 0.3) for i in range(experts)}
+        down = {f"down{i}": nn.Parameter(torch.randn(width, hidden) * 0.3) for i in range(experts)}
+        self.matrices = nn.ParameterDict(up | down)
+
+    def forward(self, x):
+        w, idx = self.route(x)
+        final = torch.zeros_like(x)
+        for i in range(self.num_experts):
+            t, slot = torch.where(idx == i)
+            out = F.relu(x[t] @ self.matrices[f"up{i}"]) @ self.matrices[f"down{i}"]
+            final.index_add_(0, t, out * w[t, slot, None])
+        return final
+
+
 class DictValues(Dict):
     def forward(self, x):
         w, idx = self.route(x)
@@ -307,6 +372,11 @@ FORMS = (
     UniqueTolist,
     TolistBefore,
     Dict,
+    DictNames,
+    NumbersAsNames,
+    KeysOfADict,
+    CountedByHand,
+    NamedParameters,
     StackedColumns,
     ZipOfParts,
     ByAttributes,
