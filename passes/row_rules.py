@@ -193,7 +193,7 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
     if isinstance(mask, OneHot) and mask.anchor and whole and set(mask.axes) in ({"t", "s"}, {"t"}):
         what = {"t": "token", "s": "slot"}[mask.axes[which]]
-        return Ids(Space("loop", 0, mask.anchor, "".join(mask.axes)), what, mask.choice)
+        return Ids(Space("loop", 0, mask.anchor, _order(lifter, mask)), what, mask.choice)
     return (
         mask
         if isinstance(mask, NoMatch)
@@ -201,11 +201,18 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     )
 
 
+def _order(lifter: Lifter, mask: OneHot) -> str:
+    """In which order a mask selects rows; a token that chose an expert once comes where its one slot comes."""
+    made = lifter.instr(lifter.graph.behind(Ref(mask.choice), ("cast", "same", "detach", "reshape")))
+    once = made is not None and made.word == "topk" and mask.axes == ("t", "s")
+    return "t" if once else "".join(mask.axes)
+
+
 def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A range of features of every row; one column of a mask's places; the first item of a loop's item list."""
     source = lifter.type(instr.args[0])
     dim, start, stop, step = (instr.attr(n) for n in ("dim", "start", "stop", "step"))
-    column = _column(lifter, instr.args[0], start, stop) if dim == 1 else None
+    column = _column(lifter, instr.args[0], dim, start, stop)
     if column is not None:
         return column
     inner = lifter.lift(instr.args[0])
@@ -216,9 +223,13 @@ def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return inner if isinstance(inner, NoMatch) else NoMatch(f"slice along axis {dim}", instr.results[0])
 
 
-def _column(lifter: Lifter, places: Arg, start: object, stop: object) -> Ids | None:
-    """nonzero(mask[T, k])[:, j]: the token, or the slot, of each of the loop's rows."""
+def _column(lifter: Lifter, places: Arg, dim: object, start: object, stop: object) -> Ids | None:
+    """nonzero(mask[T, k])[:, j], nonzero(mask[T, k]).T[j]: the token, or the slot, of each of the loop's rows."""
     made = lifter.instr(places)
+    if dim == 0 and made is not None and made.word == "permute" and made.attr("dims") == (1, 0):
+        made, dim = lifter.instr(made.args[0]), 1
+    if dim != 1:
+        return None
     mask = lifter.lift(made.args[0]) if made is not None and made.word == "nonzero" else None
     if not isinstance(mask, OneHot) or not mask.anchor or set(mask.axes) != {"t", "s"}:
         return None

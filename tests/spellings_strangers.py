@@ -211,6 +211,56 @@ class CountsByAdding(Chosen):
         return (back.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
 
 
+class DistinctChoices(Chosen):
+    """A loop over the distinct values of the choices."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in torch.unique(chosen):
+            token, slot = torch.where(chosen == e)
+            y.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return y
+
+
+class FirstOfRank(Chosen):
+    """Experts are looked up at a place that begins where a rank's own begin: at 0 on one machine."""
+
+    rank = 0
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        order = chosen.view(-1).argsort()
+        rows, counts = x[order // K], torch.bincount(chosen.view(-1), minlength=E).cpu().numpy()
+        outs, start = [], 0
+        for i, count in enumerate(counts):
+            end = start + count
+            if count == 0:
+                continue
+            outs.append(self.experts[i + self.rank * len(self.experts)](rows[start:end]))
+            start = end
+        y = torch.empty(len(order), H)
+        y[order] = torch.cat(outs)
+        return (y.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
+
+
+class WeightsByMask(Chosen):
+    """A token's weight is picked by the mask that picks the token; experts have names."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleDict({f"ffn_{e}": self.expert() for e in range(E)})
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, name in enumerate(self.experts):
+            mine = chosen == e
+            rows = mine.any(-1)
+            y[rows] = y[rows] + self.experts[name](x[rows]) * w[mine].unsqueeze(-1)
+        return y
+
+
 SPELLINGS = (
     Spelling("HistogramSplit", "P7", HistogramSplit, tokens),
     Spelling("BlockMeans", "P1", BlockMeans, tokens),
@@ -221,6 +271,9 @@ SPELLINGS = (
     Spelling("ByWholeRows", "P1", ByWholeRows, tokens),
     Spelling("NamedResults", "P7", NamedResults, tokens),
     Spelling("CountsByAdding", "P7", CountsByAdding, tokens),
+    Spelling("DistinctChoices", "P2", DistinctChoices, tokens),
+    Spelling("FirstOfRank", "P7", FirstOfRank, tokens),
+    Spelling("WeightsByMask", "P1", WeightsByMask, tokens),
 )
 
 
@@ -268,4 +321,31 @@ class IdlePlaces(Chosen):
         return (back.view(-1, K, H) * w.unsqueeze(-1)).sum(1)
 
 
-NEAR = (LastWins, KeepsOthers, IdlePlaces)
+class DistinctOfDropped(Chosen):
+    """Near miss: the distinct values hold −1, which is the last expert, for tokens that chose none."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        chosen = torch.where(w > 0.55, chosen, -1)
+        y = torch.zeros_like(x)
+        for e in torch.unique(chosen):
+            token, slot = torch.where(chosen == e)
+            y.index_add_(0, token, self.experts[e](x[token]) * w[token, slot, None])
+        return y
+
+
+class MaskOfTwice(Chosen):
+    """Near miss: a token may choose an expert twice, so its mask has more weights than the token has rows."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        chosen = chosen // 2
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            rows = mine.any(-1)
+            y[rows] = y[rows] + expert(x[rows]) * (w * mine).sum(-1)[rows].unsqueeze(-1).sqrt()
+        return y
+
+
+NEAR = (LastWins, KeepsOthers, IdlePlaces, DistinctOfDropped, MaskOfTwice)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
+from moec.capture.axes import axis_of, narrows
 from moec.capture.numbers import counted
 from moec.capture.picked import TextKey, numbered, pick_from
 from moec.capture.state import (
@@ -211,9 +212,9 @@ def _index_tensor(key: str, table: Tensor, at: Any) -> Tensor:
     # Integers select before anything else does, so each item takes its axis away first, the last one first.
     rest = list(at)
     for place in reversed([i for i, part in enumerate(rest) if is_item(part)]):
-        axis = _axis_of(rest, place, table.dim())
+        axis = axis_of(rest, place, table.dim())
         table = _markers.take.default(table.movedim(axis, 0), rest.pop(place))
-    return table[tuple(rest)] if any(_narrows(part) for part in rest) else table
+    return table[tuple(rest)] if any(narrows(part) for part in rest) else table
 
 
 def _rows_at(key: str, table: Tensor, at: Any) -> Any:
@@ -231,22 +232,6 @@ def _rows_at(key: str, table: Tensor, at: Any) -> Any:
 
 def _number(x: Any, like: Any) -> Tensor:
     return x if isinstance(x, Tensor) else like.new_full((), x)
-
-
-def _narrows(part: Any) -> bool:
-    return not isinstance(part, slice) or part != slice(None)
-
-
-def _axis_of(parts: list[Any], place: int, dims: int) -> int:
-    if any(part is Ellipsis for part in parts[:place]):
-        return dims - sum(_consumed(part) for part in parts[place:])
-    return sum(_consumed(part) for part in parts[:place])
-
-
-def _consumed(part: Any) -> int:
-    if part is None or part is Ellipsis:
-        return 0
-    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
 
 
 def store(key: str, obj: Any, at: Any, value: Any) -> None:

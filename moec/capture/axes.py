@@ -1,0 +1,26 @@
+"""Which axis of a tensor each part of an index reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def narrows(part: Any) -> bool:
+    """Whether a part of an index does more than to stand for a whole axis."""
+    return not isinstance(part, slice) or part != slice(None)
+
+
+def axis_of(parts: list[Any], place: int, dims: int) -> int:
+    """Which of a tensor's `dims` axes the part at `place` of an index selects from."""
+    if any(part is Ellipsis for part in parts[:place]):
+        return dims - sum(_consumed(part) for part in parts[place:])
+    return sum(_consumed(part) for part in parts[:place])
+
+
+def _consumed(part: Any) -> int:
+    if part is None or part is Ellipsis:
+        return 0
+    return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
