@@ -335,6 +335,7 @@ VIEWS = [
     (lambda x, m: x[m][:, 1:3] + x[m][:, :2], X, M),
     (lambda m: torch.where(m)[0] + torch.where(m)[1], M2),
     (lambda m: m.nonzero() + torch.nonzero(m), M2),
+    (lambda m: torch.unique(m.long() * 3) + m.long().unique().sum(), M2),
     (lambda m: m.nonzero(as_tuple=True)[1], M2),
     (lambda x: torch.where(x)[0], INTS),
     (lambda m, x, y: torch.where(m, x, y) + torch.where(m, x, 0.0) + torch.where(m, 0.5, y), M2, X, Y),

@@ -237,6 +237,7 @@ STRUCTURE = {
     "where": lambda a, at, s, d: torch.where(*a),
     "where_indices": lambda a, at, s, d: torch.where(a[0]) if a[0].dim() > 1 else torch.where(a[0])[0],
     "nonzero": lambda a, at, s, d: a[0].nonzero(),
+    "unique": lambda a, at, s, d: torch.unique(a[0]),
     "index": lambda a, at, s, d: index(a, at),
     "gather": lambda a, at, s, d: a[0].gather(at["dim"], a[1]),
     "scatter": lambda a, at, s, d: scatter(a, at),
