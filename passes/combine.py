@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moec.graph import Graph, Instr, Ref
+from moec.graph import Arg, Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.index_rules import row_ids
 from moec.passes.lift import Lift, Lifter
 from moec.passes.rows import Apply, Ids, Rows, Slot, Space
+from moec.passes.token_axes import choice_axes, is_token
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return NoMatch("adds along another axis than tokens")
     if instr.word == "index_put":
         base, source, *ids = instr.args
-        if len(ids) != 1:
-            return NoMatch("writes at more than one index")
-        index = lifter.lift(ids[0])
-        added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, ids[0])
+        index = _token_ids(lifter, tuple(ids))
+        added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, tuple(ids))
         once = isinstance(added, NoMatch) and _writes_once(lifter, base, index)
         if once:
             added = lifter.lift(source)
@@ -104,14 +103,27 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base, once))
 
 
-def _added(lifter: Lifter, base: object, source: object, ids: object) -> Lift:
+def _token_ids(lifter: Lifter, ids: tuple[Arg, ...]) -> Lift:
+    """The tokens that indices name: one, or one for each axis of the tokens."""
+    found = [lifter.lift(i) for i in ids]
+    first = found[0]
+    misses = [f for f in found if isinstance(f, NoMatch)]
+    if misses or len(ids) == 1 or not isinstance(first, Ids):
+        return misses[0] if misses else first
+    rows = [f for f in found if isinstance(f, Ids) and (f.space, f.choice) == (first.space, first.choice)]
+    if len(rows) != len(found) or not is_token(lifter.graph, first.choice, [f.what for f in rows]):
+        return NoMatch("writes at more than one index")
+    return replace(first, what="token")
+
+
+def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -> Lift:
     """The rows r in `y[i] = y[i] + r`."""
     made = lifter.instr(lifter.graph.behind(source, ("same", "cast"))) if isinstance(source, Ref) else None
     if made is None or made.word != "add":
         return NoMatch("overwrites tokens instead of adding to them")
     for old, new in (made.args, made.args[::-1]):
         gathered = lifter.instr(old)
-        if gathered is not None and gathered.word == "index" and gathered.args == (base, ids):
+        if gathered is not None and gathered.word == "index" and gathered.args == (base, *ids):
             return lifter.lift(new)
     return NoMatch("adds to other rows than it writes")
 
@@ -121,7 +133,8 @@ def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
     if not isinstance(index, Ids) or index.space.kind != "loop" or index.what != "token":
         return False
     chosen = lifter.graph.types.get(index.choice)
-    one = chosen is not None and (chosen.rank == 1 or (chosen.rank == 2 and chosen.shape[1] == 1))
+    slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)
+    one = chosen is not None and (not slots or chosen.shape[-1] == 1)
     return one and _start(lifter, base, empty=True) == ""
 
 

@@ -18,7 +18,7 @@ from moec.passes.combine import COMBINING, Combined, combined
 from moec.passes.grid_rules import with_grids
 from moec.passes.hot_rules import hot_lifter
 from moec.passes.kept import kept_choice, made_shape
-from moec.passes.lift import Lifter
+from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
@@ -26,6 +26,7 @@ from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
 from moec.passes.seated import GRID_COMBINING, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import only_idle_skipped
+from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
 from moec.target import kernel_devices
@@ -130,6 +131,8 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     blocked = _obstacle(facts, body)
     if blocked is not None:
         return blocked
+    if part is not None and choice not in lifter.graph.types:
+        return NoMatch("a loop over some experts drops some of their rows", instr.results[0], 6)
     if part is not None:
         first, choice, body, total = some_experts(lifter, instr, total, body, part, choice)
         prelude = (*prelude, *first)
@@ -186,17 +189,6 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
-def _pairs(out: Writer, weights: str, choice: str, dtype: str) -> tuple[str, str]:
-    """w[T, k] and e[T, k]: a weight of 1 where rows are added as they are, k = 1 where tokens have one expert each."""
-    if not weights:
-        here = out.emit("ge", (Ref(choice), 0), Type("bool", out.type(choice).shape))
-        weights = out.cast(here, dtype)
-    if len(out.type(choice).shape) > 1:
-        return weights, choice
-    pair = (*out.type(choice).shape, sympy.S.One)
-    return out.reshape(weights, pair), out.reshape(choice, pair)
-
-
 def _idle_is_zero(body: BodyMatch) -> bool:
     """Whether a row with weight 0 gives 0."""
     return body.spec.weight_on == "output" or (not body.spec.bias_out and _maps_zero_to_zero(body))
@@ -234,17 +226,23 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
     choice = total.rows.choice
     if not choice:
         return NoMatch("nothing says which experts a token goes to", total.root)
-    if not body.weight:
-        return (), "", choice
     if choice in lifter.kept:
         made = kept_choice(lifter, lifter.graph.defs[total.root], choice)
         if isinstance(made, NoMatch):
             return made
+        if body.by_expert:
+            return NoMatch("gates of every expert weight rows of which some are dropped", total.root)
+        if not body.weight:
+            return made[0], "", made[1]
         return made_shape(lifter, *made, body.weight) or (made[0], body.weight, made[1])
-    kind, chosen = lifter.graph.types[body.weight], lifter.graph.types[choice]
-    if kind.shape != chosen.shape:
-        return NoMatch(f"routing weights are {kind} for choices {chosen}", total.root)
-    return (), body.weight, choice
+    once = total.rows.space.kind == "loop" and set(total.rows.space.order) <= {"t", *token_axes(lifter.graph, choice)}
+    if once and (body.by_expert or not body.weight) and not names_once(lifter.graph, choice):
+        return NoMatch("a token may choose an expert twice, and has one row with it", total.root)
+    if not body.by_expert:
+        return (), body.weight, choice
+    out = Writer(lifter.graph, lifter.graph.defs[total.root])
+    weights = at_choice(out, body.weight, choice)
+    return weights if isinstance(weights, NoMatch) else (tuple(out.instrs), weights, choice)
 
 
 def _dense_routing(lifter: Lifter, body: BodyMatch) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
@@ -299,16 +297,21 @@ def _say(
     """The `experts` instruction, after `prelude`, and the addition to what the sum started from."""
     to = root.types[0]
     x = graph.types[body.token]
-    if x.rank != 2 or to.shape != x.shape:
+    tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.prod(x.shape[:-1]), sympy.prod(to.shape[:-1]))
+    if not tokens or to.shape[-1] != x.shape[-1]:
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
     spec = KernelSpec(body.spec, None, to.dtype)
     made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}
     out = Writer(graph, root, list(prelude), made)
-    weights, choice = _pairs(out, weights, choice, x.dtype)
+    pairs = as_pairs(out, weights, choice, slots_of(graph, total.rows.choice), x.dtype)
+    if isinstance(pairs, NoMatch):
+        return pairs.deeper(6)
     groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
-    args = (Ref(body.token), Ref(weights), Ref(choice), tuple(ref for group in groups for ref in group))
+    shape = (sympy.prod(x.shape[:-1]), x.shape[-1])
+    rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
+    args = (Ref(rows), *map(Ref, pairs), tuple(ref for group in groups for ref in group))
     attrs = (
         ("spec", str(spec)),
         ("form", total.form),
@@ -316,8 +319,13 @@ def _say(
         ("width", int(body.width) if body.width.is_Integer else str(body.width)),
     )
     name = root.results[0]
-    if not total.base:
-        return Found(name, (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc)))
-    routed = Instr((f"{name}.routed",), "experts", args, (to,), attrs, root.loc)
-    added = Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc)
-    return Found(name, (*out.instrs, routed, added))
+    flat = to if to.rank == 2 else Type(to.dtype, shape)
+    names = [f"{name}.rows"] * (to.rank > 2) + [f"{name}.routed"] * bool(total.base) + [name]
+    said = [Instr((names[0],), "experts", args, (flat,), attrs, root.loc)]
+    if to.rank > 2:
+        shaped = shaped_like(graph, body.token, to.shape)
+        given = (Ref(names[0]), *([Ref(shaped)] if shaped else []))
+        said.append(Instr((names[1],), "reshape", given, (to,), (), root.loc))
+    if total.base:
+        said.append(Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc))
+    return Found(name, (*out.instrs, *said))

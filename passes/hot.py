@@ -228,19 +228,20 @@ def relabel(axes: Labels, sizes: dict[str, Dim], shape: tuple[Dim, ...]) -> Labe
             result.append("1")
             continue
         label, size = "", sympy.Integer(1)
-        while at < len(letters) and (not label or not _equal(size, dim)):
+        while at < len(letters) and (not label or not same(size, dim)):
             letter, own = letters[at]
             if own is None:
                 return None
             label, size, at = label + letter, size * own, at + 1
-        if not label or not _equal(size, dim):
+        if not label or not same(size, dim):
             return None
         result.append(label)
     return tuple(result) if at == len(letters) else None
 
 
-def _equal(a: Dim, b: Dim) -> bool:
-    return a == b or sympy.expand(a - b) == 0
+def same(a: Dim | int, b: Dim | int) -> bool:
+    """Whether two sizes are provably equal."""
+    return a == b or sympy.expand(sympy.sympify(a) - b) == 0
 
 
 def broadcast(left: Labels, right: Labels) -> Labels | None:

@@ -8,7 +8,9 @@ from moec.graph import Arg, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.lift import INTEGER, Lift, Lifter
 from moec.passes.rows import (
+    Column,
     Expert,
+    Gate,
     Ids,
     Masked,
     Rows,
@@ -16,6 +18,7 @@ from moec.passes.rows import (
     Space,
     Token,
 )
+from moec.passes.token_axes import choice_axes, is_token
 
 
 def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -32,12 +35,24 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if not all(isinstance(f, Ids) for f in found) or not isinstance(table, Ref):
         return NoMatch("indexed by something else than tokens, slots or experts", instr.results[0])
     rows = [f for f in found if isinstance(f, Ids)]
-    what = tuple(f.what for f in rows)
-    if what == ("token", "slot"):
-        return Rows(rows[0].space, Slot(table.name), rows[0].layout, rows[0].choice)
     if len(rows) == 1:
         return _index_one(lifter, instr, table, rows[0])
-    return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
+    return _index_many(lifter, instr, table, rows)
+
+
+def _index_many(lifter: Lifter, instr: Instr, table: Ref, ids: list[Ids]) -> Lift:
+    """w[t, s] and w[a, b, s]: one number a slot; x[a, b]: the rows of tokens on several axes."""
+    first, what = ids[0], tuple(i.what for i in ids)
+    if any((i.space, i.layout, i.choice) != (first.space, first.layout, first.choice) for i in ids):
+        return NoMatch("indexed by the places of different masks", instr.results[0])
+    if what == ("token", "slot"):
+        return Rows(first.space, Slot(table.name), first.layout, first.choice)
+    tokens = what[:-1] if what[-1] == "slot" else what
+    if not is_token(lifter.graph, first.choice, tokens):
+        return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
+    if what[-1] == "slot":
+        return Rows(first.space, Slot(table.name), first.layout, first.choice)
+    return _index_one(lifter, instr, table, replace(first, what="token"), len(tokens))
 
 
 def choice_of(lifter: Lifter, arg: Arg, miss: NoMatch) -> Lift:
@@ -74,7 +89,8 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return _index_one(lifter, instr, table, ids)
 
 
-def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
+def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:
+    """Rows of a table at one index, or, by tokens, at the `axes` indices that name them."""
     kind = lifter.type(table)
     if ids.what == "expert":
         return Rows(ids.space, Expert((table.name,), tuple(range(kind.rank - 1)), True), ids.layout, ids.choice)
@@ -82,10 +98,12 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids) -> Lift:
     if ids.what == "token":
         if isinstance(inner, Masked) and inner.summed and inner.anchor == ids.space.key:
             return Rows(ids.space, Slot(inner.value), ids.layout, inner.choice)
-        chosen = lifter.graph.types.get(ids.choice)
-        if kind.rank == 1 and chosen is not None and chosen.rank == 1:
+        if isinstance(inner, Column) and inner.key == ids.space.key:
+            return Rows(ids.space, Gate(inner.value), ids.layout, ids.choice)
+        known = ids.choice in lifter.graph.types
+        if kind.rank == axes and known and "s" not in choice_axes(lifter.graph, ids.choice):
             return Rows(ids.space, Slot(table.name), ids.layout, ids.choice)  # w[T] of one expert a token
-        if kind.rank < 2:
+        if kind.rank <= axes:
             return NoMatch(f"rows are taken from {kind}, expected [T, H]", table.name)
         return Rows(ids.space, Token(table.name), ids.layout, ids.choice)
     if ids.what == "flat" and isinstance(inner, Rows | Ids) and inner.space.kind == "slots" and inner.layout == "flat":

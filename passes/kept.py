@@ -35,8 +35,8 @@ def _axes(graph: Graph, hot: Hot) -> tuple[str, ...] | None:
     letters = letters_of(graph.types[hot.base].rank)
     token = "".join(letters)
     names = {"e": "e", token: "t"}
-    if len(letters) == 2:
-        names |= {"a": "t", "b": "s"}
+    if len(letters) > 1:
+        names |= {"".join(letters[:-1]): "t", letters[-1]: "s"}
     if token in hot.axes and hot.axes.count("1") == 1:
         names["1"] = "s"
     found = tuple(names.get(label, "") for label in hot.axes)
@@ -47,9 +47,9 @@ def kept_choice(lifter: Lifter, root: Instr, name: str) -> tuple[tuple[Instr, ..
     """Instructions that make the experts e[T, k] of a choice known by `lifter.kept`, −1 where a pair is dropped."""
     hot = lifter.kept[name]
     letters = letters_of(lifter.graph.types[hot.base].rank)
-    by_slot = len(letters) == 2 and "a" in hot.axes
+    by_slot = len(letters) > 1 and "".join(letters[:-1]) in hot.axes
     out = Writer(lifter.graph, root)
-    found = routed(out, Choice(hot.base, "b" if by_slot else ""), (), tuple(hot.only), "f32")
+    found = routed(out, Choice(hot.base, letters[-1] if by_slot else ""), (), tuple(hot.only), "f32")
     return found if isinstance(found, NoMatch) else (tuple(out.instrs), found[1])
 
 

@@ -9,7 +9,7 @@ import sympy
 
 from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
-from moec.passes.hot import Hot
+from moec.passes.hot import Hot, same
 from moec.passes.rows import (
     Body,
     Cast,
@@ -26,6 +26,7 @@ from moec.passes.rows import (
     Space,
     Token,
 )
+from moec.passes.token_axes import reshaped
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
@@ -91,11 +92,6 @@ class Lifter:
         return self.graph.defs.get(arg.name) if isinstance(arg, Ref) else None
 
 
-def same(a: Dim | int, b: Dim | int) -> bool:
-    """Whether two sizes are provably equal."""
-    return a == b or sympy.expand(sympy.sympify(a) - b) == 0
-
-
 def relayout(lifter: Lifter, source: Type, layout: str, to: Type) -> str | None:
     """The layout of a row tensor after a reshape that keeps rows apart; None when the reshape mixes them."""
     lead = 1 if layout == "flat" else 2
@@ -123,6 +119,13 @@ def _with_units(axes: tuple[str, ...], source: Type, to: Type) -> tuple[str, ...
     return None if left else tuple(reversed(found))
 
 
+def _mask_axes(lifter: Lifter, mask: OneHot, source: Type, to: Type) -> tuple[str, ...] | None:
+    """A mask's axes after a reshape; one of a choice that is known by `lifter.kept` only gains and loses units."""
+    if _real(source.shape) == _real(to.shape):
+        return _with_units(mask.axes, source, to)
+    return reshaped(lifter.graph, mask.choice, mask.axes, source, to) if mask.choice in lifter.graph.types else None
+
+
 def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A reshape that only splits or joins the row axes, or adds and drops axes of size 1."""
     source, to = lifter.type(instr.args[0]), instr.types[0]
@@ -143,10 +146,10 @@ def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return replace(inner, layout="flat" if layout == "flat" else pair)
     if isinstance(inner, Gates):
         return _gate_rows(inner, source, to)
+    if isinstance(inner, OneHot):
+        axes = _mask_axes(lifter, inner, source, to)
+        return NoMatch(f"mask reshaped to {to}", instr.results[0]) if axes is None else replace(inner, axes=axes)
     if _real(source.shape) == _real(to.shape):
-        if isinstance(inner, OneHot):
-            axes = _with_units(inner.axes, source, to)
-            return NoMatch(f"mask reshaped to {to}", instr.results[0]) if axes is None else replace(inner, axes=axes)
         return inner
     return NoMatch(f"reshape {source} → {to} of {type(inner).__name__}", instr.results[0])
 
@@ -204,8 +207,8 @@ def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             return replace(
                 inner, row=replace(inner.row, order=tuple(inner.row.order[d - inner.lead] for d in order[inner.lead :]))
             )
-    if isinstance(inner, NoMatch) and order == [1, 0] and isinstance(instr.args[0], Ref):
-        return Gates(instr.args[0].name)
+    if isinstance(inner, NoMatch) and order == [len(order) - 1, *range(len(order) - 1)] and len(order) > 1:
+        return Gates(instr.args[0].name) if isinstance(instr.args[0], Ref) else inner
     return NoMatch(f"permute{tuple(order)} of rows", instr.results[0])
 
 

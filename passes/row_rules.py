@@ -17,7 +17,9 @@ from moec.passes.product_rules import rule_contract, rule_grouped
 from moec.passes.rows import (
     Anchor,
     Apply,
+    Column,
     Expert,
+    Gates,
     Idle,
     Ids,
     Masked,
@@ -34,15 +36,16 @@ from moec.passes.rows import (
     merged,
 )
 from moec.passes.runs import with_runs
+from moec.passes.token_axes import choice_axes, names_once, order_of, token_axes
 
 
 def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """one_hot(ids[T, k], n): a mask over t, s, e."""
     arg = instr.args[0]
-    rank = lifter.type(arg).rank
-    if not isinstance(arg, Ref) or rank not in (1, 2):
+    axes = choice_axes(lifter.graph, arg.name) if isinstance(arg, Ref) else ()
+    if not isinstance(arg, Ref) or not axes:
         return NoMatch(f"one_hot of {lifter.type(arg)}, expected [T, k]", instr.results[0])
-    return OneHot(arg.name, (*("t", "s", "e")[:rank], "e") if rank == 1 else ("t", "s", "e"))
+    return OneHot(arg.name, (*axes, "e"))
 
 
 def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -51,7 +54,8 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     assert isinstance(dims, tuple)
     if isinstance(inner, NoMatch):
         inner = kept_mask(lifter, instr.args[0]) or inner
-    if isinstance(inner, Masked) and dims == (1,) and instr.word == "reduce_sum":
+    slots = lifter.type(instr.args[0]).rank - 1
+    if isinstance(inner, Masked) and dims == (slots,) and instr.word == "reduce_sum":
         return replace(inner, summed=True)
     if not isinstance(inner, OneHot):
         return (
@@ -79,10 +83,10 @@ def _every_expert(lifter: Lifter, instr: Instr) -> OneHot | None:
         if (
             isinstance(ids, Ref)
             and kind.dtype in INTEGER
-            and kind.rank in (1, 2)
+            and (axes := choice_axes(lifter.graph, ids.name))
             and made.types[0].shape == (*kind.shape, 1)
         ):
-            return OneHot(ids.name, ("t", "s", "e") if kind.rank == 2 else ("t", "e"))
+            return OneHot(ids.name, (*axes, "e"))
     return None
 
 
@@ -99,8 +103,9 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if isinstance(left, int) and not isinstance(left, bool):
             lifter.beyond[b.name] = min(left, lifter.beyond.get(b.name, left))
             return Idle(b.name)
-        if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and lifter.type(left).rank in (1, 2):
-            return OneHot(left.name, ("t", "s")[: lifter.type(left).rank], b.name)
+        axes = choice_axes(lifter.graph, left.name) if isinstance(left, Ref) else ()
+        if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and axes:
+            return OneHot(left.name, axes, b.name)
     side = side_of(instr.word, a, right) if isinstance(a, Anchor) and type(right) is int else None
     if side is not None:
         return side
@@ -171,6 +176,8 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return OneHot(held.choice, held.axes[1:], anchor.name)
     if isinstance(held, Expert) and held.stacked:
         return held
+    if isinstance(held, Gates):
+        return Column(held.value, anchor.name)
     if isinstance(table, Ref) and isinstance(held, NoMatch):
         return Expert((table.name,), tuple(range(lifter.type(table).rank - 1)), True)
     return NoMatch(f"{type(held).__name__} taken at the loop's expert", instr.results[0])
@@ -191,9 +198,10 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     if isinstance(mask, PerExpert) and mask.what in ("hit", "counts"):
         return replace(mask, what="hits")
     whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
-    if isinstance(mask, OneHot) and mask.anchor and whole and set(mask.axes) in ({"t", "s"}, {"t"}):
-        what = {"t": "token", "s": "slot"}[mask.axes[which]]
-        return Ids(Space("loop", 0, mask.anchor, _order(lifter, mask)), what, mask.choice)
+    if isinstance(mask, OneHot) and mask.anchor and whole:
+        places = _places(lifter, mask, which)
+        if places is not None:
+            return places
     return (
         mask
         if isinstance(mask, NoMatch)
@@ -201,11 +209,20 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     )
 
 
-def _order(lifter: Lifter, mask: OneHot) -> str:
-    """In which order a mask selects rows; a token that chose an expert once comes where its one slot comes."""
-    made = lifter.instr(lifter.graph.behind(Ref(mask.choice), ("cast", "same", "detach", "reshape")))
-    once = made is not None and made.word == "topk" and mask.axes == ("t", "s")
-    return "t" if once else "".join(mask.axes)
+def _places(lifter: Lifter, mask: OneHot, which: int) -> Ids | None:
+    """Along one axis, the places where a mask over tokens, and perhaps slots, is true."""
+    known = mask.choice in lifter.graph.types
+    tokens = token_axes(lifter.graph, mask.choice) if known else ("t",)
+    if not 1 <= len(mask.axes) <= len(tokens) + 1:
+        return None
+    if set(mask.axes) - {"s"} not in ({"t"}, set(tokens)) or len(set(mask.axes)) != len(mask.axes):
+        return None
+    axis = mask.axes[which]
+    order = order_of(mask.axes, tokens)
+    if order == "ts" and known and names_once(lifter.graph, mask.choice):
+        order = "t"  # a token comes where its one slot comes
+    space = Space("loop", 0, mask.anchor, order)
+    return Ids(space, {"t": "token", "s": "slot"}.get(axis, axis), mask.choice)
 
 
 def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -292,7 +309,10 @@ def _masked(lifter: Lifter, instr: Instr) -> Masked | None:
         return None
     for mask, weights in (instr.args, instr.args[::-1]):
         held = lifter.lift(mask)
-        if isinstance(held, OneHot) and held.axes == ("t", "s") and held.anchor and isinstance(weights, Ref):
+        if not isinstance(held, OneHot) or not isinstance(weights, Ref):
+            continue
+        known = choice_axes(lifter.graph, held.choice) if held.choice in lifter.graph.types else ("t", "s")
+        if held.axes == known and "s" in known and held.anchor:
             return Masked(weights.name, held.choice, held.anchor)
     return None
 

@@ -179,7 +179,10 @@ class Anchor:
 
 @dataclass(frozen=True)
 class OneHot:
-    """Whether slot s of token t chose expert e, as a tensor whose axes are the letters t, s, e in some order."""
+    """Whether slot s of token t chose expert e, as a tensor whose axes are the letters t, s, e in some order.
+
+    Tokens on several axes have the letters of `moec.passes.token_axes`; a number is the flat slots of so many a token.
+    """
 
     choice: str
     axes: tuple[str, ...]
@@ -233,9 +236,17 @@ class Masked:
 
 @dataclass(frozen=True)
 class Gates:
-    """g[t, e] transposed to [E, T]."""
+    """g[…, e], a number a token and expert, with the experts' axis put first: [E, …]."""
 
     value: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """g[…, e] of the loop's expert: its gate for every token; `key`: the loop."""
+
+    value: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -280,6 +291,7 @@ Lifted = (
     | PerExpert
     | Masked
     | Gates
+    | Column
     | Idle
     | Side
     | Expert

@@ -53,6 +53,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d", words.raise_dropout),
     **_each("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as", word_views.raise_reshape),
     **_each("permute transpose t mT", word_views.raise_permute),
+    **_each("movedim moveaxis", word_views.raise_movedim),
     **_each("chunk split unbind tensor_split split_with_sizes", word_views.raise_chunk),
     **_each("narrow select", word_views.raise_narrow),
     **_each("expand expand_as broadcast_to", word_views.raise_expand),

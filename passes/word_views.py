@@ -61,6 +61,18 @@ def raise_permute(build: Builder, node: fx.Node) -> Arg | None:
     return permute(build, value, order)
 
 
+def raise_movedim(build: Builder, node: fx.Node) -> Arg | None:
+    """movedim(x, from, to) → permute."""
+    args = named(node, "input source destination")
+    value, source, to = build.value(args["input"]), args.get("source"), args.get("destination")
+    if not isinstance(source, int) or not isinstance(to, int):
+        return None
+    rank = build.type_of(value).rank
+    order = [d for d in range(rank) if d != source % rank]
+    order.insert(to % rank, source % rank)
+    return permute(build, value, order)
+
+
 def slice_dim(build: Builder, value: Arg, dim: int, start: Any, stop: Any, step: Any = 1) -> Arg | None:
     """value[…, start:stop:step, …] along `dim`; itself when that is everything; None when bounds are symbolic."""
     kind = build.type_of(value)

@@ -1,0 +1,129 @@
+"""Tokens on several axes: x[B, S, H] is x[T, H] whose T is written as B and S, in masks, indices, choices and sums.
+
+A choice e[B, S, k] has the axes `a`, `b` and `s`; joined, its tokens' axes are `t`, all of its axes its flat slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+
+from moec.dims import Dim
+from moec.graph import Graph, Ref, Type
+from moec.match import NoMatch
+from moec.passes.hot import letters_of, relabel, same
+from moec.passes.pairs import Writer
+
+MOST = 3
+"""The most axes that tokens are looked for on."""
+
+
+def choice_axes(graph: Graph, choice: str) -> tuple[str, ...]:
+    """The axes of a choice: those of its tokens, then `s` where a token has several experts; () where it has too many.
+
+    Integers that an argmax gave have no slots; others do where they have two axes or more.
+    """
+    rank = graph.types[choice].rank
+    single = rank == 1 or _one_a_token(graph, choice)
+    tokens = rank if single else rank - 1
+    if not 1 <= tokens <= MOST:
+        return ()
+    return (*token_letters(tokens), *(() if single else ("s",)))
+
+
+def token_letters(count: int) -> tuple[str, ...]:
+    """The labels of so many axes of tokens."""
+    return ("t",) if count == 1 else letters_of(count)
+
+
+def _one_a_token(graph: Graph, choice: str) -> bool:
+    """Whether an argmax took the axis of experts away."""
+    found = graph.behind(Ref(choice), ("cast", "same", "detach"))
+    made = graph.defs.get(found.name) if isinstance(found, Ref) else None
+    if made is None or not made.uses or not (made.word == "max" or dict(made.attrs).get("target") == "argmax"):
+        return False
+    return made.types[-1].rank < graph.types[made.uses[0]].rank
+
+
+def token_axes(graph: Graph, choice: str) -> tuple[str, ...]:
+    """The axes of a choice's tokens."""
+    return tuple(a for a in choice_axes(graph, choice) if a != "s")
+
+
+def is_token(graph: Graph, choice: str, what: Sequence[str]) -> bool:
+    """Whether indices along these axes name a choice's token."""
+    return tuple(what) == ("token",) or (choice in graph.types and tuple(what) == token_axes(graph, choice))
+
+
+def order_of(axes: Sequence[str], tokens: Sequence[str]) -> str:
+    """Axes as the order of rows, outermost first, the tokens' axes as `t` where they stand together."""
+    return "".join(axes).replace("".join(tokens), "t")
+
+
+def reshaped(graph: Graph, choice: str, axes: tuple[str, ...], source: Type, to: Type) -> tuple[str, ...] | None:
+    """A mask's axes after a reshape that joins or splits tokens' axes and slots, or adds and drops axes of size 1."""
+    whole, shape = choice_axes(graph, choice), graph.types[choice].shape
+    sizes: dict[str, Dim] = dict(zip(whole, shape, strict=False))
+    sizes |= {label: size for label, size in zip(axes, source.shape, strict=True) if len(label) == 1}
+    tokens = tuple(a for a in whole if a != "s")
+    apart = tuple("".join(tokens) if a == "t" and len(tokens) > 1 else a for a in axes)
+    found = relabel(apart, sizes, to.shape)
+    if found is None:
+        return None
+    slots = f"{int(sizes['s'])}" if "s" in sizes and sizes["s"].is_Integer else ""
+    flat = "".join(whole)
+    return tuple("t" if a == "".join(tokens) else slots if a == flat and slots else a for a in found)
+
+
+def names_once(graph: Graph, choice: str) -> bool:
+    """Whether no token chooses an expert twice: it has one, or they are a top-k's along its own axis."""
+    if "s" not in choice_axes(graph, choice):
+        return True
+    name, slots = choice, graph.types[choice].shape[-1]
+    while (made := graph.defs.get(name)) is not None and made.word in ("cast", "same", "detach", "reshape"):
+        name = made.uses[0]
+        if graph.types[name].rank == 0 or graph.types[name].shape[-1] != slots:
+            return False
+    kind = graph.types[name]
+    return slots == 1 or (made is not None and made.word == "topk" and made.attr("dim") == kind.rank - 1)
+
+
+def shaped_like(graph: Graph, name: str, shape: tuple[Dim, ...]) -> str:
+    """A value that `name` is a view of and that has this shape, to reshape by; '' where there is none."""
+    while name and graph.types[name].shape != shape:
+        made = graph.defs.get(name)
+        name = made.uses[0] if made is not None and made.word in ("reshape", "cast", "same") else ""
+    return name
+
+
+def slots_of(graph: Graph, choice: str) -> Dim | None:
+    """How many experts a token has; None where `choice` is no value of the graph."""
+    if choice not in graph.types:
+        return None
+    return graph.types[choice].shape[-1] if "s" in choice_axes(graph, choice) else sympy.S.One
+
+
+def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: str) -> tuple[str, str] | NoMatch:
+    """w[T, k] and e[T, k] of tokens on any axes, k = `slots` (None: as `choice` has); w is 1 where none is named."""
+    kind = out.type(choice)
+    if slots is None:
+        slots = kind.shape[-1] if kind.rank > 1 else sympy.S.One
+    if not weights:
+        weights = out.cast(out.emit("ge", (Ref(choice), 0), Type("bool", kind.shape)), dtype)
+    given, count = out.type(weights), sympy.prod(kind.shape)
+    if not same(sympy.prod(given.shape), count) or (slots != 1 and given.shape[-1] != slots):
+        return NoMatch(f"routing weights are {given} for choices {kind}", weights)
+    pair = (count / slots, slots)
+    return out.reshape(weights, pair), out.reshape(choice, pair)
+
+
+def at_choice(out: Writer, gates: str, choice: str) -> str | NoMatch:
+    """w[T, k], the gates g[…, E] of the chosen experts."""
+    given, slots = out.type(gates), slots_of(out.graph, choice)
+    tokens = sympy.prod(given.shape[:-1])
+    if slots is None or not same(tokens * slots, sympy.prod(out.type(choice).shape)):
+        return NoMatch(f"gates are {given} for choices {out.type(choice)}", gates)
+    table = out.reshape(gates, (tokens, given.shape[-1]))
+    picked = out.reshape(choice, (tokens, slots))
+    return out.emit("gather", (Ref(table), Ref(picked)), Type(given.dtype, (tokens, slots)), dim=1)
