@@ -54,16 +54,16 @@ def at_least(a: Dim, b: Dim) -> bool:
     """Whether a ≥ b is proved for all whole numbers ≥ 0 in place of the symbols; b must be a whole number."""
     if sympy.expand(a - b).is_nonnegative:
         return True
+    if type(b).__name__ == "Max":
+        return all(at_least(a, arg) for arg in b.args)
+    if type(b).__name__ == "Min":
+        return any(at_least(a, arg) for arg in b.args)
     kind = type(a).__name__
     for part in sympy.Add.make_args(a):  # n·max(p, q) + rest ≥ b where n·p + rest is, or n·q + rest
         number, inner = part.as_coeff_Mul()
         if number > 0 and type(inner).__name__ in ("Max", "Min"):
             enough = any if type(inner).__name__ == "Max" else all
             return enough(at_least(a - part + number * arg, b) for arg in inner.args)
-    if type(b).__name__ == "Max":
-        return all(at_least(a, arg) for arg in b.args)
-    if type(b).__name__ == "Min":
-        return any(at_least(a, arg) for arg in b.args)
     if kind in ("CeilToInt", "ceiling", "FloorToInt", "TruncToInt", "floor", "ToFloat"):
         return at_least(a.args[0], b)  # ⌊x⌋ ≥ b ⇔ x ≥ b for whole b
     gap = sympy.expand(_bound(a, upper=False) - b)

@@ -13,7 +13,7 @@ from moec.capacity import at_least
 from moec.graph import Arg, Dim, Graph, Instr, Ref, sweep
 from moec.match import NoMatch
 from moec.passes.hot import Below, Cond, Hot, Pairs, Running, Spot, flat, letters_of
-from moec.passes.hot_products import distinct
+from moec.passes.hot_products import distinct, picked_along
 from moec.passes.hot_rules import hot_lifter
 from moec.passes.lift import Lifter
 from moec.pipeline import Facts, Outcome
@@ -77,4 +77,14 @@ def _length(masks: Lifter, pairs: Pairs) -> Dim:
     size = dict(zip(letters_of(kind.rank), kind.shape, strict=True))
     last = letters_of(kind.rank)[-1]
     once = last if distinct(masks, pairs.base, last) else ""  # a token's choices are different experts
-    return sympy.Mul(*(size[c] for c in pairs.order if c != once))
+    counted = [c for c in pairs.order if c != once]
+    whole = sympy.Mul(*(size[c] for c in counted))
+    return sympy.Min(whole, *(few for c in pairs.only if (few := _few(masks, c, counted)) is not None))
+
+
+def _few(masks: Lifter, cond: Cond, counted: list[str]) -> Dim | None:
+    """How many pairs of an expert a condition leaves, where each expert picks its best tokens."""
+    found = picked_along(masks.graph, cond.witness)
+    if found is None or "e" not in cond.axes or cond.axes[found[0]] != "".join(counted):
+        return None
+    return found[1]

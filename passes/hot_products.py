@@ -26,8 +26,8 @@ from moec.passes.hot import (
 from moec.passes.lift import Lift, Lifter
 
 
-def product(lifter: Lifter, a: Lift, b: Lift, args: tuple[Arg, ...], out: Source) -> Lift:
-    """a · b, both broadcast; a NoMatch stands for numbers that nothing is known of."""
+def product(lifter: Lifter, a: Lift, b: Lift, args: tuple[Arg, ...], out: Source, logical: bool = False) -> Lift:
+    """a · b, both broadcast; a NoMatch stands for numbers that nothing is known of; `logical`: whether both are not 0."""
     if isinstance(a, NoMatch):
         a, b, args = b, a, args[::-1]
     if isinstance(a, NoMatch):
@@ -36,6 +36,9 @@ def product(lifter: Lifter, a: Lift, b: Lift, args: tuple[Arg, ...], out: Source
     theirs = _dense_axes(lifter, args[1], mine or ()) if isinstance(b, NoMatch) else getattr(b, "axes", None)
     if mine is None or theirs is None:
         return NoMatch("a product whose axes are not understood", out.name)
+    if logical and isinstance(b, NoMatch) and isinstance(a, Hot | Spot) and isinstance(args[1], Ref):
+        axes = broadcast(mine, theirs) or ()
+        return replace(a, axes=axes, only=a.only | {Cond(args[1].name, theirs)})
     return multiplied(lifter, (a, mine), (b, theirs), (args[1], theirs), out)
 
 
@@ -88,6 +91,12 @@ def _pair(  # noqa: C901  # one table of products
             return replace(x, axes=axes, only=x.only | y.only, factors=x.factors + more)
         case Hot(), Spot():
             return _table(lifter, x, y, axes, out)
+        case Seats(), Hot():
+            same = all(t.base == y.base for t in x.terms) and y.place is None and y.at < 0
+            if not same or (x.mask and not y.unit):
+                return NoMatch("gates of another choice", out.name)
+            terms = tuple(replace(t, only=t.only | y.only, factors=t.factors + y.factors) for t in x.terms)
+            return replace(x, axes=axes, terms=terms)
         case Seats(), Flag():
             more = () if y.unit else (y.source,)
             terms = tuple(replace(t, only=t.only | y.only, factors=t.factors + more) for t in x.terms)
@@ -115,9 +124,9 @@ def _kept(x: Hot | Spot, y: Below, axes: Labels, out: Source) -> Lift:
 
 def _table(lifter: Lifter, hot: Hot, spot: Spot, axes: Labels, out: Source) -> Lift:
     """Experts × places."""
-    if hot.base != spot.base or hot.summed or hot.place is not None or hot.at >= 0:
+    if hot.base != spot.base or hot.place is not None or hot.at >= 0:
         return NoMatch("experts and places of different pairs", out.name)
-    term = Term(hot.base, spot.place, spot.seats, hot.only | spot.only, hot.factors + spot.factors)
+    term = Term(hot.base, spot.place, spot.seats, hot.only | spot.only, hot.factors + spot.factors, hot.summed)
     shape = lifter.graph.types[hot.base].shape
     sizes = dict(zip(letters_of(len(shape)), shape, strict=True))
     return Seats(axes, (term,), tuple(sizes.items()))
@@ -150,7 +159,22 @@ def boolean(lifter: Lifter, arg: Arg) -> str:
     if not isinstance(arg, Ref):
         return ""
     behind = lifter.graph.behind(arg, ("cast", "same", "reshape", "detach"))
-    return arg.name if lifter.type(behind).dtype == "bool" else ""
+    known = lifter.type(behind).dtype == "bool" or picked_along(lifter.graph, arg.name) is not None
+    return arg.name if known else ""
+
+
+def picked_along(graph: Graph, name: str) -> tuple[int, Dim] | None:
+    """zeros.scatter(axis, topk(…, n, axis), 1): the axis, and at most how many places along it are 1."""
+    behind = graph.behind(Ref(name), ("cast", "same", "detach"))
+    made = graph.defs.get(behind.name) if isinstance(behind, Ref) else None
+    axis = made.attr("dim") if made is not None and made.word == "scatter" else None
+    if made is None or not isinstance(axis, int) or made.args[2] not in (1, 1.0):
+        return None
+    zeros, index = (graph.defs.get(arg.name) if isinstance(arg, Ref) else None for arg in made.args[:2])
+    empty = zeros is not None and zeros.word == "full" and zeros.attr("value") == 0
+    if not empty or index is None or index.word != "topk" or index.attr("dim") != axis:
+        return None
+    return axis, index.types[1].shape[axis]
 
 
 def seated(inner: Running, axes: Labels, size: Dim, length: str) -> Spot:

@@ -114,17 +114,22 @@ def rule_same(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """one_hot of experts: a mask; one_hot of places: seats."""
-    place = lifter.lift(instr.args[0])
-    name = instr.results[0]
+    place = _running(lifter.lift(instr.args[0]))
     if isinstance(place, Running):
-        if "e" in flat(place.axes):
-            return NoMatch("one_hot of places for every expert", name)
         seats = size_of(instr.attr("classes"))
         return Spot(place.base, (*place.axes, "c"), place.place, seats)
     found = chosen(lifter, instr.args[0])
     if isinstance(found, NoMatch):
         return found
     return Hot(found.base, (*found.axes, "e"))
+
+
+def _running(value: Lift) -> Lift:
+    """A mask that is the pair's place at the pair, as a place; anything else as it is."""
+    if not isinstance(value, Hot) or value.place is None or value.factors or value.at >= 0:
+        return value
+    place = replace(value.place, given=value.only | value.place.given)
+    return Running(value.base, value.axes, place, Source("", value.axes))
 
 
 def rule_cumsum(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -172,8 +177,7 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if word == "gt" and not inner.unit and not products.nonnegative(lifter.graph, inner):
             return NoMatch("tokens are sent where their weight is > 0, and weights may be negative", name, 3)
         return replace(inner, mask=True)
-    if isinstance(inner, Hot) and inner.place is not None:
-        inner = Running(inner.base, inner.axes, replace(inner.place, given=inner.only | inner.place.given))
+    inner = _running(inner)
     if not isinstance(inner, Running):
         return inner if isinstance(inner, NoMatch) else NoMatch(f"`{word}` of {type(inner).__name__}", name)
     if isinstance(right, Ref) or right is None or isinstance(right, tuple) or word in ("eq", "ne"):
@@ -214,8 +218,6 @@ def _equals(lifter: Lifter, instr: Instr, left: Arg, right: Arg) -> Lift:
         size = lifter.graph.types[length].shape[0]
         if isinstance(inner, Chosen):
             return Hot(inner.base, (*inner.axes[:-1], "e"))
-        if "e" in flat(inner.axes):
-            return NoMatch("places for every expert compared with seats", name)
         return products.seated(inner, (*inner.axes[:-1], "c"), size, length)
     return NoMatch("a comparison of two values", name)
 
@@ -343,8 +345,7 @@ def rule_offset(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return replace(a, terms=a.terms + b.terms)
     if isinstance(b, Running) and not isinstance(a, Running) and not minus:
         a, b, left, right = b, a, right, left
-    if isinstance(a, Hot) and a.place is not None:
-        a = Running(a.base, a.axes, replace(a.place, given=a.only | a.place.given))
+    a = _running(a)
     if not isinstance(a, Running):
         return a if isinstance(a, NoMatch) else NoMatch(f"`{instr.word}` of {type(a).__name__}", name)
     if isinstance(right, int | float) and int(right) == right:
@@ -369,7 +370,7 @@ def rule_mul(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         a, b, left, right = b, a, right, left
     if isinstance(a, NoMatch):
         return a
-    return products.product(lifter, a, b, (left, right), out)
+    return products.product(lifter, a, b, (left, right), out, logical=instr.word == "logical_and")
 
 
 def rule_div(lifter: Lifter, instr: Instr, _which: int) -> Lift:
