@@ -24,7 +24,7 @@ from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
-from moec.passes.seated import GRID_COMBINING, match_on_grid, part_of_sum, routing_of, say
+from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import only_idle_skipped
 from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
 from moec.pipeline import Facts, Miss, Outcome
@@ -168,6 +168,8 @@ def _gated(
 def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     """The experts on seats, or on every token, whose rows come together in `instr`."""
     total = match_on_grid(lifter, instr)
+    if isinstance(total, NoMatch) and instr.word in TAKEN_BACK:
+        return total
     if isinstance(total, NoMatch):
         chosen = find_picked(lifter, instr, facts)
         return chosen if isinstance(chosen, Found) else nearest([total, chosen])

@@ -25,6 +25,7 @@ class Cond:
 
     queue, bound  when known: for pairs that meet `given`, their place in that queue, from 0, is below the bound
     limit         the witness is a number that must be below the length of the value of this name
+    inverse       the witness is 0 at the pairs that meet it
     """
 
     witness: str
@@ -33,6 +34,7 @@ class Cond:
     bound: Dim | None = None
     given: frozenset[Cond] = frozenset()
     limit: str = ""
+    inverse: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ class Running(Special):
 
 @dataclass(frozen=True)
 class Below(Special):
-    """A mask like Running: for the pair's own expert it says that the place in the queue is below `bound`."""
+    """A mask like Running: for the pair's own expert it says that the place in the queue is below `bound`.
+
+    negated  it says that the place is not      inverse  `source` says so
+    """
 
     base: str
     axes: Labels
@@ -150,11 +155,13 @@ class Below(Special):
     bound: Dim
     source: Source
     negated: bool = False
+    inverse: bool = False
 
     @property
     def cond(self) -> Cond:
         """The condition that this mask tells."""
-        return Cond(self.source.name, self.source.axes, self.place.queue, self.bound, self.place.given)
+        queue, given = self.place.queue, self.place.given
+        return Cond(self.source.name, self.source.axes, queue, self.bound, given, inverse=self.inverse)
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,13 @@ def relabel(axes: Labels, sizes: dict[str, Dim], shape: tuple[Dim, ...]) -> Labe
 
 def same(a: Dim | int, b: Dim | int) -> bool:
     """Whether two sizes are provably equal."""
-    return a == b or sympy.expand(sympy.sympify(a) - b) == 0
+    return a == b or sympy.expand(sympy.sympify(a) - b) == 0 or sympy.expand(floors(a) - floors(b)) == 0
+
+
+def floors(size: Dim | int) -> Dim:
+    """A size whose whole quotients are floors of exact ones, which sympy can divide and subtract."""
+    whole = sympy.sympify(size)
+    return whole.replace(lambda e: type(e).__name__ == "FloorDiv", lambda e: sympy.floor(e.args[0] / e.args[1]))
 
 
 def broadcast(left: Labels, right: Labels) -> Labels | None:

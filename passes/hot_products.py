@@ -27,7 +27,7 @@ from moec.passes.lift import Lift, Lifter
 
 
 def product(lifter: Lifter, a: Lift, b: Lift, args: tuple[Arg, ...], out: Source, logical: bool = False) -> Lift:
-    """a · b, both broadcast; a NoMatch stands for numbers that nothing is known of; `logical`: whether both are not 0."""
+    """a · b, both broadcast; a NoMatch stands for numbers that nothing is known of; `logical`: and."""
     if isinstance(a, NoMatch):
         a, b, args = b, a, args[::-1]
     if isinstance(a, NoMatch):
@@ -306,7 +306,8 @@ def _nonnegative(graph: Graph, name: str, depth: int) -> bool:
     if made is None or depth == 0:
         return False
     if made.types[0].dtype == "bool" or made.word in _IS:
-        return made.word != "full" or float(str(made.attr("value"))) >= 0
+        value = made.attr("value") if made.word == "full" else 0.0
+        return isinstance(value, int | float) and value >= 0
     if made.word in _KEEPS:
         return _nonnegative(graph, made.uses[0], depth - 1)
     if made.word == "clamp_min":

@@ -27,9 +27,11 @@ from moec.passes.hot import (
     letters_of,
     relabel,
 )
-from moec.passes.lift import INTEGER, Lift, Lifter, Rule
+from moec.passes.hot_choice import chosen
+from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.seat_ids import BEFORE, Scaled, SeatIds
 
-Labelled = Chosen | Hot | Flag | Running | Below | Totals | Spot | Seats
+Labelled = Chosen | Hot | Flag | Running | Below | Totals | Spot | Seats | Scaled | SeatIds
 
 
 def hot_lifter(graph: Graph) -> Lifter:
@@ -46,22 +48,6 @@ def sizes_of(lifter: Lifter, arg: Arg, value: Labelled) -> dict[str, Dim]:
         sizes |= dict(value.sizes)
     singles = zip(value.axes, lifter.type(arg).shape, strict=True)
     return sizes | {label: dim for label, dim in singles if len(label) == 1 and label != "1"}
-
-
-def chosen(lifter: Lifter, arg: Arg) -> Chosen | NoMatch:
-    """Whole numbers of a graph as the experts that pairs choose, seen through views to where they were made."""
-    found = lifter.lift(arg)
-    if isinstance(found, Chosen):
-        return found
-    kind = lifter.type(arg)
-    if (
-        not isinstance(arg, Ref)
-        or kind.dtype not in INTEGER
-        or not 1 <= kind.rank <= 3
-        or not isinstance(found, NoMatch)
-    ):
-        return NoMatch(f"{kind} are not the experts that tokens choose", str(arg))
-    return Chosen(arg.name, letters_of(kind.rank))
 
 
 def rule_view(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -184,7 +170,8 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return NoMatch("a place is compared with something else than the capacity", name)
     limit = size_of(right)
     bound = limit - inner.place.offset + (1 if word in ("le", "gt") else 0)
-    return Below(inner.base, inner.axes, inner.place, bound, Source(name, inner.axes), word in ("ge", "gt"))
+    beyond = word in ("ge", "gt")
+    return Below(inner.base, inner.axes, inner.place, bound, Source(name, inner.axes), beyond, beyond)
 
 
 _FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -400,10 +387,24 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     rows = tuple(a for i, a in enumerate(inner.axes) if i != dim)
     if tuple(a for i, a in enumerate(found.axes) if i != dim) != rows:
         return NoMatch("gathered for other pairs", name)
-    return replace(inner, axes=found.axes, source=Source(name, found.axes))
+    own = replace(inner, axes=found.axes, source=Source(name, found.axes))
+    return replace(own, inverse=own.negated) if isinstance(own, Below) else own
 
 
-HOT_RULES: Mapping[str, Rule] = {
+def _after(word: str, then: Rule) -> Rule:
+    """A rule that is tried after the one for seat numbers, where there is one."""
+    first = BEFORE.get(word)
+    if first is None:
+        return then
+
+    def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
+        found = first(lifter, instr, which)
+        return then(lifter, instr, which) if found is None else found
+
+    return rule
+
+
+_MASKS: Mapping[str, Rule] = {
     "one_hot": rule_one_hot,
     "reshape": rule_view,
     "permute": rule_permute,
@@ -426,3 +427,6 @@ HOT_RULES: Mapping[str, Rule] = {
     "where": rule_where,
     "reduce_any": rule_reduce,
 }
+
+HOT_RULES: Mapping[str, Rule] = {word: _after(word, rule) for word, rule in _MASKS.items()}
+"""The rules of masks and of seat numbers."""

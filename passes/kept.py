@@ -25,7 +25,7 @@ def kept_mask(lifter: Lifter, arg: Arg) -> OneHot | None:
     if axes is None:
         return None
     only = frozenset(cond for cond in hot.only if not always(lifter.masks, cond))
-    name = "#".join((hot.base, *sorted(cond.witness for cond in only)))
+    name = "#".join((hot.base, *sorted(f"{'~' * cond.inverse}{cond.witness}" for cond in only)))
     lifter.kept[name] = replace(hot, only=only)
     return OneHot(name, axes)
 

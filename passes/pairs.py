@@ -125,6 +125,8 @@ def kept(out: Writer, conds: Sequence[Cond], choice: Choice) -> str | NoMatch:
         if cond.limit:
             value = out.emit("below", (Ref(value), Ref(cond.limit)), Type("bool", shape))
         value = out.cast(value, "bool")
+        if cond.inverse:
+            value = out.emit("lt", (Ref(value), 1), Type("bool", shape))
         if result:
             shape = _wider(out.type(result).shape, shape)
             value = out.emit("bitwise_and", (Ref(result), Ref(value)), Type("bool", shape))

@@ -18,6 +18,7 @@ from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.capacity import always, longest
+from moec.passes.flat_seats import returned
 from moec.passes.grid import Grid, labels, merged, on_grid, params_of, seats_of
 from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
 from moec.passes.hot_products import distinct
@@ -26,7 +27,9 @@ from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.rows import Apply, Gate, Row, Rows, strip
 from moec.spec import DTYPES, KernelSpec
 
-GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack"})
+GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack", "mul", "index", "gather"})
+TAKEN_BACK = frozenset({"mul", "index", "gather"})
+"""Words that end a layer only where rows are taken back from their seats, one a token."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Routing:
 
 def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] | NoMatch:
     """The weighted rows that `instr` sums over experts, and the combine table where that gives the weights."""
+    back = returned(lifter, instr, GRID_COMBINING)
+    if back is not None or instr.word in TAKEN_BACK:
+        return NoMatch("no rows taken back from seats") if back is None else back
     if instr.word == "reduce_sum":
         return _summed(lifter, instr)
     if instr.word == "add":

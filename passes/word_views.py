@@ -84,12 +84,27 @@ def slice_dim(build: Builder, value: Arg, dim: int, start: Any, stop: Any, step:
         return value
     bounds = (start, step) if whole else (start, step, stop)
     if not size.is_Integer or not all(isinstance(b, int) for b in bounds):
-        return None
+        return _head(build, value, dim, stop) if (start, step) == (0, 1) and not whole else None
     lo, hi, by = slice(start, None if whole else stop, step).indices(int(size))
     if (lo, hi, by) == (0, int(size), 1):
         return value
     shape = (*kind.shape[:dim], sympy.Integer(len(range(lo, hi, by))), *kind.shape[dim + 1 :])
     return build.emit("slice", (value,), Type(kind.dtype, shape), dim=dim, start=lo, stop=hi, step=by)
+
+
+def _head(build: Builder, value: Arg, dim: int, stop: Any) -> Arg | None:
+    """value[…, :stop, …] where sizes are symbolic: `head`, its length in its type."""
+    kind = build.type_of(value)
+    if isinstance(stop, int):
+        length = kind.shape[dim] + stop if stop < 0 else None
+    else:
+        length = (
+            dim_of(fake(stop)) if isinstance(stop, fx.Node) and isinstance(fake(stop), int | torch.SymInt) else None
+        )
+    if length is None or (length.is_Integer and length < 0):
+        return None
+    to = Type(kind.dtype, (*kind.shape[:dim], length, *kind.shape[dim + 1 :]))
+    return build.emit("head", (value,), to, dim=dim)
 
 
 def raise_chunk(build: Builder, node: fx.Node) -> Arg | None:

@@ -297,10 +297,13 @@ def raise_full(build: Builder, node: fx.Node) -> Arg | None:
     if stem == "full":
         given: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
         fills = [a for a in given if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        fill: Any = node.kwargs.get("fill_value", fills[-1] if fills else None)
-        if not isinstance(fill, (int, float)):  # a size or a tensor's item is a value, not a constant
+        fill: Any = node.kwargs.get("fill_value", fills[-1] if fills else given[0 if key.endswith("_like") else -1])
+        if isinstance(fill, fx.Node) and isinstance(size := build.value(fill), str):
+            value = size  # the text of a size
+        elif isinstance(fill, (int, float)):
+            value = float(fill)
+        else:  # a tensor's item is a value, not a constant
             return None
-        value = float(fill)
     return build.emit("full", (), type_of_fake(fake(node)), value=value)
 
 
