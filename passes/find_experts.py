@@ -202,7 +202,7 @@ def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     if isinstance(body, NoMatch):
         return body
     blocked = _obstacle(facts, body)
-    said = blocked if blocked is not None else say_picked(lifter.graph, instr, body)
+    said = blocked if blocked is not None else say_picked(lifter, instr, body)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
@@ -299,7 +299,7 @@ def _say(
     """The `experts` instruction, after `prelude`, and the addition to what the sum started from."""
     to = root.types[0]
     x = graph.types[body.token]
-    tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.prod(x.shape[:-1]), sympy.prod(to.shape[:-1]))
+    tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.Mul(*x.shape[:-1]), sympy.Mul(*to.shape[:-1]))
     if not tokens or to.shape[-1] != x.shape[-1]:
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
@@ -311,7 +311,7 @@ def _say(
     if isinstance(pairs, NoMatch):
         return pairs.deeper(6)
     groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
-    shape = (sympy.prod(x.shape[:-1]), x.shape[-1])
+    shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
     rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
     args = (Ref(rows), *map(Ref, pairs), tuple(ref for group in groups for ref in group))
     attrs = (

@@ -148,10 +148,12 @@ def spared(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if not isinstance(rows, Rows) or not on_grid(rows) or instr.attr("dim") != 0:
         return None
     if instr.word == "cat":
-        parts = instr.args[0] if isinstance(instr.args[0], tuple) else ()
-        last = lifter.instr(parts[-1])
+        parts = instr.args[0]
+        if not isinstance(parts, tuple) or len(parts) != 2:
+            return None
+        last = lifter.instr(parts[1])
         zero = last is not None and last.word == "full" and last.attr("value") == 0 and last.types[0].shape[0] == 1
-        return replace(rows, layout=f"ec{SPARE}") if zero and len(parts) == 2 and rows.layout == "ec" else None
+        return replace(rows, layout=f"ec{SPARE}") if zero and rows.layout == "ec" else None
     size = lifter.type(instr.args[0]).shape[0]
     whole = same(instr.types[0].shape[0], size - 1) and (instr.word == "head" or instr.attr("start") == 0)
     if rows.layout != f"ec{SPARE}":

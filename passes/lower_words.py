@@ -65,15 +65,16 @@ def _gather(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
     return graph.call_function(torch.gather, (args[0], instr.attr("dim"), args[1]))
 
 
-def expert_of_rows(rows: torch.Tensor) -> torch.Tensor:
-    """rows[E, C, H] → the expert of each row, [E·C, 1]."""
-    experts = torch.arange(rows.shape[0], device=rows.device)
-    return experts[:, None].expand(rows.shape[:2]).reshape(-1, 1)
+def expert_of_rows(rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """rows[…, E, …, H], experts on axis `dim` → the expert of each row, [rows, 1]."""
+    experts = torch.arange(rows.shape[dim], device=rows.device)
+    shape = [-1 if axis == dim else 1 for axis in range(rows.dim() - 1)]
+    return experts.view(shape).expand(rows.shape[:-1]).reshape(-1, 1)
 
 
 def ones_of_rows(rows: torch.Tensor) -> torch.Tensor:
-    """rows[E, C, H] → 1 for each row, [E·C, 1]."""
-    return rows.new_ones((rows.shape[0] * rows.shape[1], 1))
+    """rows[…, H] → 1 for each row, [rows, 1]."""
+    return rows.new_ones((rows.shape[:-1].numel(), 1))
 
 
 WORDS: Mapping[str, Make] = {
@@ -90,7 +91,7 @@ WORDS: Mapping[str, Make] = {
     "where": _call(torch.where),
     "below": _below,
     "cat": _call(torch.cat, "dim"),
-    "expert_of_rows": _call(expert_of_rows),
+    "expert_of_rows": _call(expert_of_rows, "dim"),
     "ones_of_rows": _call(ones_of_rows),
     "expand_as": lambda graph, instr, args: graph.call_method("expand_as", tuple(args)),
 }

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import sympy
 
 from moec.dims import dim_text
-from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
+from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
-from moec.passes.grid import Grid, labels, on_grid, parameter, params_of
+from moec.passes.grid import Grid, on_grid, parameter, params_of
+from moec.passes.hot import letters_of
 from moec.passes.lift import Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Dot, Expert, Rows, Token
@@ -27,63 +28,79 @@ PICKED = "picked"
 
 @dataclass(frozen=True)
 class Picked:
-    """Rows xe[E, C, H] of the tokens that a top-k picked for each expert; `at`: those of one expert alone."""
+    """Rows xe[…, E, …, C, H] of the tokens that a top-k picked for each expert.
+
+    experts  the position of the experts' axis      at  when not −1: of that expert alone, its axis of size 1 or gone
+    """
 
     rows: str
+    experts: int
     at: int = -1
 
+    def axes(self, rank: int) -> tuple[str, ...]:
+        """The labels of the leading axes of all rows: `e`, `c` the last of the others, and one for each further one."""
+        others = [i for i in range(rank - 1) if i != self.experts]
+        names = dict(zip(others, (*letters_of(len(others) - 1), "c"), strict=True))
+        return tuple(names.get(i, "e") for i in range(rank - 1))
 
-def picked(lifter: Lifter, arg: Arg) -> Picked | None:
-    """Whether a value is tokens gathered by each expert's own top-k over tokens."""
+
+def picked(lifter: Lifter, arg: Arg, batch: int) -> Picked | None:
+    """Whether a value is rows of tokens that experts picked; `batch`: the axis that is multiplied expert by expert."""
     made = lifter.instr(arg)
-    at = -1
-    if made is not None and lifter.type(arg).rank == 2 and made.word == "reshape":
+    if batch >= 0:
+        return Picked(arg.name, batch) if isinstance(arg, Ref) and _of_tops(lifter, arg, batch) else None
+    if made is not None and made.word == "reshape":
         made = lifter.instr(made.args[0])
-    if made is not None and made.word == "slice" and made.attr("dim") == 0:
-        start, stop = int(str(made.attr("start"))), int(str(made.attr("stop")))
-        if stop != start + 1:
-            return None
-        at, arg = start, made.args[0]
-        made = lifter.instr(arg)
-    if made is None or not isinstance(arg, Ref) or lifter.type(arg).rank != 3:
+    if made is None or made.word != "slice" or not isinstance(made.args[0], Ref):
         return None
-    ids, tokens = _gathered(lifter, made)
-    if ids is None or not _tops(lifter, ids, tokens):
+    dim, start, stop = (int(str(made.attr(n))) for n in ("dim", "start", "stop"))
+    kind, mine = lifter.type(made.args[0]), lifter.type(arg)
+    alone = (*kind.shape[:dim], *kind.shape[dim + 1 :])
+    if stop != start + 1 or mine.shape not in (made.types[0].shape, alone):
         return None
-    return Picked(arg.name, at)
+    return Picked(made.args[0].name, dim, start) if _of_tops(lifter, made.args[0], dim) else None
 
 
-def _gathered(lifter: Lifter, made: Instr) -> tuple[Arg | None, Dim]:
-    """The ids[E, C] of x[ids], or of einsum("ect,th->ech", one_hot(ids), x), and the number of tokens."""
-    none = (None, sympy.S.Zero)
-    if made.word == "reshape":  # x[ids.reshape(-1)].reshape(E, C, H)
-        inner = lifter.instr(made.args[0])
-        flat = lifter.instr(inner.args[1]) if inner is not None and inner.word == "index" else None
-        if inner is None or flat is None or flat.word != "reshape" or len(inner.args) != 2 or inner.attr("dim") != 0:
-            return none
-        if lifter.type(flat.args[0]).shape != made.types[0].shape[:2]:
-            return none
-        return flat.args[0], lifter.type(inner.args[0]).shape[0]
-    if made.word == "index" and len(made.args) == 2 and made.attr("dim") == 0 and lifter.type(made.args[0]).rank == 2:
-        return made.args[1], lifter.type(made.args[0]).shape[0]
-    if made.word != "contract" or made.attr("eq") not in ("abc,cd->abd",):
-        return none
-    hot = lifter.instr(made.args[0])
-    while hot is not None and hot.word in ("cast", "same"):
-        hot = lifter.instr(hot.args[0])
-    return (hot.args[0], lifter.type(made.args[1]).shape[0]) if hot is not None and hot.word == "one_hot" else none
+_GATHERS = frozenset(
+    {
+        "reshape",
+        "permute",
+        "cast",
+        "same",
+        "expand",
+        "repeat",
+        "index",
+        "gather",
+        "contract",
+        "one_hot",
+        "add",
+        "opaque",
+    }
+)
+"""Words between a top-k's places and the rows that are taken there: which rows they are does not matter."""
 
 
-def _tops(lifter: Lifter, ids: Arg, tokens: Dim) -> bool:
-    """Whether ids[E, C] are the places of a top-k over `tokens` scores of each expert."""
-    made, swapped = lifter.instr(ids), False
-    if made is not None and made.word == "permute" and made.attr("dims") == (1, 0):
-        made, swapped = lifter.instr(made.args[0]), True
-    if made is None or made.word != "topk":
+def _of_tops(lifter: Lifter, rows: Ref, experts: int) -> bool:
+    """Whether rows[…, E, …, H] are taken by the places of a top-k that each expert has of its own."""
+    kind = lifter.type(rows)
+    if kind.rank not in (3, 4) or experts >= kind.rank - 1:
         return False
-    scores = lifter.type(made.args[0])
-    dim = 0 if swapped else 1
-    return scores.rank == 2 and made.attr("dim") == dim and same(scores.shape[dim], tokens)
+    pending, seen = [(rows, 0)], {rows}
+    while pending:
+        value, depth = pending.pop()
+        made = lifter.instr(value)
+        if made is None or depth > 12:
+            continue
+        if made.word == "topk":
+            scores, dim = lifter.type(made.args[0]), made.attr("dim")
+            apart = [d for i, d in enumerate(made.types[1].shape) if i != dim]
+            if kind.shape[experts] in apart and same(sympy.Mul(*made.types[1].shape), sympy.Mul(*kind.shape[:-1])):
+                return scores.rank == kind.rank - 1
+        elif made.word in _GATHERS:
+            fresh = [Ref(name) for name in made.uses if Ref(name) not in seen]
+            seen.update(fresh)
+            pending += [(ref, depth + 1) for ref in fresh]
+    return False
 
 
 def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -91,22 +108,38 @@ def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     letters, out = str(instr.attr("eq")).split("->")
     left, right = letters.split(",")
     for x, w, row, mat in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
-        found = picked(lifter, x)
-        if found is None or not isinstance(w, Ref):
+        stacked = len(mat) == 3 and mat[0] in row[:-1] and mat[1:].count(row[-1]) == 1
+        if not isinstance(w, Ref) or not (stacked or len(mat) == 2):
             continue
-        experts, seats = lifter.graph.types[found.rows].shape[:2]
-        grid = Grid("grid", found.at + 1, f"{PICKED}:{found.rows}", sizes=(("e", experts), ("c", seats)))
-        if found.at < 0 and len(mat) == 3 and row[0] == mat[0] == out[0] and same(lifter.type(w).shape[0], experts):
-            weight: Expert | NoMatch = Expert((w.name,), (0, 1), True)
-            mat, layout = mat[1:], "e.c"
-        elif found.at >= 0 and len(mat) == 2:
-            weight, layout = parameter(lifter, w, 2), ".".join(("1", "c")[3 - len(row) :])
-        else:
+        if row[-1] not in mat or row[:-1] != out[:-1] or row[-1] in out:
             continue
-        if isinstance(weight, NoMatch) or row[-1] not in mat or row[:-1] != out[:-1] or row[-1] in out:
+        found = picked(lifter, x, row.index(mat[0]) if stacked else -1)
+        if found is None:
             continue
-        return Rows(grid, Dot(Token(found.rows), weight, mat.index(row[-1])), layout)
+        rows = _first_product(lifter, (found, x), w, mat.index(row[-1]) - stacked)
+        if rows is not None:
+            return rows
     return NoMatch(f"contraction {instr.attr('eq')} is not of picked tokens", instr.results[0])
+
+
+def _first_product(lifter: Lifter, given: tuple[Picked, Arg], w: Ref, axis: int) -> Rows | None:
+    """Picked rows x · W[e], contracting an axis of the expert's matrix."""
+    found, x = given
+    kind = lifter.graph.types[found.rows]
+    axes = found.axes(kind.rank)
+    sizes = tuple(zip(axes, kind.shape, strict=False))
+    grid = Grid("grid", found.at + 1, f"{PICKED}:{found.rows}:{'.'.join(axes)}", sizes=sizes)
+    if found.at < 0:
+        weight: Expert | NoMatch = Expert((w.name,), (0, 1), True)
+        if not same(lifter.type(w).shape[0], kind.shape[found.experts]):
+            return None
+    else:
+        weight = parameter(lifter, w, 2)
+        unit = lifter.type(x).rank == kind.rank
+        axes = tuple("1" if a == "e" else a for a in axes if unit or a != "e")
+    if isinstance(weight, NoMatch):
+        return None
+    return Rows(grid, Dot(Token(found.rows), weight, axis), ".".join(axes))
 
 
 def match_picked(lifter: Lifter, instr: Instr) -> BodyMatch | NoMatch:
@@ -124,7 +157,7 @@ def _body(lifter: Lifter, instr: Instr) -> BodyMatch | NoMatch:
     rows = lifter.lift(Ref(instr.results[0]))
     if not isinstance(rows, Rows) or not on_grid(rows) or not isinstance(rows.space, Grid):
         return NoMatch("not picked rows")
-    if not rows.space.key.startswith(PICKED) or labels(rows) != ("e", "c"):
+    if not rows.space.key.startswith(f"{PICKED}:") or rows.space.key.rpartition(":")[2] != rows.layout:
         return NoMatch("not picked rows")
     body = match_body(lifter.graph, rows.row)
     if isinstance(body, NoMatch):
@@ -134,28 +167,33 @@ def _body(lifter: Lifter, instr: Instr) -> BodyMatch | NoMatch:
     return body
 
 
-def say_picked(graph: Graph, root: Instr, body: BodyMatch) -> tuple[Instr, ...] | NoMatch:
+def say_picked(lifter: Lifter, root: Instr, body: BodyMatch) -> tuple[Instr, ...] | NoMatch:
     """The instructions that replace `root`."""
+    graph, held = lifter.graph, lifter.lift_result(root)
+    if not isinstance(held, Rows):
+        return NoMatch("not picked rows", root.results[0])
     out = Writer(graph, root)
     to, rows = root.types[0], graph.types[body.token]
     if to.shape != rows.shape or rows.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"rows are {rows}, experts' outputs {to}", root.results[0], 7)
-    count = rows.shape[0] * rows.shape[1]
+    count = sympy.Mul(*rows.shape[:-1])
+    axes = held.layout.split(".")
     params = params_of(out, body)
-    x = out.reshape(body.token, (count, rows.shape[2]))
+    x = out.reshape(body.token, (count, rows.shape[-1]))
     ones = out.emit("ones_of_rows", (Ref(body.token),), Type(rows.dtype, (count, sympy.S.One)))
-    ids = out.emit("expert_of_rows", (Ref(body.token),), Type("i64", (count, sympy.S.One)))
+    kind = Type("i64", (count, sympy.S.One))
+    ids = out.emit("expert_of_rows", (Ref(body.token),), kind, dim=axes.index("e"))
     attrs = (
         ("spec", str(KernelSpec(body.spec, None, to.dtype))),
         ("form", "expert_choice"),
         ("experts", int(body.num_experts)),
         ("width", int(body.width)),
-        ("capacity", dim_text(rows.shape[1])),
+        ("capacity", dim_text(rows.shape[axes.index("c")])),
         ("order", "score"),
         ("drop", "never"),
     )
     name = root.results[0]
-    kind = Type(to.dtype, (count, rows.shape[2]))
+    kind = Type(to.dtype, (count, rows.shape[-1]))
     made = Instr((f"{name}.rows",), "experts", (Ref(x), Ref(ones), Ref(ids), params), (kind,), attrs, root.loc)
     back = Instr((name,), "reshape", (Ref(f"{name}.rows"), Ref(body.token)), (to,), (), root.loc)
     return (*out.instrs, made, back)

@@ -48,7 +48,7 @@ def number(lifter: Lifter, arg: Arg) -> Dim | None:
         if made is None or made.word != "full" or made.attr("value") is None:
             return None
         value = made.attr("value")
-        return size_of(int(value) if isinstance(value, float) and value == int(value) else value)
+        return size_of(int(value) if isinstance(value, float) and value.is_integer() else value)
     if isinstance(arg, bool) or not isinstance(arg, int | str):
         return None
     return size_of(arg)

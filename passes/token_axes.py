@@ -111,8 +111,8 @@ def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: s
         slots = kind.shape[-1] if kind.rank > 1 else sympy.S.One
     if not weights:
         weights = out.cast(out.emit("ge", (Ref(choice), 0), Type("bool", kind.shape)), dtype)
-    given, count = out.type(weights), sympy.prod(kind.shape)
-    if not same(sympy.prod(given.shape), count) or (slots != 1 and given.shape[-1] != slots):
+    given, count = out.type(weights), sympy.Mul(*kind.shape)
+    if not same(sympy.Mul(*given.shape), count) or (slots != 1 and given.shape[-1] != slots):
         return NoMatch(f"routing weights are {given} for choices {kind}", weights)
     pair = (count / slots, slots)
     return out.reshape(weights, pair), out.reshape(choice, pair)
@@ -121,8 +121,8 @@ def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: s
 def at_choice(out: Writer, gates: str, choice: str) -> str | NoMatch:
     """w[T, k], the gates g[…, E] of the chosen experts."""
     given, slots = out.type(gates), slots_of(out.graph, choice)
-    tokens = sympy.prod(given.shape[:-1])
-    if slots is None or not same(tokens * slots, sympy.prod(out.type(choice).shape)):
+    tokens = sympy.Mul(*given.shape[:-1])
+    if slots is None or not same(tokens * slots, sympy.Mul(*out.type(choice).shape)):
         return NoMatch(f"gates are {given} for choices {out.type(choice)}", gates)
     table = out.reshape(gates, (tokens, given.shape[-1]))
     picked = out.reshape(choice, (tokens, slots))
