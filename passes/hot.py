@@ -9,6 +9,7 @@ two of them in one axis, b outermost), `e` expert, `c` seat, `1` an axis of size
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
@@ -248,13 +249,16 @@ def relabel(axes: Labels, sizes: dict[str, Dim], shape: tuple[Dim, ...]) -> Labe
 
 def same(a: Dim | int, b: Dim | int) -> bool:
     """Whether two sizes are provably equal."""
-    return a == b or sympy.expand(sympy.sympify(a) - b) == 0 or sympy.expand(floors(a) - floors(b)) == 0
+    if a == b:
+        return True
+    gap = sympy.expand(sympy.sympify(a) - b)
+    return gap == 0 or (not gap.is_number and sympy.expand(floors(gap)) == 0)
 
 
 def floors(size: Dim | int) -> Dim:
     """A size whose whole quotients are floors of exact ones, which sympy can divide and subtract."""
-    whole = sympy.sympify(size)
-    return whole.replace(lambda e: type(e).__name__ == "FloorDiv", lambda e: sympy.floor(e.args[0] / e.args[1]))
+    found: Any = sympy.sympify(size)
+    return found.replace(lambda e: type(e).__name__ == "FloorDiv", lambda e: sympy.floor(e.args[0] / e.args[1]))
 
 
 def broadcast(left: Labels, right: Labels) -> Labels | None:

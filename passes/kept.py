@@ -46,10 +46,10 @@ def _axes(graph: Graph, hot: Hot) -> tuple[str, ...] | None:
 def kept_choice(lifter: Lifter, root: Instr, name: str) -> tuple[tuple[Instr, ...], str] | NoMatch:
     """Instructions that make the experts e[T, k] of a choice known by `lifter.kept`, −1 where a pair is dropped."""
     hot = lifter.kept[name]
-    letters = letters_of(lifter.graph.types[hot.base].rank)
-    by_slot = len(letters) > 1 and "".join(letters[:-1]) in hot.axes
+    letters = "".join(letters_of(lifter.graph.types[hot.base].rank))
+    slots = letters[-1:] if len(letters) > 1 and letters[:-1] in hot.axes else ""
     out = Writer(lifter.graph, root)
-    found = routed(out, Choice(hot.base, letters[-1] if by_slot else ""), (), tuple(hot.only), "f32")
+    found = routed(out, Choice(hot.base, slots), (), tuple(hot.only), "f32")
     return found if isinstance(found, NoMatch) else (tuple(out.instrs), found[1])
 
 

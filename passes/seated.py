@@ -22,7 +22,7 @@ from moec.passes.flat_seats import returned
 from moec.passes.grid import Grid, labels, merged, on_grid, params_of, seats_of
 from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
 from moec.passes.hot_products import distinct
-from moec.passes.lift import Lifter
+from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.rows import Apply, Gate, Row, Rows, strip
 from moec.spec import DTYPES, KernelSpec
@@ -186,6 +186,9 @@ def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch)
             why = gates.reason if isinstance(gates, NoMatch) else "they are no mask of choices"
             return NoMatch(f"every expert counts for every token: gates %{body.weight}: {why}", body.weight, 3)
         slots = gates.summed
+        order = flat(tuple(a for a in gates.axes if a != "e"))
+        if order != "".join(sorted(order)):
+            return NoMatch("gates have the tokens in another order than the choices", body.weight, 3)
         if slots and not distinct(masks, gates.base, slots):
             return NoMatch("a token may choose an expert twice", body.weight, 3)
         term = Term(gates.base, Place((), 0, frozenset()), sympy.S.Zero, gates.only, gates.factors, slots)
@@ -271,13 +274,13 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
     to, x = root.types[0], graph.types[body.token]
     if x.rank < 2 or _real(to) != _real(x) or x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
-    tokens = "".join(letters_of(x.rank - 1))
     dtype = routing.dtype or to.dtype
     weights: list[str] = []
     experts: list[str] = []
     for term in routing.terms:
-        letters = "".join(letters_of(graph.types[term.base].rank))
-        if term.summed not in ("", letters[-1]) or letters.removesuffix(term.summed) != tokens:
+        kind = graph.types[term.base]
+        own = kind.shape[:-1] if term.summed else kind.shape
+        if term.summed not in ("", letters_of(kind.rank)[-1]) or not same(sympy.Mul(*own), sympy.Mul(*x.shape[:-1])):
             return NoMatch(f"choices %{term.base} are not of the tokens {x}", term.base, 6)
         found = routed(out, Choice(term.base, term.summed), term.factors, tuple(term.only), dtype)
         if isinstance(found, NoMatch):
