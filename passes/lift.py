@@ -26,7 +26,7 @@ from moec.passes.rows import (
     Space,
     Token,
 )
-from moec.passes.token_axes import reshaped
+from moec.passes.token_axes import reshaped, token_axes
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
@@ -121,9 +121,11 @@ def _with_units(axes: tuple[str, ...], source: Type, to: Type) -> tuple[str, ...
 
 def _mask_axes(lifter: Lifter, mask: OneHot, source: Type, to: Type) -> tuple[str, ...] | None:
     """A mask's axes after a reshape; one of a choice that is known by `lifter.kept` only gains and loses units."""
-    if _real(source.shape) == _real(to.shape):
+    known = mask.choice in lifter.graph.types
+    joins = known and len(mask.axes) > 1 and mask.axes == token_axes(lifter.graph, mask.choice)
+    if _real(source.shape) == _real(to.shape) and not joins:
         return _with_units(mask.axes, source, to)
-    return reshaped(lifter.graph, mask.choice, mask.axes, source, to) if mask.choice in lifter.graph.types else None
+    return reshaped(lifter.graph, mask.choice, mask.axes, source, to) if known else None
 
 
 def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:

@@ -67,6 +67,8 @@ def reshaped(graph: Graph, choice: str, axes: tuple[str, ...], source: Type, to:
     sizes: dict[str, Dim] = dict(zip(whole, shape, strict=False))
     sizes |= {label: size for label, size in zip(axes, source.shape, strict=True) if len(label) == 1}
     tokens = tuple(a for a in whole if a != "s")
+    if axes == tokens and to.rank == 1:
+        return ("t",)
     apart = tuple("".join(tokens) if a == "t" and len(tokens) > 1 else a for a in axes)
     found = relabel(apart, sizes, to.shape)
     if found is None:
