@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -25,8 +26,9 @@ from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
-from moec.passes.skips import only_idle_skipped
+from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
+from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES, KernelSpec
 from moec.target import kernel_devices
@@ -63,11 +65,20 @@ class FindExperts:
                 found[instr.results[0]] = outcome
             elif outcome.depth >= 2 and not _is_mask(lifter, instr):
                 misses.append(Miss(instr.results[0], instr.loc, outcome))
-        instrs = [
-            new for old in graph.instrs for new in (found[old.results[0]].instrs if old.results[0] in found else (old,))
-        ]
-        result = sweep(graph.with_instrs(instrs))
+        result = _with(graph, found)
+        while torn := torn_out(graph, result, {root: each.instrs for root, each in found.items()}):
+            misses += (Miss(root, graph.defs[root].loc, GOES_ON) for root in torn)
+            found = {root: each for root, each in found.items() if root not in torn}
+            result = _with(graph, found)
         return Outcome(result, len(found), tuple(m for m in misses if m.value in result.defs), tuple(found))
+
+
+def _with(graph: Graph, found: Mapping[str, Found]) -> Graph:
+    """The graph with roots replaced, without what only they needed."""
+    instrs = [
+        new for old in graph.instrs for new in (found[old.results[0]].instrs if old.results[0] in found else (old,))
+    ]
+    return sweep(graph.with_instrs(instrs))
 
 
 ROOTS = COMBINING | GRID_COMBINING
@@ -146,6 +157,9 @@ def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> No
     skipped = only_idle_skipped(lifter, loop)
     if skipped is not None:
         return skipped
+    others = asked_of_others(lifter, loop, total.rows.choice) if total.rows.choice else None
+    if others is not None:
+        return others
     beyond = lifter.beyond.get(loop)
     if beyond is not None and not (body.num_experts.is_Integer and beyond >= body.num_experts):
         return NoMatch(f"the loop skips expert {beyond} of {body.num_experts}", loop)

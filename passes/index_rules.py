@@ -89,6 +89,17 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return _index_one(lifter, instr, table, ids)
 
 
+def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
+    """Whether a table has one number for each token, and a token one expert: w[T] or w[T, 1] for e[T] or e[T, 1]."""
+    chosen = lifter.graph.types.get(choice)
+    if chosen is None:
+        return False
+    if kind.rank == axes and "s" not in choice_axes(lifter.graph, choice):
+        return True
+    one = axes == 1 and all(size == 1 for size in chosen.shape[1:])
+    return one and kind.rank >= 1 and all(size == 1 for size in kind.shape[1:])
+
+
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:
     """Rows of a table at one index, or, by tokens, at the `axes` indices that name them."""
     kind = lifter.type(table)
@@ -100,8 +111,7 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1
             return Rows(ids.space, Slot(inner.value), ids.layout, inner.choice)
         if isinstance(inner, Column) and inner.key == ids.space.key:
             return Rows(ids.space, Gate(inner.value), ids.layout, ids.choice)
-        known = ids.choice in lifter.graph.types
-        if kind.rank == axes and known and "s" not in choice_axes(lifter.graph, ids.choice):
+        if _one_a_token(lifter, kind, ids.choice, axes):
             return Rows(ids.space, Slot(table.name), ids.layout, ids.choice)  # w[T] of one expert a token
         if kind.rank <= axes:
             return NoMatch(f"rows are taken from {kind}, expected [T, H]", table.name)

@@ -41,6 +41,7 @@ class Lifter:
 
     beyond    anchor → an expert id that its loop skips; harmless when no expert has it
     masks     the lifter that knows what masks of capacity routing mean
+    asked     anchor → the choices by which its loop skips experts without rows
     partial   anchor → the experts that its loop runs, where it skips those of one side
     kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.kept`)
     fallback  asked about what no rule knows, with the result's place and the rule's miss
@@ -51,6 +52,7 @@ class Lifter:
     masks: Lifter | None = None
     memo: dict[str, Lift] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
+    asked: dict[str, set[str]] = field(default_factory=dict)
     partial: dict[str, Part] = field(default_factory=dict)
     kept: dict[str, Hot] = field(default_factory=dict)
     fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None

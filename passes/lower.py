@@ -83,6 +83,7 @@ def lower(
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
     groups = groups_of(raised, graph)
+    state.viewed |= _written_later(state, graph, groups)
     for root, instrs in groups.items():
         _materialise(state, root, instrs)
     if groups:
@@ -90,6 +91,18 @@ def lower(
         gm.graph.lint()
         gm.recompile()
     return sum(i.word in SITES for instrs in groups.values() for i in instrs)
+
+
+def _written_later(state: Lowering, graph: Graph, groups: Mapping[str, list[Instr]]) -> frozenset[str]:
+    """The roots whose storage the user's own code goes on to write to: that storage has to hold what they are."""
+    found: set[str] = set()
+    for root in groups:
+        at = state.raised.order[root_node(state, root)]
+        for node, since in state.raised.carriers[root]:
+            later = {name for name, when in state.histories[node] if when > at and name != root}
+            if state.raised.order[node] < since and any(n in graph.defs and n not in groups for n in later):
+                found.add(root)
+    return frozenset(found)
 
 
 def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:

@@ -20,7 +20,7 @@ from moec.passes.partial import part_of
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Anchor, Expert, Opaque, Row
 from moec.passes.runs import full_run
-from moec.passes.skips import only_idle_skipped
+from moec.passes.skips import asked_of_others, only_idle_skipped
 
 _IS_MLP = 6  # how deep a miss of `match_body` is when only the parameters are not what kernels take
 _ORDERS = {"ts": False, "t": False, "st": True}
@@ -83,6 +83,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):
         return NoMatch("the number of experts is not known")
     skipped = only_idle_skipped(lifter, anchor) or full_run(lifter, anchor, sympy.Integer(experts), rows.choice)
+    skipped = skipped or asked_of_others(lifter, anchor, rows.choice)
     beyond = lifter.beyond.get(anchor)
     if skipped is not None or (beyond is not None and beyond < experts):
         return skipped or NoMatch(f"the loop skips expert {beyond}")

@@ -180,6 +180,7 @@ class _Loop:
         with self.graph.inserting_after(self.end):
             total = self.graph.call_function(combine, (base, token, collected))
         total.meta = {**origin.meta, "example_value": fake(base)}
+        self.state.made[self.site.root] = total  # a loop behind this one may add to it
         yields = [u for u in origin.users if u.target is _M.yield_.default]
         for user, holder in list(self.state.users(self.site.root, -1)):
             if user not in self.inside:

@@ -44,6 +44,22 @@ class Writer:
         ones = {} if like else unit_axes(kind.shape, tuple(shape))
         return self.emit("reshape", args, Type(kind.dtype, tuple(shape)), **ones)
 
+    def column(self, name: str) -> str:
+        """The value, made anew where it is a column of another: an index may hold it without a node of its own."""
+        made = self.graph.defs.get(name)
+        if made is None or name in self.types:
+            return name
+        source = self.graph.types[made.uses[0]] if made.uses else Type("any")
+        if made.word == "reshape" and source.rank == 2 and source.shape[1] == 1 and made.types[0].rank == 1:
+            again = self.column(made.uses[0])
+            return name if again == made.uses[0] else again
+        if made.word != "slice" or (made.attr("dim"), made.attr("step")) != (1, 1) or source.rank != 2:
+            return name
+        start, length = made.attr("start"), made.types[0].shape[1]
+        if not isinstance(start, int) or not length.is_Integer:
+            return name
+        return self.emit("narrow", (Ref(made.uses[0]),), made.types[0], dim=1, start=start, length=int(length))
+
     def permute(self, name: str, order: Sequence[int]) -> str:
         """The value with its axes in another order."""
         if list(order) == list(range(len(order))):

@@ -67,7 +67,7 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if left == ("e",):
         return PerExpert("hit" if instr.word == "reduce_any" else "counts", inner.choice)
     if inner.anchor and left == () and instr.word in ("reduce_any", "reduce_sum"):
-        return Idle(inner.anchor, idle=False)
+        return Idle(inner.anchor, False, inner.choice)
     if inner.anchor and instr.word == "reduce_any" and not instr.attr("keepdim"):
         return replace(inner, axes=left)
     return NoMatch(f"`{instr.word}` over axes {dims} of a mask over {inner.axes}", instr.results[0])
@@ -154,6 +154,7 @@ def rule_skip(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return item
     why = lifter.lift(instr.args[1])
     if isinstance(item, Anchor) and isinstance(why, Idle) and why.idle and why.anchor == item.name:
+        lifter.asked.setdefault(item.name, set()).add(why.choice)
         return item
     if isinstance(item, Anchor) and isinstance(why, Side) and why.anchor == item.name:
         return skip_side(lifter, item, why) or NoMatch("two skips leave different experts", instr.results[0])

@@ -251,10 +251,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Idle:
-    """Whether the loop's expert has no rows (or, not `idle`, has some)."""
+    """Whether the loop's expert has no rows (or, not `idle`, has some); by `choice`, where one says so."""
 
     anchor: str
     idle: bool = True
+    choice: str = ""
 
 
 @dataclass(frozen=True)

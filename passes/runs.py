@@ -157,10 +157,10 @@ def compare_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     left, right = instr.args
     a, b = (lifter.lift(x) if isinstance(x, Ref) else x for x in (left, right))
     if isinstance(a, Edge) and a.what == "count" and isinstance(b, int) and (instr.word, b) in _IDLE:
-        return Idle(a.anchor, _IDLE[instr.word, b])
+        return Idle(a.anchor, _IDLE[instr.word, b], a.choice)
     edges = isinstance(a, Edge) and isinstance(b, Edge) and (a.anchor, a.choice) == (b.anchor, b.choice)
     if edges and isinstance(a, Edge) and isinstance(b, Edge) and {a.what, b.what} == {"start", "end"}:
-        return Idle(a.anchor, instr.word == "eq") if instr.word in ("eq", "ne") else None
+        return Idle(a.anchor, instr.word == "eq", a.choice) if instr.word in ("eq", "ne") else None
     for ids, item in ((a, b), (b, a)):
         flat = isinstance(ids, Ids) and (ids.what, ids.space.kind, ids.layout) == ("expert", "slots", "flat")
         if instr.word == "eq" and flat and isinstance(ids, Ids) and ids.space.k > 1 and isinstance(item, Anchor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.graph import Instr, loop_of
+from moec.graph import Instr, Ref, loop_of
 from moec.match import NoMatch
 from moec.passes.lift import Lifter
 from moec.passes.rows import Anchor, Ids
@@ -36,3 +36,22 @@ def _counts_rows(lifter: Lifter, skip: Instr, anchor: str) -> bool:
         if isinstance(rows, Ids) and rows.space.kind == "loop" and rows.space.key == anchor:
             return True
     return False
+
+
+def asked_of_others(lifter: Lifter, anchor: str, choice: str) -> NoMatch | None:
+    """Why the experts that a loop passes over may have rows by `choice`, another one than it asked, or None."""
+    made = lifter.graph.defs[anchor]
+    item = lifter.lift(Ref(anchor)) if made.word == "anchor" else None
+    asked = {*lifter.asked.get(anchor, ()), *((item.choice,) if isinstance(item, Anchor) else ())}
+    for other in sorted(asked - {"", choice}):
+        same = {_whole(lifter, choice, "slice"), _whole(lifter, choice)}  # its columns are among all that was asked
+        if not choice.startswith(f"{other}#") and _whole(lifter, other) not in same:
+            return NoMatch(f"experts without rows by %{other} are passed over, rows go by %{choice}", anchor)
+    return None
+
+
+def _whole(lifter: Lifter, choice: str, *more: str) -> str:
+    """The choice that another is a view of."""
+    name = choice.partition("#")[0]
+    found = lifter.graph.behind(Ref(name), ("cast", "same", "reshape", "detach", "permute", *more))
+    return found.name if isinstance(found, Ref) else name

@@ -28,7 +28,7 @@ def branches(candidate: Candidate) -> list[Candidate]:
         if not stmt.orelse and place + 1 == len(body):
             continue
         before, after = body[:place], body[place + 1 :]
-        if candidate.counters or candidate.collected or _writes(before) or not _only_adds(body):
+        if candidate.counters or candidate.collected or _writes(before) or not only_adds(body):
             break
         skip, other = _continue_if(ast.UnaryOp(ast.Not(), stmt.test), stmt), _continue_if(stmt.test, stmt)
         parts = ([*before, skip, *stmt.body, *after], [*before, other, *stmt.orelse, *after])
@@ -65,15 +65,26 @@ def _writes(body: list[ast.stmt]) -> bool:
     return stores or any(isinstance(n, ast.AugAssign) for n in nodes) or any(_in_place(n) for n in nodes)
 
 
-def _only_adds(body: list[ast.stmt]) -> bool:
+def only_adds(body: list[ast.stmt]) -> bool:
     """Whether everything that is written is added to."""
     nodes = [n for stmt in body for n in ast.walk(stmt)]
     called = [
         n.func.attr for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and _in_place(n)
     ]
-    plain = [n for n in nodes if isinstance(n, ast.Assign) and any(isinstance(t, ast.Subscript) for t in n.targets)]
+    plain = [
+        n
+        for n in nodes
+        if isinstance(n, ast.Assign) and any(isinstance(t, ast.Subscript) for t in n.targets) and not _adds_there(n)
+    ]
     joined = [n for n in nodes if isinstance(n, ast.AugAssign) and not isinstance(n.op, ast.Add)]
     return not plain and not joined and all(name.rstrip("_") in _ADDING for name in called)
+
+
+def _adds_there(stmt: ast.Assign) -> bool:
+    """`y[rows] = y[rows] + …`."""
+    value, target = stmt.value, ast.unparse(stmt.targets[0])
+    sides = (value.left, value.right) if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) else ()
+    return len(stmt.targets) == 1 and any(ast.unparse(side) == target for side in sides)
 
 
 def _in_place(node: ast.AST) -> bool:

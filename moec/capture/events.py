@@ -105,8 +105,8 @@ def loops(function: ast.FunctionDef) -> Iterator[tuple[ast.For, Path]]:
     yield from ((stmt, path) for stmt, path in statements(function) if isinstance(stmt, ast.For))
 
 
-def statements(function: ast.FunctionDef) -> Iterator[tuple[ast.stmt, Path]]:
-    """The statements of a function, outer ones first, with the way to each; not those of functions inside it."""
+def statements(function: ast.FunctionDef | ast.For) -> Iterator[tuple[ast.stmt, Path]]:
+    """The statements of a function or loop, outer ones first, with the way to each; not those of functions inside it."""
     yield from _statements(function, ())
 
 

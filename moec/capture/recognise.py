@@ -61,8 +61,8 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     inner = stored(loop.body) | stored([loop.target])
     rebound = read_first([loop.target, *loop.body]) & stored(loop.body)
     counted = counters(scope, loop) & rebound
-    aliases = _aliases(loop) - counted
-    tainted = _tainted(loop)
+    aliases = aliases_of(loop) - counted
+    tainted = tainted_by(loop)
     bounds = bound_names(loop, scope, aliases, tainted)
     selectors = (_derived(loop, aliases, bounds) - bounds) | chunk_names(loop, scope)
     writes = [w for w in writes if _root(w.target) not in inner or _root(w.target) in rebound]
@@ -130,7 +130,7 @@ def _targets(loop: ast.For) -> set[str]:
     return stored([target])
 
 
-def _aliases(loop: ast.For) -> set[str]:
+def aliases_of(loop: ast.For) -> set[str]:
     """The loop's item and the names that only unwrap it: `e = e[0]`, `e = int(e)`, `e = e.item()`."""
     names = _targets(loop)
     for stmt in flat(loop.body):
@@ -152,7 +152,7 @@ def is_alias(expr: ast.expr, names: set[str] | frozenset[str]) -> bool:
     return False
 
 
-def _tainted(loop: ast.For) -> set[str]:
+def tainted_by(loop: ast.For) -> set[str]:
     names = stored([loop.target])
     while True:
         more = set(names)

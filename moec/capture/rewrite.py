@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from moec.capture import source
 from moec.capture.comprehend import unfolded
 from moec.capture.counted import counted
-from moec.capture.events import Path, functions, loops
+from moec.capture.events import Path, functions, loops, statements
 from moec.capture.host import hands_over, keep_on_device, scope_of
+from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
 from moec.capture.recognise import Candidate, Declined, examine
 from moec.capture.roll import rolled
@@ -44,6 +45,7 @@ class _Found:
     path: Path
     verdict: Candidate | Declined | None
     instead: ast.stmt | None = None  # the statement that the loop, with what its holder holds, is written out from
+    turned: Exchanged | None = None  # the loop with the one inside it outside
 
 
 def promising(code: types.CodeType) -> bool:
@@ -88,9 +90,24 @@ def rewrite(code: types.CodeType) -> Rewritten:
 def _candidates(owner: ast.FunctionDef) -> Iterator[_Found]:
     scope = scope_of(owner)
     for loop, path in loops(owner):
-        yield _Found(owner, loop, path, examine(loop, path, scope))
+        turned = exchanged(loop, path)
+        verdict = examine(turned.loop, turned.loop_path, scope) if turned is not None else None
+        if turned is not None and isinstance(verdict, Candidate):
+            yield _Found(owner, loop, path, verdict, turned=turned)
+            continue
+        verdict = examine(loop, path, scope)
+        inner = [examine(node, where, scope) for node, where in _inside(loop, path) if inner_experts(loop, node)]
+        if not any(isinstance(one, Candidate) for one in inner):
+            yield _Found(owner, loop, path, verdict)
     for one in unfolded(owner):
         yield _Found(owner, one.loop, one.loop_path, examine(one.loop, one.loop_path, scope), one.stmt)
+
+
+def _inside(loop: ast.For, path: Path) -> Iterator[tuple[ast.For, Path]]:
+    """The loops inside a loop, with the way to each."""
+    for stmt, where in statements(loop):
+        if isinstance(stmt, ast.For):
+            yield stmt, (*path, *where)
 
 
 def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool) -> Rewritten:
@@ -122,15 +139,19 @@ def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found], 
 def _roll_one(found: _Found, candidate: Candidate, key: str) -> None:
     loop, path = candidate.loop, found.path
     body = rolled(candidate, key, found.function)
-    elsewhere = keep_on_device(found.function, loop, call("keeps", ast.Constant(key)))
+    own = found.loop if found.turned is not None else loop
+    elsewhere = keep_on_device(found.function, own, call("keeps", ast.Constant(key)))
     if elsewhere is not None:
         raise Unrollable(f"the list {elsewhere} is read elsewhere than in the loop")
-    as_written: ast.stmt = loop
+    rolls, as_written = call("enter", ast.Constant(key)), own
+    if found.turned is not None:
+        rolls, enter = call("keeps", ast.Constant(key)), ast.Expr(rolls)
+        body = [ast.For(found.turned.holder.target, found.turned.holder.iter, [enter, *body], [])]
     if found.instead is not None:
         _, block, place = path[-1]
         body = [*block[:place], *body, *block[place + 1 :]]
         path, as_written = path[:-1], found.instead
-    choice = ast.If(call("enter", ast.Constant(key)), body, [as_written])
+    choice = ast.If(rolls, body, [as_written])
     _locate(choice, loop)
     _, block, place = path[-1]
     block[place] = choice

@@ -1,0 +1,47 @@
+"""The sums of one loop are taken out of it together: what stays in a loop may not go on with one that left it.
+
+for e: y[rows0(e)] += …; y[rows1(e)] = f(y)   →   as it was, although the first sum alone is understood
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moec.graph import Graph, Instr
+from moec.match import NoMatch
+from moec.passes.opaque_rows import varying
+
+GOES_ON = NoMatch("the loop goes on with the sum of its experts' rows, which is not understood as a whole", depth=6)
+
+_ENDS = frozenset({"turn", "end"})
+
+
+def torn_out(graph: Graph, result: Graph, found: Mapping[str, Sequence[Instr]]) -> list[str]:
+    """The roots, of those replaced between `graph` and `result`, that a loop's rest reads, or that begin with it."""
+    loops = _loops(graph) if found else {}
+    torn: list[str] = []
+    for root, instrs in found.items():
+        loop = loops.get(root)
+        if loop is None:
+            continue
+        users = (user for user in result.users.get(root, ()) if user.word not in _ENDS and user.results)
+        goes_on = any(u.results[0] not in found and loops.get(u.results[0]) == loop for u in users)
+        made = {name for instr in instrs for name in instr.results}
+        begins = {name for instr in instrs for name in instr.uses} & varying(graph) - made - set(found)
+        if goes_on or begins:
+            torn.append(root)
+    return torn
+
+
+def _loops(graph: Graph) -> dict[str, str]:
+    """The rolled loop that each value in one is computed in."""
+    found: dict[str, str] = {}
+    anchor = ""
+    for instr in graph.instrs:
+        if instr.word in ("anchor", "anchor_range"):
+            anchor = instr.results[0]
+        if anchor:
+            found.update(dict.fromkeys(instr.results, anchor))
+        if instr.word == "end":
+            anchor = ""
+    return found
