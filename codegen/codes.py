@@ -26,9 +26,10 @@ def encoded(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 
 def decoded(codes: Tensor, scales: Tensor, coding: Coding) -> Tensor:
-    """The matrix [N, K] that codes and scales stand for, in fp32."""
-    wide = codes.float()
-    return wide * spread(scales.float(), coding, codes.shape) if coding.scaled else wide
+    """The matrix [N, K] that codes and scales stand for, in fp32; in fp64 where either is."""
+    dtype = torch.float64 if torch.float64 in (codes.dtype, scales.dtype) else torch.float32
+    wide = codes.to(dtype)
+    return wide * spread(scales.to(dtype), coding, codes.shape) if coding.scaled else wide
 
 
 def spread(scales: Tensor, coding: Coding, shape: Sequence[int]) -> Tensor:

@@ -114,8 +114,11 @@ def _dequantised(named: dict[str, Tensor], spec: ExpertsSpec) -> dict[str, Tenso
             continue
         turn = spec.layout(group) == "kn"
         codes, scales = named[group], named.get(f"scale_{group}", named[group])
+        if not codes.numel():  # the gradient that nobody wants
+            found[group] = codes
+            continue
         wide = decoded(codes.t(), scales.t(), spec.coding).t() if turn else decoded(codes, scales, spec.coding)
-        found[group] = wide.to(DTYPES[spec.dtype])
+        found[group] = wide if wide.dtype == torch.float64 else wide.to(DTYPES[spec.dtype])
     return found
 
 
@@ -147,6 +150,13 @@ def _hits(experts: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
             yield e, pairs // experts.shape[1], pairs % experts.shape[1]
 
 
+def _products(params: Sequence[Tensor], s: ExpertsSpec) -> torch.dtype:
+    """The dtype in which rows meet matrices; a double-precision twin stays so."""
+    if not s.codes:
+        return params[0].dtype
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else DTYPES[s.dtype]
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and activations."""
     return torch.promote_types(dtype, torch.float32)
@@ -174,7 +184,7 @@ def experts(
     pair, a then b, for a kernel's backward.
     """
     s = spec.experts
-    dtype = DTYPES[s.dtype] if s.codes else params[0].dtype
+    dtype = _products(params, s)
     wide = _wide(dtype)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for e, tokens, slots in _hits(experts, num_experts(params, s)):
@@ -209,7 +219,7 @@ def experts_backward(
     `needs` says which are wanted, in that order; the others come back empty. Sums are fp32; an expert without
     tokens gets zeros.
     """
-    s, wide = spec.experts, _wide(params[0].dtype)
+    s, wide = spec.experts, _wide(_products(params, spec.experts))
     dx = torch.zeros(x.shape, dtype=wide, device=x.device) if needs[0] else None
     dw = torch.zeros(weights.shape, dtype=wide, device=x.device) if needs[1] else None
     dparams = [

@@ -9,6 +9,7 @@ import sympy
 from moec import expr as ex
 from moec.graph import Dim, Graph
 from moec.match import NoMatch
+from moec.passes.coded import coding_of, scale_shape
 from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Number, Row, Slice, Slot, Token, strip, text
 from moec.spec import ExpertsSpec
 
@@ -31,6 +32,8 @@ class BodyMatch:
 
     token, weight  the values x[T, H] and w[T, k] (or g[T, E] when `gated_by_expert`); weight '' means 1
     params         value names in the order of `spec.param_groups`, each one name or E names
+    scales         the shapes of one expert's scales, which are the last of `params`
+    cast           the dtype that all parameters are to be cast to first
     """
 
     spec: ExpertsSpec
@@ -40,6 +43,8 @@ class BodyMatch:
     params: tuple[tuple[str, ...], ...]
     num_experts: Dim
     width: Dim
+    scales: tuple[tuple[Dim, ...], ...] = ()
+    cast: str = ""
 
 
 def match_body(graph: Graph, row: Row, first: int | None = None) -> BodyMatch | NoMatch:
@@ -196,11 +201,18 @@ def _assemble(
     plain = _plain(graph, tensors, first)
     if isinstance(plain, NoMatch):
         return plain
+    coded = coding_of(graph, [*((p.weight, p.axis) for p in one), (down.weight, down.axis)])
+    if isinstance(coded, NoMatch):
+        return coded
+    codes, dtype = coded
+    if dtype not in PARAM_DTYPES or {b.to or graph.types[b.values[0]].dtype for b in tensors[len(weights) :]} - {dtype}:
+        return NoMatch(f"matrices are used in {dtype}, biases in another dtype or kernels know neither", depth=6)
+    scales = [w for w in weights if w.scale]
     if len(layouts) > 1:
         return NoMatch("the projections are stored in different layouts", depth=6)
     factor = weight if weight is not None else given
     spec = ExpertsSpec(
-        dtype=graph.types[weights[0].values[0]].dtype,
+        dtype=dtype,
         gate=kind,
         layout_in=layouts.pop(),
         layout_out=_layout(down.weight, down.axis),
@@ -209,6 +221,7 @@ def _assemble(
         bias_out=bias_out is not None,
         weight_on="input" if given is not None else "output",
         stacked=weights[0].stacked,
+        codes="" if codes == "cast" else codes,
     )
     assert isinstance(token, Token)
     return BodyMatch(
@@ -216,22 +229,27 @@ def _assemble(
         token.value,
         factor.value if factor is not None else "",
         isinstance(factor, Gate),
-        tuple(t.values for t in tensors),
+        (*(t.values for t in tensors), *(w.scale for w in scales)),
         plain,
         _matrix_dims(graph, down.weight)[down.axis],
+        tuple(scale_shape(graph, w) for w in scales),
+        dtype if codes == "cast" else "",
     )
 
 
 def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMatch:
     """The number of experts that run, when all parameters agree on it, on their dtype and on how they are bound."""
     counts = {graph.types[t.values[0]].shape[0] if t.stacked else sympy.Integer(len(t.values)) for t in tensors}
-    dtypes = {graph.types[name].dtype for t in tensors for name in t.values}
+    dtypes = {t.to or graph.types[name].dtype for t in tensors for name in t.values}
+    stored = {frozenset(graph.types[name].dtype for name in t.values) for t in tensors}
     if first is not None and all(count.is_Integer and count >= first for count in counts):
         counts = {sympy.Integer(first)}
     if len(counts) != 1 or len({t.stacked for t in tensors}) != 1:
         return NoMatch(f"parameters disagree on the number of experts: {sorted(map(str, counts))}", depth=6)
     if len(dtypes) != 1 or not dtypes <= PARAM_DTYPES:
         return NoMatch(f"experts' parameters are {', '.join(sorted(dtypes))}, expected one of f32, bf16, f16", depth=6)
+    if any(len(kinds) > 1 for kinds in stored):
+        return NoMatch("one parameter's dtype differs from expert to expert", depth=6)
     return counts.pop()
 
 

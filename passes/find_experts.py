@@ -188,6 +188,8 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         chosen = find_picked(lifter, instr, facts)
         return chosen if isinstance(chosen, Found) else nearest([total, chosen])
     rows, seats, body = total
+    if body.cast or body.spec.codes:
+        return NoMatch("matrices of a batch of experts are cast or scaled before they are used", body.weight, 6)
     held = (
         "each token sums its experts' rows",
         f"an expert is matrices and pointwise functions: E={body.num_experts}, φ={body.spec.activation}",
@@ -215,6 +217,8 @@ def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     body = match_picked(lifter, instr)
     if isinstance(body, NoMatch):
         return body
+    if body.cast or body.spec.codes:
+        return NoMatch("matrices of a batch of experts are cast or scaled before they are used", body.weight, 6)
     blocked = _obstacle(facts, body)
     said = blocked if blocked is not None else say_picked(lifter, instr, body)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
@@ -230,6 +234,19 @@ def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:
         if device not in kernel_devices(engine):
             where = " and ".join(map(repr, kernel_devices(engine)))
             return NoMatch(f"parameter %{name} is on device {device!r}, kernels={engine!r} is for {where}", name, 9)
+    if body.spec.codes and facts.options.kernels == "cpp":
+        return NoMatch(f"no C++ kernel reads matrices kept as {body.spec.codes}; use kernels='auto'", names[0], 9)
+    learned = [name for name in names if name in facts.grad]
+    if body.spec.codes and learned:
+        why = f"%{learned[0]} needs a gradient, and there is none of matrices kept as {body.spec.codes}"
+        return NoMatch(why, learned[0], 9, hint="freeze it, or keep the experts in the dtype of the products")
+    if body.cast and not learned:
+        return NoMatch(
+            f"every call casts the matrices that it needs to {body.cast}, kernels would cast all",
+            names[0],
+            9,
+            hint=f"keep the experts' parameters in {body.cast}",
+        )
     if facts.autocast:
         return NoMatch("the graph runs under autocast", depth=9, hint="cast the model instead of using autocast")
     return None
@@ -307,6 +324,19 @@ def _maps_zero_to_zero(body: BodyMatch) -> bool:
     return not body.spec.bias_in and float(ex.evaluate(body.spec.phi, {"a": zero, "b": zero})) == 0.0
 
 
+def _stored(out: Writer, body: BodyMatch) -> tuple[tuple[str, ...], ...]:
+    """The parameters as the op takes them: cast, and scales with an axis for each of the matrix's."""
+    if body.cast:
+        return tuple(tuple(out.cast(name, body.cast) for name in group) for group in body.params)
+    plain = len(body.params) - len(body.scales)
+    groups = list(zip(body.spec.param_groups, body.params[:plain], strict=False))
+    made = [tuple(out.cast(n, body.spec.dtype) for n in names) if g.startswith("bias_") else names for g, names in groups]
+    for group, shape in zip(body.params[plain:], body.scales, strict=True):
+        wide = (out.type(group[0]).shape[0], *shape) if body.spec.stacked else shape
+        made.append(tuple(out.cast(out.reshape(name, wide), "f32") for name in group))
+    return tuple(made)
+
+
 def _say(
     graph: Graph, root: Instr, total: Combined, body: BodyMatch, prelude: tuple[Instr, ...], weights: str, choice: str
 ) -> Found | NoMatch:
@@ -324,7 +354,7 @@ def _say(
     pairs = as_pairs(out, weights, choice, slots_of(graph, total.rows.choice), x.dtype)
     if isinstance(pairs, NoMatch):
         return pairs.deeper(6)
-    groups = tuple(tuple(Ref(name) for name in group) for group in body.params)
+    groups = tuple(tuple(Ref(name) for name in group) for group in _stored(out, body))
     shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
     rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
     args = (Ref(rows), *map(Ref, pairs), tuple(ref for group in groups for ref in group))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moec.graph import Arg, Instr, Ref
+from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
+from moec.passes.coded import repeated
 from moec.passes.lift import INTEGER, Lift, Lifter
 from moec.passes.rows import (
     Column,
@@ -185,6 +186,9 @@ def rule_index_put(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_repeat_interleave(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Each token k times in a row: rows in slot order."""
     arg, k = instr.args[0], instr.attr("repeats")
+    inner = lifter.lift(arg)
+    if isinstance(inner, Expert):
+        return repeated(instr, inner)
     if instr.attr("dim") != 0 or not isinstance(k, int) or not isinstance(arg, Ref):
         return NoMatch("repeat_interleave along another axis than tokens", instr.results[0])
     made = lifter.instr(arg)

@@ -223,9 +223,7 @@ def rule_cast(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if instr.types[0].dtype not in FLOATS:
             return NoMatch(f"rows are cast to {instr.types[0].dtype}", instr.results[0])
         return replace(inner, row=Cast(inner.row, instr.types[0].dtype))
-    if isinstance(inner, NoMatch) or not isinstance(inner, Expert):
-        return inner
-    return NoMatch(f"an expert's parameter is cast to {instr.types[0].dtype}", instr.results[0])
+    return inner
 
 
 def rule_same(lifter: Lifter, instr: Instr, _which: int) -> Lift:

@@ -10,6 +10,7 @@ from moec.graph import Arg, Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes import index_rules
 from moec.passes import lift as base
+from moec.passes.coded import cast_expert, scaled
 from moec.passes.kept import kept_mask
 from moec.passes.lift import INTEGER, Lift, Lifter, Rule, per_expert
 from moec.passes.partial import side_of, skip_side
@@ -262,6 +263,9 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         masked = _masked(lifter, instr)
         if masked is not None:
             return masked
+        codes = scaled(lifter, instr)
+        if codes is not None:
+            return codes
     args: list[Row] = []
     lead: Rows | None = None
     for arg in instr.args:
@@ -292,6 +296,12 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if lead is None:
         return NoMatch(f"`{instr.word}` of no rows", instr.results[0])
     return replace(lead, row=Apply(instr.word, tuple(args)))
+
+
+def rule_cast(lifter: Lifter, instr: Instr, which: int) -> Lift:
+    """A cast of an expert's tensor, or of rows."""
+    inner = lifter.lift(instr.args[0])
+    return cast_expert(instr, inner) if isinstance(inner, Expert) else base.rule_cast(lifter, instr, which)
 
 
 def _only_slot(lifter: Lifter, instr: Instr, arg: Arg) -> Rows | None:
@@ -325,7 +335,7 @@ RULES: Mapping[str, Rule] = with_runs(
         "rsqrt": rule_pointwise,
         "reshape": base.rule_reshape,
         "permute": base.rule_permute,
-        "cast": base.rule_cast,
+        "cast": rule_cast,
         "same": base.rule_same,
         "index": index_rules.rule_index,
         "gather": index_rules.rule_gather,

@@ -55,13 +55,20 @@ class Gate:
 class Expert:
     """Expert e's slice of one stacked [E, …] tensor, or of E separate ones; `order` permutes its axes.
 
-    at  when not −1: the slice of that expert alone
+    at      when not −1: the slice of that expert alone
+    to      the dtype it is cast to before it is used; '' where it is used as it is stored
+    scale   the tensors it is multiplied by: one [E, …], or E; a number for each block of `blocks` (0: all) of its axes
+    spread  (axis, n) where each number was repeated n times along an axis
     """
 
     values: tuple[str, ...]
     order: tuple[int, ...]
     stacked: bool
     at: int = -1
+    to: str = ""
+    scale: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
+    spread: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
