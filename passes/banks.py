@@ -123,7 +123,8 @@ def _loops(graph: Graph) -> Iterator[Bank]:
     """Rolled loops whose item takes or picks parameters."""
     for anchor in (i for i in graph.instrs if i.word in ANCHORS):
         members = _dependent(graph, anchor)
-        chosen = [i for i in members if i.word in ("take", "pick") and anchor.results[0] in i.uses]
+        items = {anchor.results[0], *(r for i in members if i.word in ("skip", "skip_size") for r in i.results)}
+        chosen = [i for i in members if i.word in ("take", "pick") and not items.isdisjoint(i.uses)]
         tables = [i for i in chosen if i.types[0].rank >= 1 and not is_choice(i.types[0].dtype)]
         if not tables:
             continue

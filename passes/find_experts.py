@@ -27,6 +27,7 @@ from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
+from moec.passes.thresholds import table_choice
 from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
 from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
@@ -138,6 +139,8 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if isinstance(routed, NoMatch):
         return routed.deeper(6)
     held.append("each row has one chosen expert and one weight")
+    if part is not None and total.rows.choice in lifter.tables:
+        return NoMatch("the loop runs some of the experts that masks choose", instr.results[0], 6)
     prelude, weights, choice = routed
     blocked = _obstacle(facts, body)
     if blocked is not None:
@@ -259,6 +262,9 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
     choice = total.rows.choice
     if not choice:
         return NoMatch("nothing says which experts a token goes to", total.root)
+    if choice in lifter.tables:
+        root = lifter.graph.defs[total.root]
+        return table_choice(lifter, root, choice, body.weight, body.by_expert, int(body.num_experts))
     if choice in lifter.kept:
         made = kept_choice(lifter, lifter.graph.defs[total.root], choice)
         if isinstance(made, NoMatch):

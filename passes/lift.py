@@ -44,6 +44,7 @@ class Lifter:
     asked     anchor → the choices by which its loop skips experts without rows
     partial   anchor → the experts that its loop runs, where it skips those of one side
     kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.kept`)
+    tables    a name → the table of masks that it stands for (`moec.passes.thresholds`)
     fallback  asked about what no rule knows, with the result's place and the rule's miss
     """
 
@@ -55,6 +56,7 @@ class Lifter:
     asked: dict[str, set[str]] = field(default_factory=dict)
     partial: dict[str, Part] = field(default_factory=dict)
     kept: dict[str, Hot] = field(default_factory=dict)
+    tables: dict[str, object] = field(default_factory=dict)
     fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None
 
     def lift(self, arg: Arg) -> Lift:

@@ -77,6 +77,11 @@ def ones_of_rows(rows: torch.Tensor) -> torch.Tensor:
     return rows.new_ones((rows.shape[:-1].numel(), 1))
 
 
+def experts_where(mask: torch.Tensor) -> torch.Tensor:
+    """mask[T, E] → the expert of each slot, −1 where it is not chosen: [T, E]."""
+    return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1)
+
+
 WORDS: Mapping[str, Make] = {
     "reshape": _reshape,
     "permute": _call(torch.permute, "dims"),
@@ -85,6 +90,11 @@ WORDS: Mapping[str, Make] = {
     "mul": _call(torch.mul),
     "ge": _call(torch.ge),
     "lt": _call(torch.lt),
+    "gt": _call(torch.gt),
+    "le": _call(torch.le),
+    "ne": _call(torch.ne),
+    "eq": _call(torch.eq),
+    "experts_where": _call(experts_where),
     "narrow": _call(torch.narrow, "dim", "start", "length"),
     "reduce_sum": _call(torch.sum, "dims", "keepdim"),
     "bitwise_and": _call(torch.bitwise_and),

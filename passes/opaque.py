@@ -71,7 +71,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         not anchor
         or part_of(lifter, anchor) is not None
         or rows.earlier
-        or not rows.choice
+        or rows.choice not in graph.types
         or not _holds_opaque(rows.row)
     ):
         return NoMatch("no loop over experts with a body of its own")

@@ -37,6 +37,7 @@ from moec.passes.rows import (
     merged,
 )
 from moec.passes.runs import with_runs
+from moec.passes.thresholds import column, compared
 from moec.passes.token_axes import choice_axes, names_once, order_of, token_axes
 
 
@@ -94,6 +95,9 @@ def _every_expert(lifter: Lifter, instr: Instr) -> OneHot | None:
 def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """ids == e: a mask; counts > 0: which experts are hit."""
     left, right = instr.args
+    by_number = compared(lifter, instr.word, left, right)
+    if by_number is not None:
+        return by_number
     every = _every_expert(lifter, instr)
     if every is not None:
         return every
@@ -174,12 +178,12 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         )
     if isinstance(held, NoMatch):
         held = kept_mask(lifter, table) or held
+    if isinstance(held, Gates):
+        return column(lifter, held, anchor)
     if isinstance(held, OneHot) and held.axes[0] == "e":
         return OneHot(held.choice, held.axes[1:], anchor.name)
     if isinstance(held, Expert) and held.stacked:
         return held
-    if isinstance(held, Gates):
-        return Column(held.value, anchor.name)
     if isinstance(table, Ref) and isinstance(held, NoMatch):
         return Expert((table.name,), tuple(range(lifter.type(table).rank - 1)), True)
     return NoMatch(f"{type(held).__name__} taken at the loop's expert", instr.results[0])
@@ -301,6 +305,9 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_cast(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """A cast of an expert's tensor, or of rows."""
     inner = lifter.lift(instr.args[0])
+    if isinstance(inner, Column):
+        kept = compared(lifter, "ne", instr.args[0], 0.0) if instr.types[0].dtype == "bool" else None
+        return kept or NoMatch("a column of gates in another dtype", instr.results[0])
     return cast_expert(instr, inner) if isinstance(inner, Expert) else base.rule_cast(lifter, instr, which)
 
 

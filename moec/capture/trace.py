@@ -206,14 +206,16 @@ def _index_tensor(key: str, table: Tensor, at: Any) -> Tensor:
         return _markers.take.default(table, at)
     if is_row(at):
         return _markers.take.default(table, at.reshape(())).unsqueeze(0)
-    at = _rows_at(key, table, at)
+    at = _rows_at(key, table, (at,) if isinstance(at, One) else at)
     if not isinstance(at, tuple):
         return table[at]
     # Integers select before anything else does, so each item takes its axis away first, the last one first.
     rest = list(at)
-    for place in reversed([i for i, part in enumerate(rest) if is_item(part)]):
-        axis = axis_of(rest, place, table.dim())
-        table = _markers.take.default(table.movedim(axis, 0), rest.pop(place))
+    for place in reversed([i for i, part in enumerate(rest) if is_item(part) or isinstance(part, One)]):
+        axis, part = axis_of(rest, place, table.dim()), rest[place]
+        first = table.permute(axis, *range(axis), *range(axis + 1, table.dim()))
+        table = _markers.take.default(first, part.item if isinstance(part, One) else part)
+        rest[place : place + 1] = [None] if isinstance(part, One) else []
     return table[tuple(rest)] if any(narrows(part) for part in rest) else table
 
 
@@ -245,6 +247,18 @@ def store(key: str, obj: Any, at: Any, value: Any) -> None:
     if isinstance(at, tuple) and any(is_item(part) for part in at):
         give_up(key, "the body stores at an index made of the loop's item and others")
     obj[at] = value
+
+
+class One:
+    """`item:item + 1` of the loop's item: its place in an axis, which stays as one of size 1."""
+
+    def __init__(self, item: Tensor) -> None:
+        self.item = item
+
+
+def one(item: Any) -> Any:
+    """`item:item + 1` of an index."""
+    return One(item) if isinstance(item, Tensor) else slice(item, item + 1)
 
 
 class Span:

@@ -134,9 +134,20 @@ def _slices(at: ast.expr) -> bool:
     return any(isinstance(part, ast.Slice) for part in (at.elts if isinstance(at, ast.Tuple) else [at]))
 
 
+def _one(at: ast.Slice) -> bool:
+    """`e:e + 1` of a name."""
+    if not isinstance(at.lower, ast.Name) or not isinstance(at.upper, ast.BinOp) or at.step is not None:
+        return False
+    sides = {ast.unparse(at.upper.left), ast.unparse(at.upper.right)}
+    return isinstance(at.upper.op, ast.Add) and sides == {at.lower.id, "1"}
+
+
 def _key(at: ast.expr) -> ast.expr:
     """An index as an expression of its own: `a:b` is `slice(a, b, None)`."""
     if isinstance(at, ast.Slice):
+        if _one(at):
+            assert at.lower is not None
+            return call("one", at.lower)
         bounds = [bound if bound is not None else ast.Constant(None) for bound in (at.lower, at.upper, at.step)]
         return call("span", *bounds)
     if isinstance(at, ast.Tuple):
