@@ -83,7 +83,9 @@ def coding_of(graph: Graph, matrices: Sequence[tuple[Expert, int]]) -> tuple[str
     if kind == "bf16":
         return "bf16", used
     if len(blocks) != 1 or blocks == {()}:
-        return NoMatch(f"matrices in {kind} have scales for blocks {sorted(blocks)}, expected one kind for all", depth=6)
+        return NoMatch(
+            f"matrices in {kind} have scales for blocks {sorted(blocks)}, expected one kind for all", depth=6
+        )
     rows, columns = blocks.pop()
     return str(Coding(_ELEMENTS[kind], rows, columns)), used
 

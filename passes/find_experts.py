@@ -27,7 +27,7 @@ from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
-from moec.passes.thresholds import table_choice
+from moec.passes.thresholds import say_support, support, table_choice
 from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
 from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
@@ -199,14 +199,18 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         "every expert is visited",
     )
     routing = routing_of(lifter, rows, seats, body)
-    if isinstance(routing, NoMatch):
+    table = support(lifter.graph, body.weight) if isinstance(routing, NoMatch) and seats is None else None
+    if isinstance(routing, NoMatch) and (table is None or not body.by_expert):
         return routing.deeper(6).after(*held)
     if seats is None and not _idle_is_zero(body):
         return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6).after(*held)
     blocked = _obstacle(facts, body)
     if blocked is not None:
         return blocked
-    said = say(lifter, instr, rows, body, routing)
+    if isinstance(routing, NoMatch):
+        said = routing if table is None else say_support(lifter, instr, body, table)
+    else:
+        said = say(lifter, instr, rows, body, routing)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
@@ -336,7 +340,9 @@ def _stored(out: Writer, body: BodyMatch) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(out.cast(name, body.cast) for name in group) for group in body.params)
     plain = len(body.params) - len(body.scales)
     groups = list(zip(body.spec.param_groups, body.params[:plain], strict=False))
-    made = [tuple(out.cast(n, body.spec.dtype) for n in names) if g.startswith("bias_") else names for g, names in groups]
+    made = [
+        tuple(out.cast(n, body.spec.dtype) for n in names) if g.startswith("bias_") else names for g, names in groups
+    ]
     for group, shape in zip(body.params[plain:], body.scales, strict=True):
         wide = (out.type(group[0]).shape[0], *shape) if body.spec.stacked else shape
         made.append(tuple(out.cast(out.reshape(name, wide), "f32") for name in group))

@@ -185,7 +185,8 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return NoMatch(f"`{instr.word}` of rows on a grid", instr.results[0])
     for arg, other in (instr.args, instr.args[::-1]):
         rows = lifter.lift(arg)
-        if not isinstance(rows, Rows) or not on_grid(rows) or lifter.type(arg).rank != instr.types[0].rank:
+        kind, to = lifter.type(arg), instr.types[0]
+        if not isinstance(rows, Rows) or not on_grid(rows) or kind.rank != to.rank or kind.shape[-1:] != to.shape[-1:]:
             continue
         factor = _gate(lifter, rows, other) if instr.word == "mul" else _bias(lifter, rows, other)
         return factor if isinstance(factor, NoMatch) else replace(rows, row=Apply(instr.word, (rows.row, factor)))

@@ -178,6 +178,10 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         )
     if isinstance(held, NoMatch):
         held = kept_mask(lifter, table) or held
+    made = lifter.instr(table)
+    turned = made is not None and made.word == "permute" and made.attr("dims") == (1, 0)
+    if turned and made is not None and isinstance(lifter.lift(made.args[0]), Rows) and isinstance(held, NoMatch):
+        held = Gates(made.uses[0])  # scores of tokens, which could be rows of a batch of experts
     if isinstance(held, Gates):
         return column(lifter, held, anchor)
     if isinstance(held, OneHot) and held.axes[0] == "e":
@@ -277,6 +281,8 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             args.append(Number(float(arg)))
             continue
         inner = lifter.lift(arg)
+        if isinstance(inner, Rows) and inner.space.kind == "grid" and _one_feature(lifter, arg, instr):
+            return NoMatch(f"`{instr.word}` of rows and a number a row on a grid", instr.results[0])
         if isinstance(inner, NoMatch):
             inner = _only_slot(lifter, instr, arg) or inner
         if isinstance(inner, NoMatch):
@@ -309,6 +315,12 @@ def rule_cast(lifter: Lifter, instr: Instr, which: int) -> Lift:
         kept = compared(lifter, "ne", instr.args[0], 0.0) if instr.types[0].dtype == "bool" else None
         return kept or NoMatch("a column of gates in another dtype", instr.results[0])
     return cast_expert(instr, inner) if isinstance(inner, Expert) else base.rule_cast(lifter, instr, which)
+
+
+def _one_feature(lifter: Lifter, arg: Arg, instr: Instr) -> bool:
+    """Whether a value has one number where the result has a row of features."""
+    kind, to = lifter.type(arg), instr.types[0]
+    return kind.rank >= 2 and kind.shape[-1] == 1 and to.shape[-1] != 1
 
 
 def _only_slot(lifter: Lifter, instr: Instr, arg: Arg) -> Rows | None:

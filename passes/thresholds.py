@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.graph import Arg, Instr, Ref, Type
+import sympy
+
+from moec.graph import Arg, Graph, Instr, Ref, Type
 from moec.match import NoMatch
+from moec.passes.body import BodyMatch
+from moec.passes.grid import params_of
 from moec.passes.lift import FLOATS, Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Anchor, Column, Gates, OneHot
+from moec.spec import DTYPES, KernelSpec
 
 _COMPARISONS = frozenset({"gt", "ge", "lt", "le", "ne", "eq"})
 
@@ -76,3 +81,57 @@ def table_choice(
         mask = out.emit(table.word, (Ref(table.value), table.limit), Type("bool", kind.shape))
     chosen = out.emit("experts_where", (Ref(mask),), Type("i64", kind.shape))
     return tuple(out.instrs), weight, chosen
+
+
+def support(graph: Graph, gates: str) -> Table | None:
+    """Where gates may differ from zero, and may have a gradient: relu(u), where(m, u, 0), m·u, and what follows."""
+    made = graph.defs.get(gates)
+    if made is None:
+        return None
+    shape = graph.types[gates].shape
+    if made.word == "relu":
+        return Table(gates, "gt", 0.0)
+    if made.word == "where" and made.args[2] in (0, 0.0) and isinstance(made.args[0], Ref):
+        mask = graph.types[made.args[0].name]
+        return Table(made.args[0].name) if mask.dtype == "bool" and mask.shape == shape else None
+    factors = made.args if made.word == "mul" else made.args[:1] if made.word in ("div", "cast", "same") else ()
+    for arg in factors:
+        source = graph.behind(arg, ("cast", "same")) if isinstance(arg, Ref) else arg
+        if not isinstance(source, Ref) or graph.types[source.name].shape != shape:
+            continue
+        if graph.types[source.name].dtype == "bool":
+            return Table(source.name)
+        found = support(graph, source.name)
+        if found is not None:
+            return found
+    return None
+
+
+def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> tuple[Instr, ...] | NoMatch:
+    """The instructions that replace a sum of every expert's rows times gates that `table` says are zero elsewhere."""
+    graph = lifter.graph
+    to, x, gates = root.types[0], graph.types[body.token], graph.types[body.weight]
+    alike = to.shape == x.shape and gates.shape[:-1] == x.shape[:-1] and gates.shape[-1] == body.num_experts
+    if not alike or x.rank < 2 or x.dtype not in DTYPES or to.dtype not in DTYPES:
+        return NoMatch(f"tokens are {x}, gates {gates}, their sum is {to}", root.results[0], 7)
+    out = Writer(graph, root)
+    mask = table.value
+    if table.word:
+        mask = out.emit(table.word, (Ref(table.value), table.limit), Type("bool", gates.shape))
+    tokens = sympy.Mul(*x.shape[:-1])
+    pairs = (tokens, gates.shape[-1])
+    chosen = out.emit("experts_where", (Ref(out.reshape(mask, pairs)),), Type("i64", pairs))
+    weights, rows = out.reshape(body.weight, pairs), out.reshape(body.token, (tokens, x.shape[-1]))
+    params = params_of(out, body)
+    attrs = (
+        ("spec", str(KernelSpec(body.spec, None, to.dtype))),
+        ("form", "dense"),
+        ("experts", int(body.num_experts)),
+        ("width", int(body.width)),
+    )
+    args, flat = (Ref(rows), Ref(weights), Ref(chosen), params), Type(to.dtype, (tokens, x.shape[-1]))
+    if x.rank == 2:
+        return (*out.instrs, Instr(root.results, "experts", args, (to,), attrs, root.loc))
+    made = Instr((f"{root.results[0]}.rows",), "experts", args, (flat,), attrs, root.loc)
+    back = Instr(root.results, "reshape", (Ref(made.results[0]), Ref(body.token)), (to,), (), root.loc)
+    return (*out.instrs, made, back)

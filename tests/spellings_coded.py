@@ -160,7 +160,8 @@ class Shifted(Kept):
 
 
 SPELLINGS = tuple(
-    Spelling(kind.__name__, "P2", kind, tokens) for kind in (RowScales, OneScale, FlatScales, BlockScales, HalfInFull, CodedModules)
+    Spelling(kind.__name__, "P2", kind, tokens)
+    for kind in (RowScales, OneScale, FlatScales, BlockScales, HalfInFull, CodedModules)
 )
 
 NEAR = (ColumnScales, LearnedScales, Shifted)

@@ -68,6 +68,33 @@ class GatesOfChosen(Chosen):
         return y
 
 
+class DenseRelu(Chosen):
+    """Every expert on every token, times gates that ReLU made."""
+
+    def forward(self, x):
+        gate = F.relu(self.router(x))
+        return sum(gate[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class DenseAbove(Chosen):
+    """Every expert on every token, times the probabilities above their mean, renormalised."""
+
+    def forward(self, x):
+        probs = self.router(x).softmax(-1)
+        gates = probs * (probs > 1 / E)
+        gates = gates / gates.sum(-1, keepdim=True)
+        rows = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return torch.einsum("te,teh->th", gates, rows)
+
+
+class DenseSoft(Chosen):
+    """Every expert counts for every token: nothing is left out."""
+
+    def forward(self, x):
+        gate = self.router(x).softmax(-1)
+        return sum(gate[..., e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
 class NextColumn(ReluGates):
     """Each expert is weighted by the next one's gate."""
 
@@ -97,8 +124,10 @@ SPELLINGS = (
     Spelling("ReluGates", "P1", ReluGates, tokens),
     Spelling("AboveThreshold", "P1", AboveThreshold, batches),
     Spelling("TopMass", "P1", TopMass, tokens),
+    Spelling("DenseRelu", "P6", DenseRelu, tokens),
+    Spelling("DenseAbove", "P6", DenseAbove, tokens),
     Spelling("GatesOfChosen", "P1", GatesOfChosen, tokens),
 )
 
-NEAR = (NextColumn, GrowingThreshold)
+NEAR = (DenseSoft, NextColumn, GrowingThreshold)
 """What must compute what it did, fused or not."""

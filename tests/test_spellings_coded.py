@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from spellings_coded import NEAR, SPELLINGS, FullInHalf
-from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made
+from test_spellings_more import assert_close, compiled, gradients, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:moec. eager experts:RuntimeWarning")  # no C++ kernel reads codes
 
@@ -25,8 +25,9 @@ def test_codes_are_named_by_the_spec():
     for spelling, codes in zip(SPELLINGS, ("int8:1x0", "fp8:0x0", "int8:1x0", "fp8:8x8", "bf16"), strict=False):
         module = made(spelling)
         run, report = compiled(module)
+        inputs = spelling.inputs(7)
         with torch.no_grad():
-            assert_same_call(run, module, spelling.inputs(7))
+            assert_close([run(*inputs)], [module(*inputs)], 1e-5)
         assert f"codes={codes}" in report.sites[0].spec, report.sites[0].spec
 
 
@@ -39,7 +40,7 @@ def test_trained_parameters_are_cast_once():
     assert [s.status for s in report.sites] == ["fused"], report
     run, report = compiled(module)
     with torch.no_grad():
-        assert_same_call(run, module, inputs)
+        assert_close([run(*inputs)], [module(*inputs)], 2e-2)
     assert [s.status for s in report.sites] == ["declined"]
     assert "bf16" in str(report.sites[0].reasons[0])
 

@@ -81,7 +81,7 @@ def picks(loop: ast.For) -> int:
             root = _root(node.func)
             if isinstance(root, ast.Name) and root.id in beside | (names if root is node.func else set()):
                 return 2
-            compared = compared or any(is_alias(arg, names) for arg in node.args) and _is_eq(node.func)
+            compared = compared or (any(is_alias(arg, names) for arg in node.args) and _is_eq(node.func))
         if isinstance(node, ast.Subscript) and is_alias(node.slice, names) and isinstance(node.value, ast.Attribute):
             return 2
         if isinstance(node, ast.Compare):

@@ -76,6 +76,10 @@ class Carver:
         choices = self._choices(roles, root)
         roles |= {name: "choice" for name in roles if self.old(name) in choices}
         later = self._computed_from(choices, root)
+        if any(
+            instr.word == "experts_where" for instr in instrs
+        ):  # gates are zero where the mask that they come from is
+            later |= self._computed_from(tuple(n for n in map(self.old, roles) if roles.get(n) == "given"), root)
         derived = [n for n in map(self.old, roles) if (n in later or self._constant(n)) and n not in choices]
         cut = self._cut(roles, derived)
         original, replacement = Copy(self.source, cut), Copy(self.source, cut)
