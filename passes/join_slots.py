@@ -81,11 +81,11 @@ def _joined(graph: Graph, root: Instr, leaves: Sequence[str], groups: Sequence[S
     rest = [name for name in leaves if name not in gone]
     for sites in groups:
         weights, choices = ([_of(site, at) for site in sites] for at in (1, 2))
-        whole = _whole(graph, weights), _whole(graph, choices)
-        if not whole[0] or not whole[1] or whole[0][1] != whole[1][1]:
-            whole = (joined(out, weights), ()), (joined(out, choices), ())
+        w, e = _whole(graph, weights), _whole(graph, choices)
+        same = w is not None and e is not None and w[1] == e[1]
+        names = (w[0], e[0]) if w and e and same else (joined(out, weights), joined(out, choices))
         first = sites[0]
-        args = (first.args[0], Ref(whole[0][0]), Ref(whole[1][0]), first.args[3])
+        args = (first.args[0], *map(Ref, names), first.args[3])
         name = f"{root.results[0]}.slots{len(rest)}"
         out.instrs.append(Instr((name,), "experts", args, first.types, first.attrs, first.loc or root.loc))
         rest.append(name)

@@ -267,13 +267,9 @@ def _column(lifter: Lifter, places: Arg, dim: object, start: object, stop: objec
 
 def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A pointwise function of rows, experts' vectors and numbers; of a mask and weights, the masked weights."""
-    if instr.word in ("add", "sub", "mul", "div", "pow") and len(instr.args) == 2:
-        masked = _masked(lifter, instr)
-        if masked is not None:
-            return masked
-        codes = scaled(lifter, instr)
-        if codes is not None:
-            return codes
+    product = _masked(lifter, instr) or scaled(lifter, instr) if len(instr.args) == 2 else None
+    if product is not None:
+        return product
     args: list[Row] = []
     lead: Rows | None = None
     for arg in instr.args:
@@ -281,12 +277,10 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             args.append(Number(float(arg)))
             continue
         inner = lifter.lift(arg)
-        if isinstance(inner, Rows) and inner.space.kind == "grid" and _one_feature(lifter, arg, instr):
-            return NoMatch(f"`{instr.word}` of rows and a number a row on a grid", instr.results[0])
         if isinstance(inner, NoMatch):
             inner = _only_slot(lifter, instr, arg) or inner
-        if isinstance(inner, NoMatch):
-            return inner
+        if isinstance(inner, NoMatch) or _one_feature(lifter, arg, instr, inner):
+            return inner if isinstance(inner, NoMatch) else NoMatch("rows and a number a row on a grid", str(arg))
         if isinstance(inner, Rows):
             if lifter.type(arg).rank != instr.types[0].rank:
                 return NoMatch(
@@ -317,9 +311,11 @@ def rule_cast(lifter: Lifter, instr: Instr, which: int) -> Lift:
     return cast_expert(instr, inner) if isinstance(inner, Expert) else base.rule_cast(lifter, instr, which)
 
 
-def _one_feature(lifter: Lifter, arg: Arg, instr: Instr) -> bool:
-    """Whether a value has one number where the result has a row of features."""
+def _one_feature(lifter: Lifter, arg: Arg, instr: Instr, held: Lift) -> bool:
+    """Whether a row on a grid has one number where the result has a row of features."""
     kind, to = lifter.type(arg), instr.types[0]
+    if not isinstance(held, Rows) or held.space.kind != "grid":
+        return False
     return kind.rank >= 2 and kind.shape[-1] == 1 and to.shape[-1] != 1
 
 

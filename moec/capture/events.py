@@ -106,7 +106,7 @@ def loops(function: ast.FunctionDef) -> Iterator[tuple[ast.For, Path]]:
 
 
 def statements(function: ast.FunctionDef | ast.For) -> Iterator[tuple[ast.stmt, Path]]:
-    """The statements of a function or loop, outer ones first, with the way to each; not those of functions inside it."""
+    """The statements of a function or loop, outer ones first, with the way to each; not of functions inside it."""
     yield from _statements(function, ())
 
 

@@ -146,7 +146,8 @@ def _roll_one(found: _Found, candidate: Candidate, key: str) -> None:
     rolls, as_written = call("enter", ast.Constant(key)), own
     if found.turned is not None:
         rolls, enter = call("keeps", ast.Constant(key)), ast.Expr(rolls)
-        body = [ast.For(found.turned.holder.target, found.turned.holder.iter, [enter, *body], [])]
+        turned: list[ast.stmt] = [ast.For(found.turned.holder.target, found.turned.holder.iter, [enter, *body], [])]
+        body = turned
     if found.instead is not None:
         _, block, place = path[-1]
         body = [*block[:place], *body, *block[place + 1 :]]
