@@ -98,6 +98,7 @@ WORDS: Mapping[str, Make] = {
     "narrow": _call(torch.narrow, "dim", "start", "length"),
     "reduce_sum": _call(torch.sum, "dims", "keepdim"),
     "bitwise_and": _call(torch.bitwise_and),
+    "bitwise_or": _call(torch.bitwise_or),
     "where": _call(torch.where),
     "below": _below,
     "cat": _call(torch.cat, "dim"),

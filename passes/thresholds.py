@@ -118,6 +118,9 @@ def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> t
     mask = table.value
     if table.word:
         mask = out.emit(table.word, (Ref(table.value), table.limit), Type("bool", gates.shape))
+    # Gates that were divided by their sum are NaN where that is 0, and so is what eager makes of them.
+    other = out.emit("ne", (Ref(body.weight), 0.0), Type("bool", gates.shape))
+    mask = out.emit("bitwise_or", (Ref(mask), Ref(other)), Type("bool", gates.shape))
     tokens = sympy.Mul(*x.shape[:-1])
     pairs = (tokens, gates.shape[-1])
     chosen = out.emit("experts_where", (Ref(out.reshape(mask, pairs)),), Type("i64", pairs))

@@ -17,7 +17,7 @@ def test_fused_with_outputs_and_gradients(spelling):
         assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
     skewed(module)
     with torch.no_grad():
-        assert_close([run(*inputs)], [module(*inputs)], 1e-5)
+        torch.testing.assert_close(run(*inputs), module(*inputs), equal_nan=True)  # 0 / 0 stays what it is
     assert [s.status for s in report.graph_reports[0].sites] == ["fused"], report
     assert not report.not_rolled
 
