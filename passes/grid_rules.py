@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moec.graph import Instr
 from moec.match import NoMatch, nearest
-from moec.passes import grid, picked
+from moec.passes import grid, grid_stack, picked
 from moec.passes.flat_seats import FLAT_SEATS
 from moec.passes.lift import Lift, Lifter, Rule
 
@@ -14,8 +14,8 @@ VIEWS: Mapping[str, Rule] = {
     "reshape": grid.rule_reshape,
     "permute": grid.rule_permute,
     "slice": grid.rule_slice,
-    "cat": grid.rule_stack,
-    "stack": grid.rule_stack,
+    "cat": grid_stack.rule_stack,
+    "stack": grid_stack.rule_stack,
     "expand": grid.rule_expand,
 }
 """Tried before other rules, which know rows of other spaces alone."""

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moec.capacity import size_of
-from moec.graph import Arg, Dim, Graph, Instr, Ref
+from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes import hot_products as products
 from moec.passes.hot import (
     Below,
-    Chosen,
-    Cold,
     Flag,
     Hot,
     Pairs,
@@ -24,14 +22,21 @@ from moec.passes.hot import (
     Sunk,
     Totals,
     flat,
-    letters_of,
     relabel,
 )
 from moec.passes.hot_choice import chosen
+from moec.passes.hot_masks import (
+    Labelled,
+    rule_compare,
+    rule_invert,
+    rule_masked_fill,
+    rule_where,
+    running,
+    sizes_of,
+    viewed,
+)
 from moec.passes.lift import Lift, Lifter, Rule
-from moec.passes.seat_ids import BEFORE, Scaled, SeatIds
-
-Labelled = Chosen | Hot | Flag | Running | Below | Totals | Spot | Seats | Scaled | SeatIds
+from moec.passes.seat_ids import BEFORE
 
 
 def hot_lifter(graph: Graph) -> Lifter:
@@ -39,20 +44,9 @@ def hot_lifter(graph: Graph) -> Lifter:
     return Lifter(graph, HOT_RULES)
 
 
-def sizes_of(lifter: Lifter, arg: Arg, value: Labelled) -> dict[str, Dim]:
-    """The size of each letter in the labels of a value's axes."""
-    base = value.pairs.base if isinstance(value, Totals) else "" if isinstance(value, Seats) else value.base
-    shape = lifter.graph.types[base].shape if base else ()
-    sizes = dict(zip(letters_of(len(shape)), shape, strict=True))
-    if isinstance(value, Seats):
-        sizes |= dict(value.sizes)
-    singles = zip(value.axes, lifter.type(arg).shape, strict=True)
-    return sizes | {label: dim for label, dim in singles if len(label) == 1 and label != "1"}
-
-
 def rule_view(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """A reshape that only joins and splits whole axes, or adds and drops axes of size 1."""
-    inner = _viewed(lifter, instr)
+    inner = viewed(lifter, instr)
     if not isinstance(inner, Labelled):
         return inner if isinstance(inner, NoMatch) else NoMatch("a view of a mask's inverse", instr.results[0])
     axes = relabel(inner.axes, sizes_of(lifter, instr.args[0], inner), instr.types[0].shape)
@@ -61,15 +55,9 @@ def rule_view(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return replace(inner, axes=axes)
 
 
-def _viewed(lifter: Lifter, instr: Instr) -> Lift:
-    """What is viewed: a labelled value, or plain numbers of experts."""
-    inner = lifter.lift(instr.args[0])
-    return chosen(lifter, instr.args[0]) if isinstance(inner, NoMatch) else inner
-
-
 def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Another order of axes."""
-    inner, dims = _viewed(lifter, instr), instr.attr("dims")
+    inner, dims = viewed(lifter, instr), instr.attr("dims")
     if not isinstance(inner, Labelled) or not isinstance(dims, tuple):
         return inner if isinstance(inner, NoMatch) else NoMatch("a view of a mask's inverse", instr.results[0])
     return replace(inner, axes=tuple(inner.axes[int(str(d))] for d in dims))
@@ -100,7 +88,7 @@ def rule_same(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """one_hot of experts: a mask; one_hot of places: seats."""
-    place = _running(lifter.lift(instr.args[0]))
+    place = running(lifter.lift(instr.args[0]))
     if isinstance(place, Running):
         seats = size_of(instr.attr("classes"))
         return Spot(place.base, (*place.axes, "c"), place.place, seats)
@@ -108,14 +96,6 @@ def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if isinstance(found, NoMatch):
         return found
     return Hot(found.base, (*found.axes, "e"))
-
-
-def _running(value: Lift) -> Lift:
-    """A mask that is the pair's place at the pair, as a place; anything else as it is."""
-    if not isinstance(value, Hot) or value.place is None or value.factors or value.at >= 0:
-        return value
-    place = replace(value.place, given=value.only | value.place.given)
-    return Running(value.base, value.axes, place, Source("", value.axes))
 
 
 def rule_cumsum(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -146,118 +126,6 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     keep = bool(instr.attr("keepdim"))
     axes = tuple("1" if i in gone else a for i, a in enumerate(inner.axes) if keep or i not in gone)
     return products.summed(lifter, inner, flat(tuple(inner.axes[i] for i in sorted(gone))), Source(name, axes))
-
-
-def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """place < capacity, in each direction; weights > 0; ids == arange."""
-    word, name = instr.word, instr.results[0]
-    left, right = instr.args
-    if word in ("eq", "ne") and not isinstance(right, Ref):
-        return _column(lifter, instr, left, right)
-    if word in ("eq", "ne"):
-        return _equals(lifter, instr, left, right) if word == "eq" else NoMatch("places that differ", name)
-    if isinstance(right, Ref) and not isinstance(left, Ref):
-        left, right, word = right, left, _FLIPPED[word]
-    inner = lifter.lift(left)
-    if isinstance(inner, Seats) and right in (0, 0.0) and word in ("ne", "gt"):
-        if word == "gt" and not inner.unit and not products.nonnegative(lifter.graph, inner):
-            return NoMatch("tokens are sent where their weight is > 0, and weights may be negative", name, 3)
-        return replace(inner, mask=True)
-    inner = _running(inner)
-    if not isinstance(inner, Running):
-        return inner if isinstance(inner, NoMatch) else NoMatch(f"`{word}` of {type(inner).__name__}", name)
-    if isinstance(right, Ref) or right is None or isinstance(right, tuple) or word in ("eq", "ne"):
-        return NoMatch("a place is compared with something else than the capacity", name)
-    limit = size_of(right)
-    bound = limit - inner.place.offset + (1 if word in ("le", "gt") else 0)
-    beyond = word in ("ge", "gt")
-    return Below(inner.base, inner.axes, inner.place, bound, Source(name, inner.axes), beyond, beyond)
-
-
-_FLIPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
-
-
-def _column(lifter: Lifter, instr: Instr, left: Arg, right: Arg) -> Lift:
-    """ids == 3: the column of expert 3; mask == 0: where a mask is not; seats != 0: where they are taken."""
-    name, inner = instr.results[0], lifter.lift(left)
-    if isinstance(inner, Seats) and right in (0, 0.0) and instr.word == "ne":
-        return replace(inner, mask=True)
-    if isinstance(inner, Hot) and inner.unit and right in (0, 0.0):
-        return Cold(inner) if instr.word == "eq" else inner
-    found = chosen(lifter, left)
-    if isinstance(found, NoMatch) or not isinstance(right, int) or instr.word != "eq":
-        return found if isinstance(found, NoMatch) else NoMatch("experts other than one", name)
-    return Hot(found.base, found.axes, at=right)
-
-
-def _equals(lifter: Lifter, instr: Instr, left: Arg, right: Arg) -> Lift:
-    """ids[…, 1] == arange(n): one_hot."""
-    name = instr.results[0]
-    for counted, ids in ((left, right), (right, left)):
-        length = counting(lifter, counted)
-        if not length:
-            continue
-        inner = _viewed(lifter, Instr(("",), "same", (ids,), (lifter.type(ids),)))
-        if not isinstance(inner, Chosen | Running) or not inner.axes or inner.axes[-1] != "1":
-            return (
-                inner if isinstance(inner, NoMatch) else NoMatch("counted numbers compared with something else", name)
-            )
-        size = lifter.graph.types[length].shape[0]
-        if isinstance(inner, Chosen):
-            return Hot(inner.base, (*inner.axes[:-1], "e"))
-        return products.seated(inner, (*inner.axes[:-1], "c"), size, length)
-    return NoMatch("a comparison of two values", name)
-
-
-def counting(lifter: Lifter, arg: Arg) -> str:
-    """The name of the arange behind a value that counts along its last axis; '' where there is none."""
-    made = lifter.instr(arg)
-    if made is not None and made.word == "reshape" and lifter.type(made.args[0]).rank == 1:
-        if made.types[0].shape[-1] != lifter.type(made.args[0]).shape[0]:
-            return ""
-        arg = made.args[0]
-    made = lifter.instr(lifter.graph.behind(arg, ("cast", "same")))
-    return made.results[0] if made is not None and made.word == "arange" else ""
-
-
-def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """not (place < C)."""
-    inner = lifter.lift(instr.args[0])
-    if isinstance(inner, Hot) and inner.unit and lifter.type(instr.args[0]).dtype == "bool":
-        return Cold(inner)
-    if isinstance(inner, Cold):
-        return inner.hot
-    return replace(inner, negated=not inner.negated) if isinstance(inner, Below) else NoMatch("the inverse of a mask")
-
-
-def _filled(lifter: Lifter, instr: Instr, hot: Hot, value: Arg, fill: Arg) -> Lift:
-    """Numbers where a mask is 1, `fill` elsewhere."""
-    if lifter.type(value).shape != instr.types[0].shape or len(hot.axes) != instr.types[0].rank:
-        return NoMatch("a mask fills other axes", instr.results[0])
-    if fill in (0, 0.0):
-        return products.product(
-            lifter, hot, NoMatch("numbers"), (Ref("mask"), value), Source(instr.results[0], hot.axes)
-        )
-    if fill == float("-inf") and hot.at < 0:
-        return Sunk(hot)
-    return NoMatch(f"unchosen experts get {fill}, expected 0 or -inf", instr.results[0], 3)
-
-
-def rule_where(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """where(mask, numbers, 0 or −∞)."""
-    mask, value, fill = instr.args
-    hot = lifter.lift(mask)
-    made = lifter.instr(fill)
-    if made is not None and made.word == "full":
-        number = made.attr("value")
-        fill = number if isinstance(number, int | float) else fill
-    if isinstance(hot, Cold):
-        return NoMatch("a mask's inverse selects numbers", instr.results[0])
-    if isinstance(hot, Hot) and hot.unit:
-        return _filled(lifter, instr, hot, value, fill)
-    if isinstance(hot, Below) and not hot.negated and fill in (0, 0.0):
-        return products.product(lifter, hot, lifter.lift(value), (mask, value), Source(instr.results[0], hot.axes))
-    return hot if isinstance(hot, NoMatch) else NoMatch("a choice by something else than a mask", instr.results[0])
 
 
 def rule_scatter(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -305,20 +173,6 @@ def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return replace(inner, axes=axes, at=start)
 
 
-def rule_masked_fill(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """masked_fill(mask, place >= C, 0): the mask of the pairs that are kept; of scores: those of the chosen."""
-    value, mask, fill = instr.args
-    a, b = lifter.lift(value), lifter.lift(mask)
-    if isinstance(b, Cold):
-        return _filled(lifter, instr, b.hot, value, fill)
-    if fill not in (0, 0.0) or not isinstance(b, Below) or not b.negated:
-        return NoMatch("filled with something else than 0 where the capacity is exceeded", instr.results[0])
-    kept = replace(b, negated=False)
-    if isinstance(a, NoMatch):  # a gate a pair
-        return products.product(lifter, kept, a, (mask, value), Source(instr.results[0], kept.axes))
-    return NoMatch("a mask is filled; its condition has no value of its own", instr.results[0])
-
-
 def rule_offset(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """place ± a number; place + totals of an earlier queue; running count − the mask itself; sums of seats."""
     left, right = instr.args
@@ -332,7 +186,7 @@ def rule_offset(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return replace(a, terms=a.terms + b.terms)
     if isinstance(b, Running) and not isinstance(a, Running) and not minus:
         a, b, left, right = b, a, right, left
-    a = _running(a)
+    a = running(a)
     if not isinstance(a, Running):
         return a if isinstance(a, NoMatch) else NoMatch(f"`{instr.word}` of {type(a).__name__}", name)
     if isinstance(right, int | float) and int(right) == right:

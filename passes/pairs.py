@@ -186,7 +186,7 @@ def routed(
     slots = base.shape[-1] if choice.slots else sympy.S.One
     if not slots.is_Integer:
         return NoMatch(f"a token has {slots} slots", choice.base)
-    tokens = sympy.prod(base.shape[:-1] if choice.slots else base.shape)
+    tokens = sympy.Mul(*(base.shape[:-1] if choice.slots else base.shape))
     return out.reshape(weights, (tokens, slots)), out.reshape(experts, (tokens, slots))
 
 

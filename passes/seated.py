@@ -19,7 +19,8 @@ from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.capacity import always, longest
 from moec.passes.flat_seats import returned
-from moec.passes.grid import Grid, labels, merged, on_grid, params_of, seats_of
+from moec.passes.grid import Grid, labels, on_grid, params_of, seats_of
+from moec.passes.grid_stack import merged
 from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
 from moec.passes.hot_products import distinct
 from moec.passes.lift import Lifter, same

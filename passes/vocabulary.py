@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moec.graph import Arg, Ref
-from moec.passes import updates, word_contract, word_views, words
+from moec.passes import updates, word_activations, word_contract, word_views, words
 from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
 from moec.passes.words import BINARY, UNARY, key_of
 
@@ -22,11 +22,11 @@ TABLE: Mapping[str, Raiser] = {
     **dict.fromkeys(BINARY, words.raise_binary),
     **_each("clamp clamp_min clamp_max", words.raise_clamp),
     **_each("logical_not", words.raise_logical_not),
-    **_each("square", words.raise_square),
-    **_each("mish", words.raise_mish),
-    **_each("hardswish", words.raise_hardswish),
-    **_each("relu6", words.raise_relu6),
-    **_each("leaky_relu", words.raise_leaky_relu),
+    **_each("square", word_activations.raise_square),
+    **_each("mish", word_activations.raise_mish),
+    **_each("hardswish", word_activations.raise_hardswish),
+    **_each("relu6", word_activations.raise_relu6),
+    **_each("leaky_relu", word_activations.raise_leaky_relu),
     **_each("to type type_as float half bfloat16 double int long bool _to_copy", words.raise_cast),
     **_each("clone contiguous", words.raise_same),
     **_each("detach", words.raise_detach),

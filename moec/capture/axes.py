@@ -24,3 +24,19 @@ def _consumed(part: Any) -> int:
     if part is None or part is Ellipsis:
         return 0
     return part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+
+
+class One:
+    """`item:item + 1` of the loop's item: its place in an axis, which stays as one of size 1."""
+
+    def __init__(self, item: Tensor) -> None:
+        self.item = item
+
+
+class Span:
+    """`start:stop` with a bound that depends on the item: Python's own slice would ask the tensor for its number."""
+
+    def __init__(self, start: Any, stop: Any, step: Any) -> None:
+        self.start = start
+        self.stop = stop
+        self.step = step

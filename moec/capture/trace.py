@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
-from moec.capture.axes import axis_of, narrows
+from moec.capture.axes import One, Span, axis_of, narrows
 from moec.capture.numbers import counted
 from moec.capture.picked import TextKey, numbered, pick_from
 from moec.capture.state import (
@@ -249,25 +249,9 @@ def store(key: str, obj: Any, at: Any, value: Any) -> None:
     obj[at] = value
 
 
-class One:
-    """`item:item + 1` of the loop's item: its place in an axis, which stays as one of size 1."""
-
-    def __init__(self, item: Tensor) -> None:
-        self.item = item
-
-
 def one(item: Any) -> Any:
     """`item:item + 1` of an index."""
     return One(item) if isinstance(item, Tensor) else slice(item, item + 1)
-
-
-class Span:
-    """`start:stop` with a bound that depends on the item: Python's own slice would ask the tensor for its number."""
-
-    def __init__(self, start: Any, stop: Any, step: Any) -> None:
-        self.start = start
-        self.stop = stop
-        self.step = step
 
 
 def span(start: Any, stop: Any, step: Any) -> Any:

@@ -1,0 +1,43 @@
+"""Activations that torch has an operator of its own for, said in simpler words."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from moec.graph import Arg
+from moec.passes.raise_graph import Builder, fake, type_of_fake
+from moec.passes.words import named
+
+
+def raise_square(build: Builder, node: fx.Node) -> Arg | None:
+    """square(x) → mul(x, x)."""
+    x = build.value(node.args[0])
+    return build.emit("mul", (x, x), type_of_fake(fake(node)))
+
+
+def raise_mish(build: Builder, node: fx.Node) -> Arg | None:
+    """mish(x) → mul(x, tanh(softplus(x)))."""
+    x, kind = build.value(node.args[0]), type_of_fake(fake(node))
+    return build.emit("mul", (x, build.emit("tanh", (build.emit("softplus", (x,), kind),), kind)), kind)
+
+
+def raise_hardswish(build: Builder, node: fx.Node) -> Arg | None:
+    """hardswish(x) → x · clamp(x + 3, 0, 6) / 6."""
+    x, kind = build.value(node.args[0]), type_of_fake(fake(node))
+    inner = build.emit("clamp_min", (build.emit("add", (x, 3.0), kind), 0.0), kind)
+    return build.emit("div", (build.emit("mul", (x, build.emit("clamp_max", (inner, 6.0), kind)), kind), 6.0), kind)
+
+
+def raise_relu6(build: Builder, node: fx.Node) -> Arg | None:
+    """relu6(x) → clamp(x, 0, 6)."""
+    x, kind = build.value(node.args[0]), type_of_fake(fake(node))
+    return build.emit("clamp_max", (build.emit("clamp_min", (x, 0.0), kind), 6.0), kind)
+
+
+def raise_leaky_relu(build: Builder, node: fx.Node) -> Arg | None:
+    """leaky_relu(x, s) → max(x, s·x), for 0 ≤ s ≤ 1."""
+    slope = named(node, "input negative_slope").get("negative_slope", 0.01)
+    if not isinstance(slope, float) or not 0 <= slope <= 1:
+        return None
+    x, kind = build.value(node.args[0]), type_of_fake(fake(node))
+    return build.emit("maximum", (x, build.emit("mul", (x, slope), kind)), kind)
