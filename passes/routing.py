@@ -166,7 +166,9 @@ def _selection(graph: Graph, spec: RouterSpec, choice: str, score: str, k: int) 
     spec, choice = grouped
     made = graph.defs.get(choice)
     bias = ""
-    if made is not None and made.word == "add" and len(made.uses) == 2 and score:
+    # What weights are made of themselves is not shifted for the choice alone.
+    alone = score and spec.choose_by != "logits" and uncast(graph, score) != uncast(graph, choice)
+    if made is not None and made.word == "add" and len(made.uses) == 2 and alone:
         ranks = [len([d for d in graph.types[u].shape if d != 1]) for u in made.uses]
         if sorted(ranks) == [1, 2]:
             bias = made.uses[ranks.index(1)]

@@ -17,16 +17,17 @@ T, H, N, E, K = 13, 8, 8, 5, 2
 class Layer(torch.nn.Module):
     """Experts that are chosen, and weighted, by functions of the logits."""
 
-    def __init__(self, route, dtype=torch.float32):
+    def __init__(self, route, dtype=torch.float32, bias=False):
         super().__init__()
         g = torch.Generator().manual_seed(1)
         self.route = route
+        self.bias = torch.nn.Parameter(torch.randn(E, generator=g).to(dtype)) if bias else None
         shapes = {"router": (E, H), "up": (E, 2 * N, H), "down": (E, H, N)}
         for name, shape in shapes.items():
             self.register_parameter(name, torch.nn.Parameter(torch.randn(shape, generator=g).to(dtype)))
 
     def forward(self, x):
-        w, e = self.route(F.linear(x, self.router))
+        w, e = self.route(F.linear(x, self.router, self.bias))
         a, b = torch.bmm(self.up[e.reshape(-1)], x.repeat_interleave(K, 0).unsqueeze(-1)).squeeze(-1).chunk(2, -1)
         h = torch.bmm(self.down[e.reshape(-1)], (F.silu(a) * b).unsqueeze(-1)).view(-1, K, H)
         return (h * w.to(x.dtype).unsqueeze(-1)).sum(1), e
@@ -153,6 +154,34 @@ def test_near_misses_compute_what_eager_computes(name):
     with torch.no_grad():
         (y, e), (want, chosen) = run(x), module(x)
     assert "in the graph" in report.sites[0].router, report
+    assert torch.equal(e, chosen)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+def scattered(z):
+    w, e = torch.topk(z, K, dim=-1)
+    return torch.full_like(z, float("-inf")).scatter_(1, e, w).sigmoid().gather(1, e), e
+
+
+BIASED = {
+    "top-k's own": by(torch.sigmoid),
+    "after the choice": after(torch.sigmoid),
+    "gathered logits": gathered(lambda z: z, lambda z: z),
+    "gathered scores": gathered(torch.sigmoid, lambda z: z),
+    "scattered": scattered,
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_of_the_logits_is_in_the_weights_too(name):
+    module = Layer(BIASED[name], bias=True)
+    run, report = compiled(module)
+    x = inputs()
+    with torch.no_grad():
+        (y, e), (want, chosen) = run(x), module(x)
+    (site,) = report.sites
+    assert site.status == "fused"
+    assert "selection bias" not in site.router, report
     assert torch.equal(e, chosen)
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
