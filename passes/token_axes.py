@@ -108,11 +108,13 @@ def slots_of(graph: Graph, choice: str) -> Dim | None:
 
 def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: str) -> tuple[str, str] | NoMatch:
     """w[T, k] and e[T, k] of tokens on any axes, k = `slots` (None: as `choice` has); w is 1 where none is named."""
+    choice = out.column(choice)
     kind = out.type(choice)
     if slots is None:
         slots = kind.shape[-1] if kind.rank > 1 else sympy.S.One
     if not weights:
         weights = out.cast(out.emit("ge", (Ref(choice), 0), Type("bool", kind.shape)), dtype)
+    weights = out.column(weights)
     given, count = out.type(weights), sympy.Mul(*kind.shape)
     if not same(sympy.Mul(*given.shape), count) or (slots != 1 and given.shape[-1] != slots):
         return NoMatch(f"routing weights are {given} for choices {kind}", weights)

@@ -144,6 +144,7 @@ class Maker:
     def _choice(self, shape: tuple[int, ...]) -> Tensor:
         """Different experts for each token; the same for all; or the same one twice."""
         k = shape[-1] if len(shape) > 1 else 1
+        k = k if k <= self.experts else 1  # more than there are experts: the last axis is one of tokens
         rows = math.prod(shape) // k if k else 0
         if self.trial.routing == "crowded":
             side = self._integers((rows, 1), 0, 2) + torch.arange(k, device="cpu")
