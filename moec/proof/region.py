@@ -15,6 +15,7 @@ from moec.passes.canonicalize import twins
 from moec.passes.hot_products import nonnegative_value
 from moec.passes.lower import Lowering, any_views, emit, groups_of, root_node
 from moec.passes.raise_graph import Raised
+from moec.passes.token_axes import choice_axes
 from moec.proof.copying import Copy, Leaf, Source, Unprovable
 
 
@@ -191,7 +192,7 @@ def computed_from(graph: Graph, values: tuple[str, ...], last: str) -> frozenset
 
 def is_distinct(graph: Graph, choice: str) -> bool:
     """Whether the choice comes from a top-k or a sort along experts, or is one expert a token."""
-    if not choice or graph.types[choice].rank < 2 or graph.types[choice].shape[-1] == 1:
+    if not choice or "s" not in choice_axes(graph, choice) or graph.types[choice].shape[-1] == 1:
         return True
     first = graph.behind(Ref(choice), ("cast", "same", "slice", "detach"))
     made = graph.defs.get(first.name) if isinstance(first, Ref) else None
