@@ -121,7 +121,12 @@ class Builder:
 
 def location(node: fx.Node) -> str:
     """`file:line` of the user's code that made the node, or ''."""
-    trace = node.meta.get("stack_trace") or ""
+    return _innermost(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(maxsize=4096)
+def _innermost(trace: str) -> str:
+    """`file:line` of a trace's last line that is the user's; nodes of repeated layers share one trace."""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ") and _ROLLING not in line]
     if not lines:
         return ""
