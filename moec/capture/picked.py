@@ -45,6 +45,8 @@ class Picked:
         return functional_call(self._moec_first, self._moec_picks, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_moec_"):  # Dynamo also asks an object that was never initialised
+            raise AttributeError(name)
         picks = self._moec_picks
         if name in picks:
             return picks[name]

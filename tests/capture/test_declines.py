@@ -98,6 +98,20 @@ class LastUsed(Base):
         return y + out.sum()
 
 
+class ComparesTheExpert(Base):
+    def forward(self, x):
+        idx, y = self.choose(x), torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t = torch.where(idx == e)[0]
+            y.index_add_(0, t, expert(x[t]) * (1 + (expert == e)))
+        return y
+
+
+def test_an_expert_that_is_compared_with_its_number(recorder):
+    model, x = ComparesTheExpert(), torch.randn(6, 8)
+    torch.testing.assert_close(torch.compile(model, backend=recorder)(x), model(x))
+
+
 def test_graph_break_in_the_body(recorder):
     model, x = BreaksTheGraph(), torch.randn(6, 8)
     assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
