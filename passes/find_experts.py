@@ -25,13 +25,14 @@ from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
 from moec.passes.row_rules import RULES
 from moec.passes.runs import full_run
+from moec.passes.say_experts import site_attrs
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
 from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
 from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
-from moec.spec import DTYPES, KernelSpec
+from moec.spec import DTYPES
 from moec.target import kernel_devices
 
 
@@ -360,7 +361,6 @@ def _say(
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
-    spec = KernelSpec(body.spec, None, to.dtype)
     made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}
     out = Writer(graph, root, list(prelude), made)
     pairs = as_pairs(out, weights, choice, slots_of(graph, total.rows.choice), x.dtype)
@@ -370,12 +370,7 @@ def _say(
     shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
     rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
     args = (Ref(rows), *map(Ref, pairs), tuple(ref for group in groups for ref in group))
-    attrs = (
-        ("spec", str(spec)),
-        ("form", total.form),
-        ("experts", int(body.num_experts) if body.num_experts.is_Integer else str(body.num_experts)),
-        ("width", int(body.width) if body.width.is_Integer else str(body.width)),
-    )
+    attrs = site_attrs(body, to.dtype, total.form)
     name = root.results[0]
     flat = to if to.rank == 2 else Type(to.dtype, shape)
     names = [f"{name}.rows"] * (to.rank > 2) + [f"{name}.routed"] * bool(total.base) + [name]

@@ -12,10 +12,8 @@ import sympy
 
 from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch, nearest
-from moec.passes.body import BodyMatch
 from moec.passes.hot import Hot, Seats, flat, letters_of, relabel
 from moec.passes.lift import Lift, Lifter, same
-from moec.passes.pairs import Writer
 from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Row, Rows, Slice, Space, Token
 
 
@@ -331,15 +329,3 @@ def _fresh(lifter: Lifter, instr: Instr, x: Arg, w: Arg, letters: tuple[str, str
         return NoMatch("not tokens and an expert's matrix", name)
     row_of: Row = Dot(Token(x.name), weight, mat.index(row[-1]))
     return Rows(Grid("grid", 0, "", sizes=tuple(sizes.items())), row_of, ".".join(label[c] for c in out[:-1]))
-
-
-def params_of(out: Writer, body: BodyMatch) -> tuple[Ref, ...]:
-    """The parameters in kernel order; a bias kept as [E, 1, F] is seen as [E, F]."""
-    refs: list[Ref] = []
-    for role, group in zip(body.spec.param_groups, body.params, strict=True):
-        for name in group:
-            kind = out.type(name)
-            if role.startswith("bias") and body.spec.stacked and kind.rank == 3:
-                name = out.reshape(name, (kind.shape[0], kind.shape[2]))
-            refs.append(Ref(name))
-    return tuple(refs)

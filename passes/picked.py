@@ -15,12 +15,13 @@ from moec.dims import dim_text
 from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
-from moec.passes.grid import Grid, on_grid, parameter, params_of
+from moec.passes.grid import Grid, on_grid, parameter
 from moec.passes.hot import letters_of
 from moec.passes.lift import Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Dot, Expert, Rows, Token
-from moec.spec import DTYPES, KernelSpec
+from moec.passes.say_experts import say_experts
+from moec.spec import DTYPES
 
 PICKED = "picked"
 """The key of the grid of picked rows."""
@@ -178,22 +179,8 @@ def say_picked(lifter: Lifter, root: Instr, body: BodyMatch) -> tuple[Instr, ...
         return NoMatch(f"rows are {rows}, experts' outputs {to}", root.results[0], 7)
     count = sympy.Mul(*rows.shape[:-1])
     axes = held.layout.split(".")
-    params = params_of(out, body)
-    x = out.reshape(body.token, (count, rows.shape[-1]))
     ones = out.emit("ones_of_rows", (Ref(body.token),), Type(rows.dtype, (count, sympy.S.One)))
     kind = Type("i64", (count, sympy.S.One))
     ids = out.emit("expert_of_rows", (Ref(body.token),), kind, dim=axes.index("e"))
-    attrs = (
-        ("spec", str(KernelSpec(body.spec, None, to.dtype))),
-        ("form", "expert_choice"),
-        ("experts", int(body.num_experts)),
-        ("width", int(body.width)),
-        ("capacity", dim_text(rows.shape[axes.index("c")])),
-        ("order", "score"),
-        ("drop", "never"),
-    )
-    name = root.results[0]
-    kind = Type(to.dtype, (count, rows.shape[-1]))
-    made = Instr((f"{name}.rows",), "experts", (Ref(x), Ref(ones), Ref(ids), params), (kind,), attrs, root.loc)
-    back = Instr((name,), "reshape", (Ref(f"{name}.rows"), Ref(body.token)), (to,), (), root.loc)
-    return (*out.instrs, made, back)
+    capacity = ("capacity", dim_text(rows.shape[axes.index("c")]))
+    return say_experts(out, body, ones, ids, "expert_choice", capacity, ("order", "score"), ("drop", "never"))

@@ -19,14 +19,15 @@ from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.capacity import always, longest
 from moec.passes.flat_seats import returned
-from moec.passes.grid import Grid, labels, on_grid, params_of, seats_of
+from moec.passes.grid import Grid, labels, on_grid, seats_of
 from moec.passes.grid_stack import merged
 from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
 from moec.passes.hot_products import distinct
 from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.rows import Apply, Gate, Row, Rows, strip
-from moec.spec import DTYPES, KernelSpec
+from moec.passes.say_experts import say_experts
+from moec.spec import DTYPES
 
 GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack", "mul", "index", "gather"})
 TAKEN_BACK = frozenset({"mul", "index", "gather"})
@@ -289,24 +290,8 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
         weights.append(found[0])
         experts.append(found[1])
     w, e = joined(out, weights), joined(out, experts)
-    params = params_of(out, body)
-    flat_shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
-    token = out.reshape(body.token, flat_shape)
-    attrs = (
-        ("spec", str(KernelSpec(body.spec, None, to.dtype))),
-        ("form", "capacity_einsum" if routing.seats is not None else "dense"),
-        ("experts", int(body.num_experts)),
-        ("width", int(body.width)),
-        *_capacity(graph, routing),
-    )
-    args = (Ref(token), Ref(w), Ref(e), params)
-    name = root.results[0]
-    if to.shape == flat_shape:
-        return (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc))
-    made = Instr((f"{name}.rows",), "experts", args, (Type(to.dtype, flat_shape),), attrs, root.loc)
-    like = (Ref(body.token),) if to.shape == x.shape else ()
-    back = Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
-    return (*out.instrs, made, back)
+    form = "capacity_einsum" if routing.seats is not None else "dense"
+    return say_experts(out, body, w, e, form, *_capacity(graph, routing))
 
 
 def _capacity(graph: Graph, routing: Routing) -> tuple[tuple[str, str], ...]:

@@ -13,11 +13,11 @@ import sympy
 from moec.graph import Arg, Graph, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch
-from moec.passes.grid import params_of
 from moec.passes.lift import FLOATS, Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Anchor, Column, Gates, OneHot
-from moec.spec import DTYPES, KernelSpec
+from moec.passes.say_experts import say_experts
+from moec.spec import DTYPES
 
 _COMPARISONS = frozenset({"gt", "ge", "lt", "le", "ne", "eq"})
 
@@ -34,6 +34,12 @@ class Table:
     def name(self) -> str:
         """The choice's name while it is matched."""
         return f"{self.value}#{self.word}{self.limit if self.word else ''}"
+
+    def mask(self, out: Writer) -> str:
+        """The mask, made where it is a comparison."""
+        if not self.word:
+            return self.value
+        return out.emit(self.word, (Ref(self.value), self.limit), Type("bool", out.type(self.value).shape))
 
 
 def column(lifter: Lifter, held: Gates, item: Anchor) -> Lift:
@@ -76,10 +82,7 @@ def table_choice(
     if given.rank != 2 or not all(same(a, b) for a, b in zip(given.shape, kind.shape, strict=True)):
         return NoMatch(f"gates are {given} for choices {kind}", weight)
     out = Writer(lifter.graph, root)
-    mask = table.value
-    if table.word:
-        mask = out.emit(table.word, (Ref(table.value), table.limit), Type("bool", kind.shape))
-    chosen = out.emit("experts_where", (Ref(mask),), Type("i64", kind.shape))
+    chosen = out.emit("experts_where", (Ref(table.mask(out)),), Type("i64", kind.shape))
     return tuple(out.instrs), weight, chosen
 
 
@@ -115,26 +118,10 @@ def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> t
     if not alike or x.rank < 2 or x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, gates {gates}, their sum is {to}", root.results[0], 7)
     out = Writer(graph, root)
-    mask = table.value
-    if table.word:
-        mask = out.emit(table.word, (Ref(table.value), table.limit), Type("bool", gates.shape))
+    mask = table.mask(out)
     # Gates that were divided by their sum are NaN where that is 0, and so is what eager makes of them.
     other = out.emit("ne", (Ref(body.weight), 0.0), Type("bool", gates.shape))
     mask = out.emit("bitwise_or", (Ref(mask), Ref(other)), Type("bool", gates.shape))
-    tokens = sympy.Mul(*x.shape[:-1])
-    pairs = (tokens, gates.shape[-1])
+    pairs = (sympy.Mul(*x.shape[:-1]), gates.shape[-1])
     chosen = out.emit("experts_where", (Ref(out.reshape(mask, pairs)),), Type("i64", pairs))
-    weights, rows = out.reshape(body.weight, pairs), out.reshape(body.token, (tokens, x.shape[-1]))
-    params = params_of(out, body)
-    attrs = (
-        ("spec", str(KernelSpec(body.spec, None, to.dtype))),
-        ("form", "dense"),
-        ("experts", int(body.num_experts)),
-        ("width", int(body.width)),
-    )
-    args, flat = (Ref(rows), Ref(weights), Ref(chosen), params), Type(to.dtype, (tokens, x.shape[-1]))
-    if x.rank == 2:
-        return (*out.instrs, Instr(root.results, "experts", args, (to,), attrs, root.loc))
-    made = Instr((f"{root.results[0]}.rows",), "experts", args, (flat,), attrs, root.loc)
-    back = Instr(root.results, "reshape", (Ref(made.results[0]), Ref(body.token)), (to,), (), root.loc)
-    return (*out.instrs, made, back)
+    return say_experts(out, body, out.reshape(body.weight, pairs), chosen, "dense")
