@@ -19,11 +19,11 @@ from moec.codegen.tile_prior import rank_with_prior
 from moec.codegen.triton_config import GpuConfig, GpuFigures, check_target, default_config
 from moec.codegen.triton_operands import Operands, contiguous
 from moec.codegen.triton_views import undescribable
+from moec.engine import SCHEDULES
 from moec.errors import CodegenError
 from moec.gpu_target import GpuTarget, gpu_targets
 from moec.spec import KernelSpec
 
-SCHEDULES = ("pointers", "auto", "descriptors", "persistent", "specialized")
 _PROGRAMS = 128  # of a target whose multiprocessors are not known
 
 

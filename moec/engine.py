@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 from moec.errors import OptionError
+
+Schedule = Literal["pointers", "auto", "descriptors", "persistent", "specialized"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
 # What is asked for by a word of its own, where it differs from this.
@@ -14,7 +18,7 @@ _PLAIN = (("weights", "stored"), ("combine", "ordered"), ("schedule", "pointers"
 _VALUES = {
     "weights": _WEIGHTS,
     "combine": re.compile("ordered|atomic"),
-    "schedule": re.compile("pointers|auto|descriptors|persistent|specialized"),
+    "schedule": re.compile("|".join(SCHEDULES)),
     "capacity": re.compile(r"[\w.+*/(),-]+"),
 }
 _FLAGS = ([], ["race"], ["fresh"], ["race", "fresh"])

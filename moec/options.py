@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from moec.engine import Engine, check_weights
+from moec.engine import Engine, Schedule, check_weights
 from moec.errors import OptionError
 
 Kind = Literal["auto", "cpp", "triton", "eager"]
@@ -17,7 +17,6 @@ Rest = Literal["inductor", "aot_eager", "eager"]
 Save = Literal["auto", "always", "never"]
 Race = Literal["off", "on"]
 Combine = Literal["ordered", "atomic"]
-Schedule = Literal["pointers", "auto", "descriptors", "persistent", "specialized"]
 Proof = Literal["on", "strict", "off"]
 
 

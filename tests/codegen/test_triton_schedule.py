@@ -8,8 +8,8 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_launch import program
 from moec.codegen.triton_operands import contiguous
-from moec.codegen.triton_schedule import SCHEDULES, candidates, scheduled
-from moec.engine import Engine
+from moec.codegen.triton_schedule import candidates, scheduled
+from moec.engine import SCHEDULES, Engine
 from moec.errors import CodegenError, OptionError
 from moec.gpu_target import gpu_target, gpu_targets
 from moec.options import Options
