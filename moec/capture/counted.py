@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 
-from moec.capture.events import after, loaded, read_first, statements, stored
+from moec.capture.events import after, loaded, nested, read_first, statements, stored
 
 
 def counted(node: ast.FunctionDef) -> ast.FunctionDef:
@@ -43,9 +43,8 @@ def _last_counts(loop: ast.For) -> str | None:
 
 def _leaves(loop: ast.For) -> bool:
     """Whether an iteration may end before its last statement."""
-    inner = [n for n in ast.walk(loop) if n is not loop and isinstance(n, (ast.For, ast.While))]
-    own = {id(n) for each in inner for n in ast.walk(each)}
-    return any(isinstance(n, (ast.Continue, ast.Break)) and id(n) not in own for n in ast.walk(loop))
+    inside = nested(loop)
+    return any(isinstance(n, (ast.Continue, ast.Break)) and id(n) not in inside for n in ast.walk(loop))
 
 
 def _begins_at_zero(before: list[ast.stmt], name: str) -> bool:

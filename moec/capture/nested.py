@@ -18,9 +18,8 @@ from moec.capture.recognise import aliases_of, is_alias, tainted_by
 
 @dataclass(frozen=True)
 class Exchanged:
-    """`holder` runs over a token's choices, `loop` stands in it and runs over experts; the loop as it was written."""
+    """`holder` runs over a token's choices, `loop` stands in it and runs over experts; `path`: to what was written."""
 
-    written: ast.For
     path: Path
     holder: ast.For
     loop: ast.For
@@ -46,7 +45,7 @@ def exchanged(loop: ast.For, path: Path) -> Exchanged | None:
         return None
     turned = ast.For(loop.target, loop.iter, copy.deepcopy([*before, *inner.body]), [])
     holder = ast.For(inner.target, inner.iter, [ast.copy_location(turned, loop)], [])
-    return Exchanged(loop, path, ast.copy_location(holder, loop), turned)
+    return Exchanged(path, ast.copy_location(holder, loop), turned)
 
 
 def _only_binds(stmt: ast.stmt) -> bool:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moec.capture.events import Path, after, events, loaded, read_first, stored
+from moec.capture.events import Path, after, events, loaded, nested, read_first, stored
 from moec.capture.host import Scope, counters
 from moec.capture.rebinds import WRITES, adds, flat, keeps, rebound_name, recast, updates
 from moec.capture.slices import appended_to, bound_names, chunk_names, collected_names, cuts, reads_chunk
@@ -258,13 +258,11 @@ def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str]
     """Why the loop cannot be rolled, or None."""
     if loop.orelse:
         return "the loop has an else branch"
-    nested = {
-        id(n) for s in ast.walk(loop) if s is not loop and isinstance(s, (ast.For, ast.While)) for n in ast.walk(s)
-    }
+    inside = nested(loop)
     for node in ast.walk(loop):
         if isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.Try, ast.Global, ast.Nonlocal)):
             return f"the body has a {type(node).__name__.lower()} statement"
-        if isinstance(node, ast.Break) and id(node) not in nested:
+        if isinstance(node, ast.Break) and id(node) not in inside:
             return "the body breaks out of the loop"
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             return f"the body sets the attribute {ast.unparse(node)}"

@@ -15,6 +15,7 @@ from torch import fx, nn
 from moec.capture.effects import root, written
 from moec.capture.region import Region
 from moec.graph import Instr
+from moec.kept_graph import KeptGraph
 from moec.passes.opaque import OpaqueSite
 from moec.passes.opaque_lower import sort_rows
 from moec.passes.raise_graph import Raised
@@ -92,10 +93,7 @@ def _join_leaves(copy: Copy) -> None:
 
 def _sorted(copy: Copy, site: OpaqueSite) -> fx.Graph:
     """A copy of the copy, rewritten."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in copy.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-    made = fx.GraphModule(nn.Module(), graph)
+    made = fx.GraphModule(nn.Module(), KeptGraph.of(copy.graph).restored())
     choice = next((name for name, leaf in copy.feeds.items() if leaf == site.choice), "")
     if not sort_rows(made, raise_fx(made), (replace(site, choice=choice),)):
         raise Unprovable("the loop cannot be copied out of its graph")
