@@ -1,11 +1,11 @@
-"""Tokens on several axes: one graph, fused, with eager's outputs and gradients; near misses are left alone."""
+"""Tokens on several axes: one graph, fused, equal (gradients: with the strangers); near misses are left alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from spellings_axes import NEAR, SPELLINGS
-from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made, skewed
+from test_spellings_more import assert_same_call, compiled, made, skewed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -20,15 +20,6 @@ def test_fused_and_equal(spelling):
         assert not report.not_rolled
         skewed(module)
         assert_same_call(run, module, (torch.randn(3, 7, 16),))
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
-def test_gradients(spelling):
-    module = made(spelling)
-    run, report = compiled(module)
-    inputs = spelling.inputs(13)
-    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
-    assert [s.status for s in report.sites] == ["fused"], report
 
 
 @pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import spellings_axes
 import torch
 from spellings_strangers import NEAR, SPELLINGS, ExpertsWithDropout
 from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made, skewed
@@ -22,7 +23,7 @@ def test_fused_and_equal(spelling):
         assert_same_call(run, module, spelling.inputs(7))
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *spellings_axes.SPELLINGS], ids=lambda s: f"{s.spelling}-{s.name}")
 def test_gradients(spelling):
     module = made(spelling)
     run, report = compiled(module)
