@@ -138,11 +138,17 @@ def _chunk(sizes: Sizes) -> int:
 # --- candidates ---------------------------------------------------------------------------------------------------
 
 
+_MUCH_SLOWER = 1.5  # the model is a sketch: it may only rule out what it finds this much worse than its best
+
+
 @lru_cache(maxsize=256)
-def candidates(spec: KernelSpec, sizes: Sizes, target: Target, threads: int, limit: int = 32) -> tuple[Tuning, ...]:
+def candidates(
+    spec: KernelSpec, sizes: Sizes, target: Target, threads: int, limit: int = 32, slowest: float = _MUCH_SLOWER
+) -> tuple[Tuning, ...]:
     """The default, then at most `limit` - 1 others worth measuring, the most promising first.
 
-    Left out: what does not fit the caches, what equals another at these sizes, what the model calls much slower.
+    Left out: what does not fit the caches, what equals another at these sizes, what by the model takes more than
+    `slowest` times the best one's time.
     """
     default = default_tuning(spec, sizes, target, threads)
     known = {_effective(default, sizes)}
@@ -155,10 +161,7 @@ def candidates(spec: KernelSpec, sizes: Sizes, target: Target, threads: int, lim
         found.append((_cycles(spec, moved, sizes, target, threads), len(found), moved))
     found.sort(key=lambda each: each[:2])
     best = min((_cycles(spec, default, sizes, target, threads), *(cost for cost, _, _ in found)))
-    return (default, *(moved for cost, _, moved in found[: limit - 1] if cost <= _MUCH_SLOWER * best))
-
-
-_MUCH_SLOWER = 1.5  # the model is a sketch: it may only rule out what it finds this much worse than its best
+    return (default, *(moved for cost, _, moved in found[: limit - 1] if cost <= slowest * best))
 
 
 def _moves(spec: KernelSpec, sizes: Sizes, target: Target, default: Tuning) -> Iterator[Tuning]:

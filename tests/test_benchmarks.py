@@ -45,6 +45,16 @@ def test_skew(tmp_path):
     assert all(0 <= row["idle"] < 1 for row in rows.values())
 
 
+def test_tuner(tmp_path):
+    out = tmp_path / "tuner.json"
+    sizes = ["--layers", "tiny", "--tokens", "7", "--budget", "0.5", "--turns", "1", "--last", "2"]
+    assert "a budget of 0.5 s" in run("tuner.py", *sizes, "--out", str(out))
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["tried"] > 4
+    assert row["found"] > 0
+    assert {row["winner_time"]["runs"], row["best_time"]["runs"], row["default_time"]["runs"]} == {4}
+
+
 def test_train(tmp_path):
     out = tmp_path / "train.json"
     sizes = ["--layers", "tiny", "--tokens", "64", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
