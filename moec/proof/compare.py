@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ UNINITIALISED = frozenset({"empty", "empty_like", "new_empty"})
 """What gives memory as it is: both graphs get NaN there, which whatever they return must not depend on."""
 
 _WIDE_METHODS = frozenset({"float", "half", "bfloat16"})
+_DEVICE_METHODS = frozenset({"cuda", "xpu"})
+_DEVICE = re.compile(r"(cuda|hip|xpu|mps)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ def _as_if_outside() -> Generator[None]:
     One thread: the tensors are tiny, and waking others costs more than they save on a busy machine.
     """
     threads = torch.get_num_threads()
-    modes = (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False))
+    modes: list[AbstractContextManager[Any]] = [
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ]
+    if torch.get_default_device().type != "cpu":
+        modes.append(torch.device("cpu"))
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
@@ -150,7 +159,9 @@ def executable(half: Half, sizes: Sizes, exact: bool, engine: str) -> fx.GraphMo
     env: dict[fx.Node, fx.Node] = {}
     for node in half.graph.nodes:
         made = env[node] = graph.node_copy(node, env.__getitem__)
-        args, kwargs = sizes.argument(made.args), sizes.argument(dict(made.kwargs))
+        args, kwargs = map_aggregate((sizes.argument(made.args), sizes.argument(dict(made.kwargs))), _on_cpu)
+        if made.op == "call_method" and made.target in _DEVICE_METHODS:
+            made.target, args, kwargs = "cpu", args[:1], {}
         if exact:
             args, kwargs = map_aggregate((args, kwargs), _widened)
             if made.op == "call_method" and made.target in _WIDE_METHODS:
@@ -165,6 +176,13 @@ def executable(half: Half, sizes: Sizes, exact: bool, engine: str) -> fx.GraphMo
 
 def _poisoned(memory: Tensor) -> Tensor:
     return memory.fill_(torch.nan) if memory.is_floating_point() else memory
+
+
+def _on_cpu(value: Any) -> Any:
+    """Trials run on the CPU, wherever the model is: they are tiny, and must not disturb its device."""
+    if isinstance(value, str):
+        return "cpu" if _DEVICE.fullmatch(value) else value
+    return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
 def _widened(value: Any) -> Any:
