@@ -5,12 +5,13 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 from moec.codegen.plan import Sizes
 from moec.coding import Coding
-from moec.errors import CodegenError
+from moec.errors import CodegenError, ParseError
 from moec.gpu_target import gpu_targets
 from moec.spec import KernelSpec
 
@@ -19,6 +20,11 @@ COMBINES = ("fused", "separate", "atomic")
 NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WEIGHTS = ("pointers", "descriptors")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+_KINDS: Mapping[str, Callable[[str], Any]] = {
+    "int": int,
+    "str": str,
+    "bool": {"True": True, "False": False}.__getitem__,
+}
 
 
 class GpuFigures(Protocol):
@@ -32,6 +38,11 @@ class GpuFigures(Protocol):
     @property
     def shared_bytes(self) -> int:
         """Shared memory (LDS) that one block may use, in bytes."""
+        ...
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors (compute units)."""
         ...
 
 
@@ -52,6 +63,7 @@ class GpuConfig:
     weights     pointers: each lane loads its own addresses; descriptors: blocks are loaded by tensor descriptors (TMA)
     programs    0: a tile a program; more: so many programs take one tile after the other (persistent)
     specialized some warps only load, others only multiply; rows are brought into the order of experts first
+    tf32        products of fp32 numbers run on tensor cores, which round them to 10 bits: the router's never do
     """
 
     block_m: int
@@ -66,6 +78,7 @@ class GpuConfig:
     weights: str = "pointers"
     programs: int = 0
     specialized: bool = False
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         """Raises CodegenError for a number that no kernel takes."""
@@ -107,6 +120,21 @@ class GpuConfig:
                 "expected 4 warps and block_m of 128 or more"
             )
 
+    def __str__(self) -> str:
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+    @staticmethod
+    def parse(text: str) -> GpuConfig:
+        """The configuration that prints as `text`; raises ParseError."""
+        kinds = {f.name: _KINDS[str(f.type)] for f in fields(GpuConfig)}
+        given = {name: value for name, _, value in (item.partition("=") for item in text.split())}
+        if tuple(given) != tuple(kinds):
+            raise ParseError(f"configuration {text!r}: expected {' '.join(f'{name}=…' for name in kinds)}")
+        try:
+            return GpuConfig(**{name: kinds[name](value) for name, value in given.items()})
+        except (ValueError, KeyError, CodegenError) as error:
+            raise ParseError(f"configuration {text!r}: {error}") from error
+
     @property
     def needs(self) -> frozenset[str]:
         """The capabilities (`GpuTarget.has`) that a target must have."""
@@ -125,8 +153,10 @@ class GpuConfig:
 
 def check_target(config: GpuConfig, target: GpuFigures | None) -> GpuConfig:
     """`config`, if the target has what it needs (None: the interpreter, which has all); raises CodegenError."""
-    if target is None or not config.needs:
+    if target is None:
         return config
+    if config.tf32 and not has_tf32(target):
+        raise CodegenError(f"{target.name} has no tf32 products; use tf32=False")
     lacking = config.needs - next((t.has for t in gpu_targets() if t.name == target.name), frozenset())
     if lacking:
         raise CodegenError(
@@ -136,15 +166,21 @@ def check_target(config: GpuConfig, target: GpuFigures | None) -> GpuConfig:
     return config
 
 
-def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None) -> GpuConfig:
-    """The configuration used where no tuning result is known."""
+def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None, tf32: bool = False) -> GpuConfig:
+    """The configuration used where no tuning result is known; `tf32` where products of fp32 may be rounded so."""
     dtype = spec.experts.dtype
+    tf32 = tf32 and dtype == "f32" and has_tf32(target)
     if _few_pairs(sizes):
         config = GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")
     else:
         rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
-        config = _fitting(_by_rows(rows, dtype, target), dtype, target)
-    return _of_codes(config, spec.experts.coding, target)
+        config = _fitting(_by_rows(rows, "tf32" if tf32 else dtype, target), dtype, target)
+    return replace(_of_codes(config, spec.experts.coding, target), tf32=tf32)
+
+
+def has_tf32(target: GpuFigures | None) -> bool:
+    """Whether the target's tensor cores take fp32 numbers (the interpreter has none)."""
+    return target is not None and target.name.startswith("sm_") and target.name != "sm_75"
 
 
 def _of_codes(config: GpuConfig, coding: Coding | None, target: GpuFigures | None) -> GpuConfig:
@@ -176,6 +212,10 @@ def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
     amd = target is not None and target.name.startswith("gfx")
     if dtype == "f32" or (target is not None and target.name == "sm_75"):  # no matrix instruction: sums are many
         return GpuConfig(32, 64, 32, 8, 4, 2) if rows > 16 else GpuConfig(16, 64, 32, 8, 4, 2)
+    if dtype == "tf32":
+        few = GpuConfig(16, 128, 32, 1, 4, 4) if rows <= 16 else GpuConfig(32, 128, 32, 4, 4, 4)
+        many = GpuConfig(64, 128, 32, 8, 4, 3) if rows <= 128 else GpuConfig(128, 128, 32, 8, 8, 3)
+        return few if rows <= 48 else many
     if rows <= 16:
         return GpuConfig(16, 128, 64, 1, 4, 2 if amd else 4)
     if rows <= 48:

@@ -59,8 +59,8 @@ def to_bf16(value):
 
 
 @lru_cache(maxsize=1024)
-def emit(spec: KernelSpec) -> str:
-    """The Triton module of `spec`. Raises CodegenError for a spec that has no kernel."""
+def emit(spec: KernelSpec, tf32: bool = False) -> str:
+    """The Triton module of `spec`; `tf32` as in GpuConfig. Raises CodegenError for a spec that has no kernel."""
     check(spec)
     e, r = spec.experts, spec.router
     phi = e.phi
@@ -72,7 +72,7 @@ def emit(spec: KernelSpec) -> str:
         function("phi", ("a", "b") if gated else ("a",), {"h": phi}, "The activation."),
         *(_score_functions(r) if r else ()),
     ]
-    return _joined(spec, parts, (*(("router",) if r else ()), "dispatch", "tiles", "experts", "decode"))
+    return _joined(spec, parts, (*(("router",) if r else ()), "dispatch", "tiles", "experts", "decode"), tf32)
 
 
 def _score_functions(r: RouterSpec) -> list[str]:
@@ -87,8 +87,11 @@ def _score_functions(r: RouterSpec) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def emit_backward(spec: KernelSpec) -> str:
-    """The Triton module of the experts' gradients. Raises CodegenError for a spec that has no kernel."""
+def emit_backward(spec: KernelSpec, tf32: bool = False) -> str:
+    """The Triton module of the experts' gradients; `tf32` as in GpuConfig.
+
+    Raises CodegenError for a spec that has no kernel.
+    """
     check(spec)
     e = spec.experts
     if e.codes:
@@ -100,11 +103,12 @@ def emit_backward(spec: KernelSpec) -> str:
         functions(dict.fromkeys(used(slopes.values()))),
         function("slopes", (*inputs, "dh"), slopes, "The activation, and the gradients by its inputs."),
     ]
-    return _joined(spec, parts, ("dispatch", "tiles", "backward"))
+    return _joined(spec, parts, ("dispatch", "tiles", "backward"), tf32)
 
 
-def _joined(spec: KernelSpec, parts: Sequence[str], templates: Sequence[str]) -> str:
-    texts = (*parts, *(_template(name).render(_context(spec)) for name in templates))
+def _joined(spec: KernelSpec, parts: Sequence[str], templates: Sequence[str], tf32: bool) -> str:
+    context = {**_context(spec), "precision": "tf32" if tf32 else "ieee"}
+    texts = (*parts, *(_template(name).render(context) for name in templates))
     return "\n\n".join(part.strip("\n") + "\n" for part in texts if part.strip())
 
 
@@ -207,14 +211,14 @@ def _stride_names(groups: Sequence[str], indent: int) -> str:
     return ("\n" + " " * indent).join(lines)
 
 
-def load(spec: KernelSpec, backward: bool = False) -> ModuleType:
+def load(spec: KernelSpec, backward: bool = False, tf32: bool = False) -> ModuleType:
     """The Triton module of `spec` (or of its gradients), imported from a file that tools and people can read.
 
     Raises CodegenError for a spec without kernels, BuildError where the file cannot be written.
     """
     from triton import knobs
 
-    return _load(emit_backward(spec) if backward else emit(spec), bool(knobs.runtime.interpret))
+    return _load((emit_backward if backward else emit)(spec, tf32), bool(knobs.runtime.interpret))
 
 
 @lru_cache(maxsize=1024)

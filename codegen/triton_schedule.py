@@ -21,10 +21,10 @@ from moec.codegen.triton_operands import Operands, contiguous
 from moec.codegen.triton_views import undescribable
 from moec.engine import SCHEDULES
 from moec.errors import CodegenError
-from moec.gpu_target import GpuTarget, gpu_targets
+from moec.gpu_target import GpuTarget
 from moec.spec import KernelSpec
 
-_PROGRAMS = 128  # of a target whose multiprocessors are not known
+_PROGRAMS = 128  # of the interpreter
 
 
 def scheduled(
@@ -55,7 +55,7 @@ def pays(config: GpuConfig, target: GpuFigures | None) -> bool:
 
 
 def _named(config: GpuConfig, schedule: str, target: GpuFigures | None) -> GpuConfig:
-    programs = next((t.processors for t in gpu_targets() if target and t.name == target.name), _PROGRAMS)
+    programs = target.processors if target else _PROGRAMS
     if schedule == "persistent":
         return replace(config, programs=programs)
     if schedule == "descriptors":

@@ -203,7 +203,8 @@ class Backend:
 
     def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Hand what is not MoE to the compiler that the options name."""
-        if self.options.rest == "eager" or nothing_to_compile(gm):
+        recorded = self.mode in ("reduce-overhead", "max-autotune")  # as CUDA graphs, which Inductor makes
+        if self.options.rest == "eager" or (nothing_to_compile(gm) and not recorded):
             return gm.forward
         if self.options.rest == "aot_eager":
             return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))

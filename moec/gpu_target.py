@@ -199,6 +199,25 @@ def gpu_targets() -> tuple[GpuTarget, ...]:
     return _ARCHITECTURES
 
 
+def family_of(name: str) -> str:
+    """The architecture above that a device's own is treated as: itself, or one of its family that is not newer.
+
+    sm_103 is sm_100's family, gfx941 gfx942's. A device of no known family keeps its name, and with it the defaults of
+    no GPU in particular: it has none of the capabilities that an option may ask for.
+    """
+    names = [target.name for target in _ARCHITECTURES]
+    if name in names:
+        return name
+    if name.startswith("gfx"):
+        return {"gfx940": "gfx942", "gfx941": "gfx942"}.get(name, name)
+    own = int(name.removeprefix("sm_"))
+    if own < 75:
+        return "sm_75"  # no bf16, no asynchronous copies
+    older = [int(n.removeprefix("sm_")) for n in names if n.startswith("sm_")]
+    same = [n for n in older if n // 10 == own // 10 and n <= own]
+    return f"sm_{max(same)}" if same else name
+
+
 def gpu_target(name: str) -> GpuTarget:
     """The target of this name: an architecture (sm_90, gfx942) or a chip (h200).
 

@@ -32,7 +32,7 @@ class Request:
     @property
     def full_config(self) -> GpuConfig:
         """The default configuration for spec, sizes and target with the changes that were asked for."""
-        default = default_config(self.spec, self.sizes, self.target)
+        default = default_config(self.spec, self.sizes, self.target, bool(dict(self.config).get("tf32")))
         try:
             return check_target(replace(default, **dict(self.config)), self.target)
         except CodegenError as error:
@@ -62,8 +62,9 @@ class KernelJob:
 def kernel_jobs(request: Request) -> tuple[KernelJob, ...]:
     """The launches of one call, in order. Raises OptionError for a spec or sizes without kernels."""
     try:
-        source = triton_emit.emit(request.spec)
-        plan = program(request.spec, request.sizes, request.full_config)
+        config = request.full_config
+        source = triton_emit.emit(request.spec, config.tf32)
+        plan = program(request.spec, request.sizes, config)
     except CodegenError as error:
         raise OptionError(f"no GPU kernels: {error}") from error
     extents = tensor_bytes(request.spec, request.sizes)

@@ -96,13 +96,26 @@ def _moe(
     kernel = _chosen(x, params, spec, mode, router[0].dtype)
     if kernel is None:
         return _twin_moe(x, router, params, k, spec)
-    if mode.plain or not isinstance(kernel, Kernel):
+    if isinstance(kernel, TritonKernel):
+        return _or_twin(mode, lambda: kernel.moe(x, router, params, k), lambda: _twin_moe(x, router, params, k, spec))
+    if mode.plain:
         return kernel.moe(x, router, params, k)
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
 
     return _opted(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k, call)
+
+
+def _or_twin(mode: Engine, run: Callable[[], _T], eager: Callable[[], _T]) -> _T:
+    """What Triton kernels give; eager's, with one warning, where they cannot be compiled for the device."""
+    try:
+        return run()
+    except BuildError as error:
+        if mode.kind != "auto":
+            raise
+        _warn_once(str(error))
+        return eager()
 
 
 def _chosen(
@@ -152,18 +165,21 @@ def _twin_moe(
 def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str) -> Tensor:
     mode = Engine.parse(engine)
     kernel = _chosen(x, params, spec, mode, None)
-    if kernel is None:
-        return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
     if isinstance(kernel, TritonKernel):
         capacity = capacity_at(mode.capacity, x.shape[0]) if mode.capacity else None
-        return kernel.experts(x, weights, experts, params, capacity)
-    if mode.plain:
-        return kernel.experts(x, weights, experts, params)
+        return _or_twin(
+            mode,
+            lambda: kernel.experts(x, weights, experts, params, capacity),
+            lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec)),
+        )
 
     def call(chosen: Kernel | None) -> Tensor:
         if chosen is None:
             return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
         return chosen.experts(x, weights, experts, params)
+
+    if kernel is None or mode.plain:
+        return call(kernel)
 
     return _opted(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1], call)
 
@@ -215,10 +231,14 @@ def _experts_backward(
     mode = Engine.parse(engine)
     kind = mode.kind
     kernel = _gradients(spec, kind, x.device)
-    if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
+
+    def eager() -> tuple[Tensor, Tensor, list[Tensor]]:
         return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
+
+    if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
+        return eager()
     if isinstance(kernel, TritonBackward):
-        return kernel(grad, x, weights, experts, params, needs)
+        return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs), eager)
     take = fresh if mode.fresh else gradient_memory().take
     return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs, take)
 

@@ -17,8 +17,10 @@ from moec.codegen.encode import coded_spec, encode
 from moec.copies import Copies
 from moec.errors import CodegenError
 from moec.report import PackRecord
+from moec.runtime_bound import Bound, bind
+from moec.runtime_memory import capturing, outside_of_graphs
 from moec.runtime_packed import pack_log, warn_once
-from moec.runtime_triton import Bound, TritonKernel, bind
+from moec.runtime_triton import TritonKernel
 from moec.spec import DTYPES
 
 
@@ -26,7 +28,7 @@ class CodedKernel(TritonKernel):
     """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel."""
 
     def __init__(self, plain: TritonKernel, weights: str) -> None:
-        super().__init__(coded_spec(plain.spec, weights), plain.figures, plain.combine, plain.schedule)
+        super().__init__(coded_spec(plain.spec, weights), plain.device, plain.combine, plain.schedule)
         self.user, self.weights = plain.spec, weights
         self._copies = Copies(self._copied)
 
@@ -39,6 +41,15 @@ class CodedKernel(TritonKernel):
         return self._copies.of(params)
 
     def _copied(self, params: Sequence[Tensor]) -> Bound:
+        device = params[0].device
+        if capturing(device):
+            raise CodegenError(
+                f"weights={self.weights!r}: the copy of the weights is made at the first call, which no CUDA graph can"
+                " record; call the model once before it is recorded"
+            )
+        return outside_of_graphs(lambda: self._encoded(params), device)
+
+    def _encoded(self, params: Sequence[Tensor]) -> Bound:
         start = time.perf_counter()
         count, _, _ = checked_sizes(self.user.experts, params)
         copy = encode(params, self.user, self.spec)

@@ -7,29 +7,29 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from moec.binding import Bindings, checked_sizes
+from moec.binding import Bindings
 from moec.codegen.plan import Sizes
-from moec.codegen.triton_call import Argument, Program
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import program
-from moec.codegen.triton_operands import Operands, Strides
+from moec.codegen.triton_operands import Operands
 from moec.codegen.triton_schedule import scheduled
-from moec.errors import CodegenError
+from moec.codegen.triton_views import undescribable
+from moec.errors import BuildError, CodegenError
+from moec.runtime_bound import Bound, bind_to_keep
+from moec.runtime_launch import Built, built, run
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
-from moec.target import GpuFigures, gpu_figures
-
-_BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
+from moec.target import gpu_figures
+from moec.tune_gpu_cache import stored_config
 
 
 @lru_cache(maxsize=1024)
@@ -40,8 +40,7 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered", sched
 
     Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
     """
-    from triton import knobs
-
+    knobs = _triton().knobs
     if device.type == "cpu" and not knobs.runtime.interpret:
         raise CodegenError(
             "kernels='triton' on CPU tensors runs in Triton's interpreter, which is off: "
@@ -49,33 +48,36 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered", sched
         )
     if device.type not in ("cpu", "cuda"):
         raise CodegenError(f"kernels='triton' takes CUDA, ROCm or CPU tensors, got {device}; use kernels='eager'")
-    figures = gpu_figures(device) if device.type == "cuda" else None
-    return TritonKernel(KernelSpec.parse(spec), figures, combine, schedule)
+    return TritonKernel(KernelSpec.parse(spec), device, combine, schedule)
 
 
-@dataclass(frozen=True)
-class Bound:
-    """Parameters by group as kernels take them (a tensor, or a table of pointers), their strides, E, H, F."""
+def _triton() -> ModuleType:
+    """Triton; raises CodegenError where it is not installed."""
+    try:
+        import triton
+    except ImportError as error:
+        raise CodegenError(f"Triton cannot be imported ({error}): pip install triton") from error
+    return triton
 
-    tensors: Mapping[str, Tensor]
-    strides: tuple[tuple[str, Strides], ...]
-    E: int
-    H: int
-    F: int
-    copied: bool
+
+def allows_tf32(device: torch.device) -> bool:
+    """Whether the user lets products of fp32 numbers be rounded to tf32, as torch does on NVIDIA's GPUs."""
+    return device.type == "cuda" and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class TritonKernel:
     """The kernels of one spec on one device."""
 
     def __init__(
-        self, spec: KernelSpec, figures: GpuFigures | None, combine: str = "ordered", schedule: str = "pointers"
+        self, spec: KernelSpec, device: torch.device, combine: str = "ordered", schedule: str = "pointers"
     ) -> None:
-        self.spec, self.figures, self.combine, self.schedule = spec, figures, combine, schedule
-        self._module = load(spec)
-        # A stacked tensor is bound as it is: to keep that would keep the user's weights alive.
-        self._bindings = Bindings(lambda params: bind(spec, params), lambda b: not (b.copied or spec.experts.stacked))
-        self._program = lru_cache(maxsize=1024)(self._make_program)
+        self.spec, self.device, self.combine, self.schedule = spec, device, combine, schedule
+        self.figures = gpu_figures(device) if device.type == "cuda" else None
+        self._bindings = Bindings(lambda params: bind_to_keep(spec, params), lambda b: b.keeps)
+        self._programs = lru_cache(maxsize=1024)(self._make_program)
+        self._configs = lru_cache(maxsize=1024)(self._config)
+        self._fixed: GpuConfig | None = None
+        load(spec)  # what cannot be generated is known before the first call
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
@@ -91,7 +93,7 @@ class TritonKernel:
         capacity: int | None = None,
     ) -> Tensor:
         """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]; `capacity`: the most rows of one expert."""
-        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
         if weights.dtype not in DTYPE_NAMES:
@@ -112,7 +114,7 @@ class TritonKernel:
         tokens, count = x.shape[0], router[0].shape[0]
         if not 0 < k <= count:
             raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
-        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         given = {
             "logits": x.new_empty((tokens, count), dtype=DTYPES[r.compute]),
             "weights": x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype]),
@@ -136,8 +138,23 @@ class TritonKernel:
 
     def config_for(self, sizes: Sizes) -> GpuConfig:
         """The configuration of a call's kernels."""
-        config = default_config(self.spec, sizes, self.figures)
+        if self._fixed is not None:
+            return self._fixed
+        config = self._configs(sizes, allows_tf32(self.device))
         return replace(config, combine="atomic") if self.combine == "atomic" else config
+
+    def with_config(self, config: GpuConfig) -> TritonKernel:
+        """This kernel with one configuration for all sizes; what is compiled and bound they share."""
+        made = copy(self)
+        made._fixed = config
+        return made
+
+    def _config(self, sizes: Sizes, tf32: bool) -> GpuConfig:
+        """What was measured, where that can serve; else the default."""
+        default = default_config(self.spec, sizes, self.figures, tf32)
+        found = None if tf32 else stored_config(self.spec, sizes, self.figures)
+        plain = self.schedule == "pointers" and self.combine == "ordered"  # nothing else is asked for by name
+        return found if found is not None and plain and found.variant == default.variant else default
 
     def operands(
         self, x: Tensor, bound: Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
@@ -152,9 +169,22 @@ class TritonKernel:
         names = (DTYPE_NAMES[matrix.dtype], (first, second), DTYPE_NAMES[bias.dtype], DTYPE_NAMES[selection.dtype])
         return Operands(*base, *names)
 
-    def _make_program(self, sizes: Sizes, operands: Operands, entry: str, capacity: int | None) -> Program:
-        config = scheduled(self.config_for(sizes), self.schedule, self.spec, sizes, operands, self.figures)
-        return program(self.spec, sizes, check_target(config, self.figures), operands, entry, capacity)
+    def _make_program(
+        self, sizes: Sizes, config: GpuConfig, operands: Operands, entry: str, capacity: int | None
+    ) -> Built | BuildError:
+        if config.weights == "descriptors" and undescribable(self.spec, sizes, config, operands):
+            config = replace(config, weights="pointers", specialized=False)  # measured with weights that lie otherwise
+        config = scheduled(config, self.schedule, self.spec, sizes, operands, self.figures)
+        made = check_target(config, self.figures)
+        try:
+            return built(
+                load(self.spec, tf32=made.tf32),
+                lambda config: program(self.spec, sizes, config, operands, entry, capacity),
+                made,
+                self.device,
+            )
+        except BuildError as error:
+            return error  # kept as well: to compile again in every call would cost seconds each
 
     def _run(
         self,
@@ -170,95 +200,17 @@ class TritonKernel:
         if x.shape[1] != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
         sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
-        run(self._module, self._program(sizes, operands, entry, capacity), {"x": x, "y": y, **bound.tensors, **given})
+        made = self._programs(sizes, self.config_for(sizes), operands, entry, capacity)
+        run(made, {"x": x, "y": y, **bound.tensors, **given})
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
-        """Where the parameters lie."""
-        return self._bindings.of(params)
+        """Where the parameters lie, as the current stream may read it."""
+        found = self._bindings.of(params)
+        if found.fence is not None:
+            found.fence.wait(self.device)
+        return found
 
 
-def run(module: ModuleType, made: Program, tensors: dict[str, Tensor]) -> None:
-    """Launch a program's kernels over `tensors` by name, which its buffers join. `x` says on which device."""
-    x = tensors["x"]
-    for buffer in made.buffers:
-        make = x.new_zeros if buffer.zeros else x.new_empty
-        tensors[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
-    if made.scratch:  # in a context of its own, so that the allocator of the user's kernels stays what it is
-        contextvars.copy_context().run(_launch, module, made, tensors)
-    else:
-        _launch(module, made, tensors)
-
-
-def _launch(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:
-    x = tensors["x"]
-    if made.scratch:
-        _allocate_scratch_on(x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        for launch in made.launches:
-            kernel = getattr(module, launch.kernel)
-            pointers = (a.type.startswith("*") for a in launch.arguments)
-            args = [_argument(a, tensors) if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)]
-            kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
-
-
-def _argument(pointer: Argument, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The tensor behind a pointer; fp8 that a target does not know is given as bytes."""
-    tensor = tensors[pointer.binding or pointer.name]
-    return tensor.view(torch.uint8) if pointer.type == "*u8" else tensor
-
-
-def _allocate_scratch_on(device: torch.device) -> None:
-    """Memory for descriptors that kernels make: torch's own, so that it follows the stream and joins CUDA graphs."""
-    import triton
-
-    def scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-        return torch.empty(size, dtype=torch.int8, device=device)
-
-    triton.set_allocator(scratch)
-
-
-def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
-    """The parameter groups as kernels take them; raises CodegenError where shapes contradict each other."""
-    s = spec.experts
-    count, hidden, width = checked_sizes(s, params)
-    each = 1 if s.stacked else count
-    tensors: dict[str, Tensor] = {}
-    strides: list[tuple[str, Strides]] = []
-    copied = False
-    for i, group in enumerate(s.param_groups):
-        tensor, own, copy = _group(spec, group, params[i * each : (i + 1) * each])
-        tensors[group] = tensor
-        strides.append((group, own))
-        copied = copied or copy
-    return Bound(tensors, tuple(strides), count, hidden, width, copied)
-
-
-def _transposed(spec: KernelSpec, group: str) -> bool:
-    """Whether a matrix is stored with its summed axis before its outputs."""
-    return not group.startswith("bias_") and spec.experts.layout(group) == "kn"
-
-
-def _group(spec: KernelSpec, group: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Strides, bool]:
-    """(the tensor or the table of pointers, strides, whether it is a copy) of one parameter group."""
-    first = tensors[0]
-    if spec.experts.stacked:
-        own = first.stride()
-        return first, (own[0], *_ordered(own[1:], _transposed(spec, group))), False
-    strides = (0, *_ordered(first.stride(), _transposed(spec, group)))
-    if all(t.stride() == first.stride() and t.data_ptr() % 16 == 0 for t in tensors):
-        return table_of(tensors), strides, False
-    copies = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-    strides = (0, *_ordered(copies[0].stride(), _transposed(spec, group)))
-    return table_of(copies, keep=True), strides, True
-
-
-def _ordered(strides: Sequence[int], transposed: bool) -> Strides:
-    return tuple(reversed(strides)) if transposed else tuple(strides)
-
-
-def table_of(tensors: Sequence[Tensor], keep: bool = False) -> Tensor:
-    """The addresses of `tensors`, on their device; with `keep` they live as long as the table."""
-    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=tensors[0].device)
-    if keep:
-        table._moec_alive = tensors  # type: ignore[attr-defined]
-    return table
+def rows_of(x: Tensor) -> Tensor:
+    """x[T, H] with contiguous rows: other strides would be constants of a kernel that depend on T."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

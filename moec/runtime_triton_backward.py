@@ -13,9 +13,13 @@ from torch import Tensor
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_backward import Wanted, backward_config, backward_program
+from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_emit import load
-from moec.errors import CodegenError
-from moec.runtime_triton import TritonKernel, load_triton, run, table_of
+from moec.codegen.triton_operands import Operands
+from moec.errors import BuildError, CodegenError
+from moec.runtime_bound import table_of
+from moec.runtime_launch import Built, built, run
+from moec.runtime_triton import TritonKernel, load_triton, rows_of
 from moec.spec import DTYPE_NAMES, DTYPES
 
 
@@ -30,7 +34,8 @@ class TritonBackward:
 
     def __init__(self, forward: TritonKernel) -> None:
         self.forward, self.spec = forward, forward.spec
-        self._module = load(forward.spec, backward=True)
+        self._programs = lru_cache(maxsize=1024)(self._make_program)
+        load(forward.spec, backward=True)  # what cannot be generated is known before the first call
 
     def takes(self, grad: Tensor, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
@@ -46,6 +51,7 @@ class TritonBackward:
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients by x, weights and each parameter, in their shapes and dtypes; empty where `needs` wants none."""
+        x = rows_of(x)
         dparams = [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)]
         if x.numel() == 0 or experts.shape[1] == 0:
             return torch.zeros_like(x), torch.zeros_like(weights), [d.zero_() for d in dparams]
@@ -56,21 +62,28 @@ class TritonBackward:
         sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, experts.shape[1])
         dx, dweights = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weights.shape, dtype=torch.float32)
         groups, results = self._results(dparams, needs[2:])
-        made = backward_program(
-            self.spec,
-            sizes,
-            backward_config(self.forward.config_for(sizes)),
-            self.forward.operands(x, bound, given.dtype),
-            Wanted(needs[0], needs[1], groups),
-        )
+        config = backward_config(self.forward.config_for(sizes))
+        operands = self.forward.operands(x, bound, given.dtype)
+        made = self._programs(sizes, config, operands, Wanted(needs[0], needs[1], groups))
         tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
         tensors["experts"] = experts.to(torch.int64).contiguous()
-        run(self._module, made, {**tensors, **bound.tensors, **results})
+        run(made, {**tensors, **bound.tensors, **results})
         return (
             dx.to(x.dtype) if needs[0] else x.new_empty(0),
             dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),
             dparams,
         )
+
+    def _make_program(self, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted) -> Built | BuildError:
+        try:
+            return built(
+                load(self.spec, backward=True, tf32=config.tf32),
+                lambda config: backward_program(self.spec, sizes, config, operands, wanted),
+                config,
+                self.forward.device,
+            )
+        except BuildError as error:
+            return error
 
     def _results(self, dparams: list[Tensor], needs: Sequence[bool]) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         """The parameter groups of which any gradient is wanted, and by `d_` name where they are written."""

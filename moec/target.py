@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moec.errors import OptionError
+from moec.gpu_target import family_of
 from moec.options import Environment
 
 
@@ -142,16 +143,22 @@ def find_compiler(cxx: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class GpuFigures:
-    """What defaults for a GPU's kernels depend on: its architecture (sm_90, gfx942) and a block's shared memory."""
+    """What defaults for a GPU's kernels depend on: its architecture (sm_90, gfx942), a block's shared memory, its
+    multiprocessors, the product's name. They are the device's own: two products of one architecture differ.
+    """
 
     name: str
     shared_bytes: int
+    processors: int
+    chip: str = ""
 
 
 @lru_cache(maxsize=64)
 def gpu_figures(device: torch.device) -> GpuFigures:
     """The figures of a CUDA or ROCm device, from its driver."""
     found = torch.cuda.get_device_properties(device)
+    processors, shared = found.multi_processor_count, found.shared_memory_per_block
     if torch.version.hip:
-        return GpuFigures(found.gcnArchName.partition(":")[0], found.shared_memory_per_block)
-    return GpuFigures(f"sm_{found.major}{found.minor}", found.shared_memory_per_block_optin)
+        return GpuFigures(family_of(found.gcnArchName.partition(":")[0]), shared, processors, found.name)
+    shared = getattr(found, "shared_memory_per_block_optin", shared)
+    return GpuFigures(family_of(f"sm_{found.major}{found.minor}"), shared, processors, found.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +20,7 @@ from filelock import FileLock
 
 from moec.codegen.build import compiler_version
 from moec.codegen.cpp import emit, header_texts
+from moec.codegen.triton_config import GpuConfig
 from moec.codegen.tuning import Tuning
 from moec.errors import MoecError, ParseError
 from moec.files import write_whole
@@ -27,6 +29,8 @@ from moec.spec import KernelSpec
 from moec.target import Target
 
 FORMAT = "moec tuned 1"
+INTERPRETER = "interpreter"
+_GPU = re.compile(rf"sm_\d+|gfx\w+|{INTERPRETER}")
 DEFAULT, EAGER = "default", "eager"  # winners that are no tuning: nothing beat the default; eager's form beat all
 _LARGEST = 64 << 20  # bytes: no file of entries is larger
 _NEAR = 2.0  # doublings in all dimensions together up to which a winner is taken for a neighbour
@@ -61,7 +65,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Entry:
-    """A winner: `best` is a Tuning's text, "default" or "eager".
+    """A winner: `best` is the text of a Tuning (on a GPU of a GpuConfig), "default" or "eager".
 
     median, default and eager are microseconds a call (0: not measured), spread the slowest less the fastest;
     by: tune | race; profile: how tokens were spread over experts.
@@ -80,8 +84,18 @@ class Entry:
 
     @property
     def tuning(self) -> Tuning | None:
-        """The numbers to use; None: the default's."""
-        return None if self.best in (DEFAULT, EAGER) else Tuning.parse(self.best)
+        """The numbers of a CPU's plan to use; None: the default's."""
+        return None if self.best in (DEFAULT, EAGER) or self.on_gpu else Tuning.parse(self.best)
+
+    @property
+    def config(self) -> GpuConfig | None:
+        """The configuration of a GPU's kernels to use; None: the default's."""
+        return GpuConfig.parse(self.best) if self.on_gpu and self.best != DEFAULT else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is of Triton kernels."""
+        return _GPU.fullmatch(self.key.isa) is not None
 
     def to_line(self) -> str:
         """One line of JSON."""
@@ -99,7 +113,7 @@ class Entry:
         key, made = _built(Key, data.pop("key", None)), _built(Made, data.pop("made", None))
         entry = _built(Entry, {**data, "key": key, "made": made})
         KernelSpec.parse(entry.key.spec)
-        entry.tuning  # noqa: B018  # a text that is no tuning raises here
+        _ = entry.config, entry.tuning  # a text that is neither raises here
         return entry
 
 

@@ -135,7 +135,7 @@ def test_weights_that_no_descriptor_takes(sizes, strides, reason):
         launches(MIXTRAL, sizes, GpuConfig(128, 128, 64, weights="descriptors"), operands)
 
 
-@pytest.mark.parametrize("target", [*gpu_targets(), GpuFigures("sm_103", 227 << 10)], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", [*gpu_targets(), GpuFigures("sm_103", 227 << 10, 148)], ids=lambda t: t.name)
 def test_no_target_is_given_what_it_rejects(target):
     """Descriptors and specialised warps only where the target has them; a target nobody described has neither."""
     described = GpuConfig(128, 128, 64, weights="descriptors")

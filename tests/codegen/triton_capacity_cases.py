@@ -35,7 +35,7 @@ def test_buffers_and_grids_follow_the_bound(C, config, monkeypatch):
     x, weights = torch.randn(T, H), torch.rand(T, 2)
     made = []
     run = runtime_triton.run
-    monkeypatch.setattr(runtime_triton, "run", lambda m, p, t: (made.append(p), run(m, p, t)))
+    monkeypatch.setattr(runtime_triton, "run", lambda b, t: (made.append(b.program), run(b, t)))
     y = kernel(spec, config).experts(x, weights, experts, params, C)
     shapes = {b.name: b.shape for b in made[0].buffers}
     assert shapes["h"] == (max(1, E * C), F)

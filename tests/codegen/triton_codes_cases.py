@@ -23,7 +23,7 @@ from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
 
 def coded(spec, weights, config=None):
-    kernel = coded_kernel(TritonKernel(spec, None), weights, [])
+    kernel = coded_kernel(TritonKernel(spec, torch.device("cpu")), weights, [])
     assert isinstance(kernel, CodedKernel)
     if config:
         kernel.config_for = lambda sizes: config
@@ -110,7 +110,7 @@ def test_every_fp8_number_is_read_as_it_is():
     one = (torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
     scales = [torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5)]
     for config in (SORTED, DECODE):
-        kernel = TritonKernel(spec, None)
+        kernel = TritonKernel(spec, torch.device("cpu"))
         kernel.config_for = lambda sizes, config=config: config
         y = kernel.experts(x, *one, [first, second, *scales])
         assert torch.equal(y[0, : len(finite)].float(), finite.float() / 2)
@@ -131,7 +131,7 @@ def test_parameters_that_are_codes_already():
         own = own if stacked else [t.contiguous() for group in own for t in group.unbind(0)]
         w, experts = routing("sentinels", 3, 3, 2)
         x = torch.randn(3, 36).bfloat16()
-        kernel = TritonKernel(spec, None)
+        kernel = TritonKernel(spec, torch.device("cpu"))
         kernel.config_for = lambda sizes, config=config: config
         assert kernel.takes(x, own)
         got = kernel.experts(x, w, experts, own)

@@ -51,7 +51,7 @@ def test_launches_of_a_layer(tokens, most, monkeypatch):
 def test_nothing_but_kernels_runs(config):
     """Beside its launches a call allocates, and does nothing else."""
     spec = KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True))
-    kernel = TritonKernel(spec, None)
+    kernel = TritonKernel(spec, torch.device("cpu"))
     kernel.config_for = lambda sizes: config
     params, x = make_params(spec.experts, 16, 16, 4), torch.randn(3, 16)
     kernel.moe(x, [torch.randn(4, 16)], params, 2)
@@ -82,7 +82,7 @@ FORMS = [
 def test_bytes_are_those_that_the_arguments_say(spec, config, monkeypatch):
     """The model against what the interpreter really touched, of each argument of each launch."""
     T, H, F, E, k = 7, 32, 48, 5, 2
-    kernel = TritonKernel(spec, None)
+    kernel = TritonKernel(spec, torch.device("cpu"))
     kernel.config_for = lambda sizes: config
     params = [p.contiguous() for p in make_params(spec.experts, H, F, E)]
     dtype = DTYPES[spec.experts.dtype]
