@@ -16,7 +16,7 @@ from moec.errors import OptionError, TargetError
 
 if TYPE_CHECKING:
     from moec.tune import Result
-    from moec.tune_worker import Job
+    from moec.tune_job import Job
 
 
 def tune_command(
@@ -43,6 +43,10 @@ def tune_command(
             metavar="GPU", help="Rank the configurations of this GPU's kernels (sm_90, gfx942, …) and compile them."
         ),
     ] = "",
+    device: Annotated[
+        str,
+        typer.Option(metavar="DEVICE", help="Measure the Triton kernels on this GPU (cuda, cuda:1), not the CPU's."),
+    ] = "",
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
     ] = None,
@@ -57,7 +61,7 @@ def tune_command(
     check_weights(weights)
     if target:
         return _modelled(what, target, tokens, sizes, budget, weights, json)
-    jobs = [replace(job, weights=weights) for job in _jobs(what, tokens, profile, sizes)]
+    jobs = [replace(job, weights=weights, device=_device(device)) for job in _jobs(what, tokens, profile, sizes)]
     results = _run(jobs, budget / len(jobs))
     if plot is not None:
         _draw([(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)], plot)
@@ -69,6 +73,15 @@ def tune_command(
     found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
     console().print(report_table(found))
     return 0
+
+
+def _device(name: str) -> str:
+    """The GPU's name with its number; raises OptionError where there is none."""
+    if not name:
+        return ""
+    from moec.tune_gpu import gpu_device
+
+    return str(gpu_device(name))
 
 
 def _modelled(what: str, target: str, tokens: str, sizes: str, budget: float, weights: str, json: bool) -> int:
@@ -127,7 +140,7 @@ def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
 
     from moec.cli_options import token_counts
     from moec.codegen.tuning import Sizes
-    from moec.tune_worker import Job, shares
+    from moec.tune_job import Job, shares
 
     counts = token_counts(tokens)
     layers = _layers_of_spec(what, sizes) if "experts{" in what else _layers_of_model(what)

@@ -17,16 +17,18 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from moec import tune_cache
+from moec import tune_cache, tune_gpu
 from moec.codegen.storage import panel_spec
+from moec.codegen.triton_config import GpuConfig
 from moec.codegen.tuning import Sizes, Tuning, candidates
 from moec.errors import MoecError, TargetError
 from moec.options import Environment
 from moec.spec import KernelSpec
 from moec.target import Target
 from moec.tune_cache import DEFAULT, Entry, Key
+from moec.tune_job import Job, profile_name
 from moec.tune_search import Decision, Record, Standing, decide, search
-from moec.tune_worker import Job, Worker, profile_name
+from moec.tune_worker import Worker
 
 
 class Asked(Protocol):
@@ -53,6 +55,8 @@ class Result:
 
 def key_of(job: Job, target: Target) -> Key:
     """What the winner is kept under."""
+    if job.device:
+        return tune_gpu.key_of(job)
     s = job.sizes
     weights = "" if job.weights == "stored" else job.weights
     spec = panel_spec(KernelSpec.parse(job.spec)) if weights else job.spec
@@ -122,10 +126,8 @@ class Journal:
 
 def _open(path: Path, job: Job) -> Journal:
     """The journal as far as it is whole, or a new one where there is none or the candidates are others by now."""
-    target = Target.host()
-    found = candidates(KernelSpec.parse(job.spec), job.sizes, target, job.threads)
-    made = tune_cache.made_here(job.spec, target)
-    head = {"texts": [str(t) for t in found], "job": asdict(job), "made": asdict(made)}
+    made = _made_of(job, job.spec)
+    head = {"texts": list(_texts(job)), "job": asdict(job), "made": asdict(made)}
     lines = _whole_lines(path)
     if lines and {name: lines[0].get(name) for name in head} == head and isinstance(lines[0].get("date"), str):
         journal = Journal(path, tuple(head["texts"]), lines[0]["date"], lines[1:], len(lines) - 1)
@@ -136,6 +138,18 @@ def _open(path: Path, job: Job) -> Journal:
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     fresh.replace(path)
     return journal
+
+
+def _texts(job: Job) -> tuple[str, ...]:
+    """The candidates in the model's order, the default first."""
+    if job.device:
+        return tune_gpu.gpu_texts(job)
+    return tuple(map(str, candidates(KernelSpec.parse(job.spec), job.sizes, Target.host(), job.threads)))
+
+
+def _made_of(job: Job, spec: str) -> tune_cache.Made:
+    """Where, by what compiler and of what source candidates run."""
+    return tune_gpu.made_of(job) if job.device else tune_cache.made_here(spec, Target.host())
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -210,14 +224,14 @@ def _checked(journal: Journal, worker: Asked, decision: Decision) -> Decision:
 
 
 def _entry(job: Job, journal: Journal, decision: Decision) -> Entry:
-    target = Target.host()
+    key = key_of(job, Target.host())
     best, default = decision.standing(decision.winner), decision.standing(0)
     if not best.seconds:
         raise MoecError(f"nothing was measured: {best.failed or 'the budget is too small'}")
     kept = 1e6 * default.median if default.median < float("inf") else 0.0
     return Entry(
-        key_of(job, target),
-        tune_cache.made_here(key_of(job, target).spec, target),
+        key,
+        _made_of(job, key.spec),
         journal.texts[decision.winner] if decision.winner else DEFAULT,
         "tune",
         profile_name(job.profile, job.sizes.E),
@@ -233,7 +247,8 @@ def finished(folder: Path | None = None) -> list[tuple[Job, tuple[str, ...], Dec
         lines = _whole_lines(path)
         try:
             job = _job(lines[0]["job"])
-            texts = tuple(str(Tuning.parse(text)) for text in lines[0]["texts"])
+            parse = GpuConfig.parse if job.device else Tuning.parse
+            texts = tuple(str(parse(text)) for text in lines[0]["texts"])
             records = [Record(**line["record"]) for line in lines if "record" in line]
         except (MoecError, LookupError, TypeError):
             continue  # not a journal of this version
@@ -243,7 +258,8 @@ def finished(folder: Path | None = None) -> list[tuple[Job, tuple[str, ...], Dec
 
 def _job(data: dict[str, Any]) -> Job:
     """The job of a journal; raises LookupError or TypeError where the journal is another version's."""
-    return Job(data["spec"], Sizes(**data["sizes"]), data["threads"], data["profile"], data["weights"])
+    sizes = Sizes(**data["sizes"])
+    return Job(data["spec"], sizes, data["threads"], data["profile"], data["weights"], data.get("device", ""))
 
 
 def _standings(texts: Sequence[str], records: Sequence[Record]) -> Decision:

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moec.errors import OptionError
+from moec.tune_job import Job
 from moec.tune_search import Decision
-from moec.tune_worker import Job
 
 Search = tuple[Job, tuple[str, ...], Decision]
 
@@ -28,7 +28,7 @@ class Row:
     spec: str
     sizes: str
     T: int
-    threads: int
+    where: str
     profile: str
     default_ms: float
     best_ms: float
@@ -50,7 +50,7 @@ def row_of(search: Search) -> Row:
         job.spec,
         f"H={s.H} F={s.F} E={s.E} k={s.k}{'' if job.weights == 'stored' else f' weights={job.weights}'}",
         s.T,
-        job.threads,
+        job.device or f"{job.threads} threads",
         job.profile,
         1e3 * default.median,
         1e3 * best.median,
@@ -84,7 +84,7 @@ def report_table(searches: Sequence[Search]) -> Table:
         table.add_column(name, overflow="fold", justify="left" if name in ("layer", "best", "profile") else "right")
     for row in sorted(map(row_of, searches), key=lambda r: (r.spec, r.sizes, r.T)):
         cells = (
-            *(f"{row.spec}\n{row.sizes}, {row.threads} threads", str(row.T), row.profile),
+            *(f"{row.spec}\n{row.sizes}, {row.where}", str(row.T), row.profile),
             *(f"{row.default_ms:.3g}", f"{row.best_ms:.3g}", f"{row.gain:.2f}x", row.best),
             f"{row.measured}{f' ({row.failed} failed)' if row.failed else ''}",
             *(str(row.place) if row.place else "–", f"{row.rank:.2f}"),

@@ -2,86 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moec.codegen import twin
-from moec.codegen.tuning import Sizes, Tuning, default_tuning
-from moec.errors import OptionError
+from moec.codegen.tuning import Tuning, default_tuning
 from moec.runtime_cpu import load_kernel, param_shapes
 from moec.runtime_packed import load_packed
 from moec.spec import DTYPES, KernelSpec
+from moec.tune_gpu import GpuBench
+from moec.tune_job import LIMITS, ROUTINGS, Job, routing
 
-_LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}  # relative error to the twin in fp32
 _SAMPLE = 0.004  # seconds of one measurement: short calls are repeated
-_ROUTINGS = 8  # different choices of experts in turn, or few tokens would find their weights in cache
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is tuned: a layer at one number of tokens, with `threads` threads and routing by `profile`.
-
-    `weights` is how its kernels store them, as in the option of that name.
-    """
-
-    spec: str
-    sizes: Sizes
-    threads: int
-    profile: str = "uniform"
-    weights: str = "stored"
-
-
-def shares(profile: str, experts: int) -> Tensor:
-    """Each expert's share[E] of the tokens: `uniform`, `zipf` or `zipf:1.2`, or a JSON file with a list of E counts.
-
-    Raises OptionError where the profile is none of these.
-    """
-    name, _, exponent = profile.partition(":")
-    if profile == "uniform":
-        return torch.full((experts,), 1.0 / experts)
-    if name == "zipf":
-        try:
-            weights = torch.arange(1, experts + 1).double() ** -float(exponent or 1.2)
-        except ValueError:
-            raise OptionError(f"profile {profile!r}: expected a number after zipf, such as zipf:1.2") from None
-        return (weights / weights.sum()).float()
-    try:
-        counts = torch.tensor(json.loads(Path(profile).read_text()), dtype=torch.float64)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        known = "expected uniform, zipf, zipf:1.2 or a JSON file with a list of counts"
-        raise OptionError(f"profile {profile!r}: {known} ({error})") from error
-    if counts.shape != (experts,) or not bool((counts >= 0).all()) or not float(counts.sum()) > 0:
-        raise OptionError(f"profile {profile!r} has shape {list(counts.shape)}; expected {experts} counts, one above 0")
-    return (counts / counts.sum()).float()
-
-
-def profile_name(profile: str, experts: int) -> str:
-    """The profile as results name it; a file's counts are part of the name, since the file may change."""
-    share = shares(profile, experts)
-    if profile.partition(":")[0] in ("uniform", "zipf"):
-        return profile
-    return f"{Path(profile).stem}-{hashlib.sha256(str(share.tolist()).encode()).hexdigest()[:8]}"
-
-
-def routing(job: Job, seed: int) -> Tensor:
-    """experts[T, k]: distinct experts for each token, drawn by the profile's shares."""
-    s = job.sizes
-    generator = torch.Generator().manual_seed(seed)
-    noise = -torch.log(-torch.log(torch.rand(s.T, s.E, generator=generator).clamp(1e-9, 1 - 1e-7)))
-    return (shares(job.profile, s.E).clamp(min=1e-12).log() + noise).topk(s.k).indices
 
 
 class Bench:
@@ -99,7 +39,7 @@ class Bench:
         self.x = torch.randn(s.T, s.H).to(dtype)
         self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.default = default_tuning(self.spec, s, self.kernel.target, job.threads)
-        self.routings = [routing(job, seed) for seed in range(_ROUTINGS)]
+        self.routings = [routing(job, seed) for seed in range(ROUTINGS)]
 
     def measure(self, text: str) -> float:
         """Seconds a call."""
@@ -108,7 +48,7 @@ class Bench:
         taken: list[float] = []
         while sum(taken) < _SAMPLE or len(taken) < 2:
             start = time.perf_counter()
-            kernel.experts(self.x, self.weights, self.routings[len(taken) % _ROUTINGS], self.params)
+            kernel.experts(self.x, self.weights, self.routings[len(taken) % ROUTINGS], self.params)
             taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 
@@ -120,25 +60,27 @@ class Bench:
         reference = twin.experts(*args, self.spec) if self.exact else self.kernel.tuned(self.default).experts(*args)
         want = reference.float()
         error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        limit = _LIMITS[self.spec.experts.dtype]
+        limit = LIMITS[self.spec.experts.dtype]
         return "" if error <= limit else f"relative error {error:.2g} to the reference, expected at most {limit:g}"
 
 
 def serve(pipe: Connection, job: Job) -> None:
     """Answer questions (word, text) by ("ok" | "failed", value) until the pipe closes."""
     _end_with_parent()
-    bench: Bench | None = None
+    bench: Bench | GpuBench | None = None
     while True:
         try:
             word, text = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            bench = bench or Bench(job)
+            bench = bench or (GpuBench(job) if job.device else Bench(job))
             answer: Any = 0.0 if word == "start" else getattr(bench, word)(text)
             pipe.send(("ok", answer))
         except Exception as error:
-            pipe.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
+            broken = isinstance(bench, GpuBench) and bench.broken()
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            pipe.send(("broken" if broken else "failed", text))
 
 
 def _end_with_parent() -> None:
@@ -182,7 +124,10 @@ class Worker:
         try:
             self._pipe.send((word, text))
             if self._pipe.poll(patience):
-                return self._pipe.recv()
+                status, answer = self._pipe.recv()
+                if status == "broken":  # the next candidate gets a process of its own
+                    self.close()
+                return ("ok", answer) if status == "ok" else ("failed", answer)
             reason = f"no answer within {patience:.0f} s"
         except (EOFError, OSError):
             self._process.join(1)

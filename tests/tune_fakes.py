@@ -10,7 +10,7 @@ import zlib
 from moec.codegen.tuning import Sizes
 from moec.spec import ExpertsSpec, KernelSpec
 from moec.tune import tune
-from moec.tune_worker import Job
+from moec.tune_job import Job
 
 JOB = Job(str(KernelSpec(ExpertsSpec())), Sizes(64, 256, 128, 16, 4), 2)
 

@@ -20,9 +20,10 @@ from moec.runtime_cpu import load_kernel
 from moec.spec import KernelSpec
 from moec.target import Target
 from moec.tune import finished, journal_path, tune
+from moec.tune_job import Job, routing, shares
 from moec.tune_search import MARGIN, Record, search
 from moec.tune_view import plot, rank_correlation, report_table, row_of
-from moec.tune_worker import Bench, Job, Worker, routing, shares
+from moec.tune_worker import Bench, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 
