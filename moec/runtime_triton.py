@@ -172,8 +172,6 @@ class TritonKernel:
     def _make_program(
         self, sizes: Sizes, config: GpuConfig, operands: Operands, entry: str, capacity: int | None
     ) -> Built | BuildError:
-        if config.weights == "descriptors" and undescribable(self.spec, sizes, config, operands):
-            config = replace(config, weights="pointers", specialized=False)  # measured with weights that lie otherwise
         config = scheduled(config, self.schedule, self.spec, sizes, operands, self.figures)
         made = check_target(config, self.figures)
         try:
@@ -200,7 +198,11 @@ class TritonKernel:
         if x.shape[1] != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
         sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
-        made = self._programs(sizes, self.config_for(sizes), operands, entry, capacity)
+        config = self.config_for(sizes)
+        described = config.weights == "descriptors" and self._fixed is None
+        if described and undescribable(self.spec, sizes, config, operands):
+            config = replace(config, weights="pointers", specialized=False)  # measured with weights that lie otherwise
+        made = self._programs(sizes, config, operands, entry, capacity)
         run(made, {"x": x, "y": y, **bound.tensors, **given})
 
     def bound(self, params: Sequence[Tensor]) -> Bound:

@@ -28,12 +28,14 @@ TOLERANCE: Mapping[torch.dtype, float] = {
 }
 """The largest difference, relative to the largest value of the tensor, that rounding explains."""
 
+CPU = torch.device("cpu")
+
 UNINITIALISED = frozenset({"empty", "empty_like", "new_empty"})
 """What gives memory as it is: both graphs get NaN there, which whatever they return must not depend on."""
 
 _WIDE_METHODS = frozenset({"float", "half", "bfloat16"})
-_DEVICE_METHODS = frozenset({"cuda", "xpu"})
-_DEVICE = re.compile(r"(cuda|hip|xpu|mps)(:\d+)?")
+_DEVICE_METHODS = frozenset({"cuda", "xpu", "cpu"})
+_DEVICE = re.compile(r"(cpu|cuda|hip|xpu|mps)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,15 @@ class Difference:
 
 @dataclass
 class Runner:
-    """Runs one rewrite as often as wanted; a graph is made executable once for each sizes and dtypes."""
+    """Runs one rewrite as often as wanted; a graph is made executable once for each sizes and dtypes.
+
+    Trials run on the CPU, wherever the model is: they are tiny, and must not disturb its device. A GPU's kernels are
+    tried on that GPU.
+    """
 
     pair: Pair
     engine: str = "eager"
+    device: torch.device = CPU
     _made: dict[object, fx.GraphModule] = field(default_factory=dict[object, fx.GraphModule])
 
     def trial(self, trial: Trial, sizes: Sizes, seed: int = 0) -> list[Difference]:
@@ -69,8 +76,9 @@ class Runner:
         names = self.pair.needs if gradients else ()
         needs = [name for name, leaf in leaves.items() if name in names and leaf.is_floating_point()]
         with _as_if_outside():
-            want = _run("matched code", self._executable(False, sizes, exact), self.pair.original, leaves, needs)
-            got = _run("replacement", self._executable(True, sizes, exact), self.pair.replacement, leaves, needs)
+            there = {name: leaf.detach().to(self.device) for name, leaf in leaves.items()}
+            want = _run("matched code", self._executable(False, sizes, exact), self.pair.original, there, needs)
+            got = _run("replacement", self._executable(True, sizes, exact), self.pair.replacement, there, needs)
         allowed, count = max(TOLERANCE.get(leaf.dtype, 0.0) for leaf in leaves.values()), len(self.pair.outputs)
         found = [_difference(*each, 1e-6, allowed) for each in zip(self.pair.outputs, got, want, strict=False)]
         # Gradients jump at the kinks of an activation, where rounding decides the side: few values may be far off.
@@ -83,7 +91,7 @@ class Runner:
         key = (ours, id(sizes), exact)
         if key not in self._made:
             half = self.pair.replacement if ours else self.pair.original
-            self._made[key] = executable(half, sizes, exact, self.engine)
+            self._made[key] = executable(half, sizes, exact, self.engine, self.device)
         return self._made[key]
 
 
@@ -134,7 +142,7 @@ def _run(
     except Exception as error:
         text = f"the {what} fails on made-up values: {type(error).__name__}: {error}"
         raise Unprovable(" ".join(text.split())[:300]) from error
-    return [*outputs, *grads]
+    return [None if value is None else value.cpu() for value in (*outputs, *grads)]
 
 
 def _gradients(outputs: list[Tensor], by: list[Tensor]) -> list[Tensor | None]:
@@ -144,24 +152,23 @@ def _gradients(outputs: list[Tensor], by: list[Tensor]) -> list[Tensor | None]:
     total: Any = 0
     for y in outputs:
         if y.is_floating_point() and y.requires_grad:
-            total = (
-                total
-                + (y.double() * torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")).sum()
-            )
+            share = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")
+            total = total + (y.double().cpu() * share).sum()
     if not isinstance(total, Tensor):
         return [None] * len(by)
     return list(torch.autograd.grad(total, by, allow_unused=True))
 
 
-def executable(half: Half, sizes: Sizes, exact: bool, engine: str) -> fx.GraphModule:
-    """The graph in these sizes and dtypes, rolled loops as loops; `engine` replaces that of moec's ops."""
+def executable(half: Half, sizes: Sizes, exact: bool, engine: str, device: torch.device) -> fx.GraphModule:
+    """The graph in these sizes and dtypes on `device`, rolled loops as loops; `engine` replaces that of moec's ops."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in half.graph.nodes:
         made = env[node] = graph.node_copy(node, env.__getitem__)
-        args, kwargs = map_aggregate((sizes.argument(made.args), sizes.argument(dict(made.kwargs))), _on_cpu)
+        args, kwargs = sizes.argument(made.args), sizes.argument(dict(made.kwargs))
+        args, kwargs = map_aggregate((args, kwargs), lambda value: _moved(value, device))
         if made.op == "call_method" and made.target in _DEVICE_METHODS:
-            made.target, args, kwargs = "cpu", args[:1], {}
+            made.target, args, kwargs = "to", (args[0], device), {}
         if exact:
             args, kwargs = map_aggregate((args, kwargs), _widened)
             if made.op == "call_method" and made.target in _WIDE_METHODS:
@@ -178,11 +185,11 @@ def _poisoned(memory: Tensor) -> Tensor:
     return memory.fill_(torch.nan) if memory.is_floating_point() else memory
 
 
-def _on_cpu(value: Any) -> Any:
-    """Trials run on the CPU, wherever the model is: they are tiny, and must not disturb its device."""
-    if isinstance(value, str):
-        return "cpu" if _DEVICE.fullmatch(value) else value
-    return torch.device("cpu") if isinstance(value, torch.device) else value
+def _moved(value: Any, device: torch.device) -> Any:
+    """`device` where an argument names a device."""
+    if isinstance(value, str) and _DEVICE.fullmatch(value):
+        return str(device) if ":" in value else device.type
+    return device if isinstance(value, torch.device) else value
 
 
 def _widened(value: Any) -> Any:

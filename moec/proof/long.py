@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moec.passes.raise_graph import fake
 from moec.proof.compare import Difference, Runner
 from moec.proof.copying import Unprovable
 from moec.proof.region import Pair
@@ -17,6 +18,8 @@ from moec.proof.sizes import Sizes, full, shrunk
 
 ROUTINGS = ("random", "one expert", "ties", "repeated")
 SEEDS = 5
+EXACT = "exact"
+"""Of the runner in fp64, which no kernel computes in."""
 OWN_SIZE = 40_000_000
 """Elements of the leaves up to which a layer is run in its own size with the model's own parameters."""
 
@@ -56,7 +59,7 @@ class Case:
 def examine(pair: Pair, engine: str) -> Examined:
     """Every routing, several times, in every size that is possible. `engine`: the kernels of the compiled model."""
     seen = Examined()
-    runners = {name: Runner(pair, name) for name in dict.fromkeys(("eager", engine))}
+    runners = {EXACT: Runner(pair), engine: Runner(pair, engine, home_of(pair))}
     for case in _cases(pair, engine, seen):
         try:
             leaves = values(pair, case.trial, case.sizes, case.seed)
@@ -75,7 +78,7 @@ def _cases(pair: Pair, engine: str, seen: Examined) -> Iterator[Case]:
     for size, routing, seed in itertools.product(sizes, ROUTINGS, range(SEEDS)):
         exact = Trial(routing, True)
         if applies(exact, pair):
-            yield Case(exact, size, seed, "eager")
+            yield Case(exact, size, seed, EXACT)
             yield Case(replace(exact, exact=False, gradients=False), size, seed, engine)
     own = full(pair)
     elements = sum(torch.Size(own.shape(leaf.type.shape)).numel() for leaf in pair.leaves)
@@ -86,6 +89,14 @@ def _cases(pair: Pair, engine: str, seen: Examined) -> Iterator[Case]:
         return
     for seed in range(SEEDS):
         yield Case(Trial("random", False), own, seed, engine, own_parameters=True)
+
+
+def home_of(pair: Pair) -> torch.device:
+    """Where the model's own tensors are, hence its kernels; the CPU where there is no such device here."""
+    nodes = (leaf.node for leaf in pair.leaves if leaf.role == "param")
+    values = [fake(node) for node in nodes if node is not None]
+    found = {value.device for value in values if isinstance(value, Tensor) and value.device.type == "cuda"}
+    return found.pop() if len(found) == 1 and torch.cuda.is_available() else torch.device("cpu")
 
 
 def _parameters(pair: Pair) -> dict[str, Tensor]:

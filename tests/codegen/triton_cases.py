@@ -37,10 +37,7 @@ SCHEDULES = {
 
 def kernel(spec, config=None):
     """The kernels of a spec, with one configuration for all sizes where one is given."""
-    made = TritonKernel(spec, torch.device("cpu")) if config else load_triton(str(spec), CPU)
-    if config:
-        made.config_for = lambda sizes: config
-    return made
+    return TritonKernel(spec, CPU).with_config(config) if config else load_triton(str(spec), CPU)
 
 
 def with_gate(gate, layout, stacked, bias, on, dtype="f32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 
 import pytest
@@ -11,13 +12,16 @@ from spellings_capacity import BATCHED, Counted, Groups, TopK
 from torch import nn
 
 import moec
+from moec import runtime  # noqa: F401  # registers the ops
 from moec.passes import find_experts, find_routers, lower_words, routing
 from moec.passes.lift import Lifter
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Ids, Rows, Space
 from moec.proof import compare, copying
+from moec.proof.compare import executable
+from moec.proof.region import Half
 from moec.proof.routings import Maker, Trial
-from moec.proof.sizes import _assign
+from moec.proof.sizes import Sizes, _assign
 
 T, H, N, E, K = 13, 8, 12, 4, 2
 
@@ -399,3 +403,15 @@ def test_sizes_keep_what_is_equal_and_what_is_a_multiple():
     assert becomes[2048] != becomes[768]
     assert len(set(becomes.values())) == len(becomes)
     assert _assign([96 * 128, 96], {128}, {128})  # whatever the order
+
+
+def test_a_trial_runs_on_one_device_whatever_the_code_names():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(torch.zeros, ((4,),), {"device": torch.device("cuda", 1), "dtype": torch.float32})
+    moved = graph.call_method("cuda", (graph.call_function(operator.add, (x, made)),))
+    graph.output((graph.call_method("to", (moved, "cuda:1")),))
+    half = Half(graph, {"x": "x"})
+    module = executable(half, Sizes({}, {}), False, "eager", torch.device("cpu"))
+    (y,) = module(torch.ones(4))
+    assert torch.equal(y, torch.ones(4))
