@@ -7,6 +7,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -40,7 +41,7 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered", sched
 
     Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
     """
-    knobs = _triton().knobs
+    knobs = triton().knobs
     if device.type == "cpu" and not knobs.runtime.interpret:
         raise CodegenError(
             "kernels='triton' on CPU tensors runs in Triton's interpreter, which is off: "
@@ -51,13 +52,12 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered", sched
     return TritonKernel(KernelSpec.parse(spec), device, combine, schedule)
 
 
-def _triton() -> ModuleType:
+def triton() -> ModuleType:
     """Triton; raises CodegenError where it is not installed."""
     try:
-        import triton
+        return importlib.import_module("triton")
     except ImportError as error:
         raise CodegenError(f"Triton cannot be imported ({error}): pip install triton") from error
-    return triton
 
 
 def allows_tf32(device: torch.device) -> bool:

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from triton import knobs
 
 from moec.codegen import twin
 from moec.codegen.encode import coded_spec
@@ -22,7 +21,7 @@ from moec.codegen.triton_schedule import candidates
 from moec.errors import OptionError
 from moec.gpu_target import gpu_target
 from moec.runtime_coded import coded_kernel
-from moec.runtime_triton import load_triton
+from moec.runtime_triton import load_triton, triton
 from moec.spec import DTYPES, KernelSpec
 from moec.target import GpuFigures, gpu_figures
 from moec.tune_cache import Key, Made
@@ -99,7 +98,7 @@ def gpu_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    interpreted = device.type == "cpu" and knobs.runtime.interpret
+    interpreted = device.type == "cpu" and triton().knobs.runtime.interpret
     if device.type != "cuda" and not interpreted:
         raise OptionError(f"--device {name!r}: expected a GPU: cuda, cuda:1, …")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -216,7 +216,7 @@ def test_without_triton_torch_runs(monkeypatch):
     def missing():
         raise CodegenError("Triton cannot be imported")
 
-    monkeypatch.setattr(runtime_triton, "_triton", missing)
+    monkeypatch.setattr(runtime_triton, "triton", missing)
     monkeypatch.setattr(twin, "experts", lambda *a: "eager")
     with pytest.warns(RuntimeWarning, match="cannot be imported"):
         assert experts(spec, 100, params_of(spec)) == "eager"
