@@ -25,6 +25,7 @@ from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
 from moec.passes import PASSES
+from moec.passes.autocast import spell_casts, under_autocast
 from moec.passes.canonicalize import Canonicalize
 from moec.passes.lower import groups_of, lower
 from moec.passes.opaque import find_opaque
@@ -90,9 +91,9 @@ class Backend:
             return compile_parts(gm, self.compile_rest)
         return self.compile_rest(gm, example_inputs)
 
-    def facts(self, gm: fx.GraphModule, raised: Raised, nested: bool) -> Facts:
+    def facts(self, gm: fx.GraphModule, raised: Raised, nested: bool, hidden: str) -> Facts:
         """What passes may know of this graph."""
-        return facts_of(gm, raised, self._left(), nested)
+        return replace(facts_of(gm, raised, self._left(), nested), autocast=hidden)
 
     def rewrite(self, gm: fx.GraphModule, nested: bool = False) -> GraphReport:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
@@ -110,10 +111,11 @@ class Backend:
 
     def _rewrite(self, gm: fx.GraphModule, nested: bool) -> GraphReport:
         start = time.perf_counter()
+        hidden = spell_casts(gm) if under_autocast(gm, nested) else ""
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None
-        done = self._passes(gm, raised, graph, self.facts(gm, raised, nested))
+        done = self._passes(gm, raised, graph, self.facts(gm, raised, nested, hidden))
         nodes = len(gm.graph.nodes)
         engine = self.options.engine(training=bool(done.facts.grad))
         lower(gm, raised, done.graph, str(engine), done.facts.grad, self.options.save_activations)
@@ -300,7 +302,7 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
         if not _plain(value):
             not_plain[node.name] = type(value).__name__ if value.layout is torch.strided else str(value.layout)
     grad = _with_gradients(raised, nested) if torch.is_grad_enabled() else frozenset[str]()
-    return Facts(options, grad, devices, not_plain, any(map(torch.is_autocast_enabled, ("cpu", "cuda"))))
+    return Facts(options, grad, devices, not_plain)
 
 
 _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "size", "getitem"})

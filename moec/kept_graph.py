@@ -43,5 +43,7 @@ class KeptGraph:
             kwargs = fx.map_arg(kept.kwargs, again.__getitem__)
             node = graph.create_node(old.op, kept.target, args, kwargs, old.name, old.type)
             node.meta = dict(kept.meta)
+            if hasattr(old, "_dynamo_source"):  # where an input comes from, which autograd's compiler asks for
+                node._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
             again[old] = node
         return graph

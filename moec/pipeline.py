@@ -19,7 +19,7 @@ class Facts:
     grad         names of values that need a gradient in this compile (empty under no_grad)
     devices      device type of each input value ('cpu', 'cuda', …)
     not_plain    inputs that are not plain dense tensors, and what they are
-    autocast     True when the graph runs under autocast
+    autocast     an operator whose casts under autocast are not known; '' where there is none
     refused      values whose rewrite was tried and computes something else, and the figures
     """
 
@@ -27,7 +27,7 @@ class Facts:
     grad: frozenset[str] = frozenset()
     devices: Mapping[str, str] = field(default_factory=dict)
     not_plain: Mapping[str, str] = field(default_factory=dict)
-    autocast: bool = False
+    autocast: str = ""
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def out_of_fuel(self, done: int) -> bool:

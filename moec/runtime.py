@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -362,8 +362,24 @@ _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("experts_training", _experts_training, _experts_training_fake),
     ("experts_backward", _experts_backward, _experts_backward_fake),
 )
+
+
+def _outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
+    """`real`, which makes the casts that its spec names and no others; its first argument is a tensor."""
+
+    @wraps(real)
+    def call(*args: Any) -> _T:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return real(*args)
+        with torch.autocast(device, enabled=False):
+            return real(*args)
+
+    return call
+
+
 for _name, _real, _fake in _OPS:
-    _LIB.impl(_name, _real, "CompositeExplicitAutograd")
+    _LIB.impl(_name, _outside_autocast(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"moec::{_name}", _fake, lib=_LIB)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

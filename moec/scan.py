@@ -48,9 +48,9 @@ class DryRun(Backend):
 
     __moec_backend__ = True
 
-    def facts(self, gm: fx.GraphModule, raised: Raised, nested: bool) -> Facts:
+    def facts(self, gm: fx.GraphModule, raised: Raised, nested: bool, hidden: str) -> Facts:
         """As on the CPU."""
-        facts = super().facts(gm, raised, nested)
+        facts = super().facts(gm, raised, nested, hidden)
         return replace(facts, devices={n: "cpu" if d == "meta" else d for n, d in facts.devices.items()})
 
     def finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:

@@ -143,7 +143,7 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if part is not None and total.rows.choice in lifter.tables:
         return NoMatch("the loop runs some of the experts that masks choose", instr.results[0], 6)
     prelude, weights, choice = routed
-    blocked = _obstacle(facts, body)
+    blocked = _obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked
     if part is not None and choice not in lifter.graph.types:
@@ -179,7 +179,7 @@ def _gated(
         return nearest([routing.deeper(6), why.deeper(6)])
     if not _idle_is_zero(body) or total.base:
         return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6)
-    said = _obstacle(facts, body) or say(lifter, instr, total.rows, body, routing)
+    said = _obstacle(lifter.graph, facts, body) or say(lifter, instr, total.rows, body, routing)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
@@ -205,7 +205,7 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         return routing.deeper(6).after(*held)
     if seats is None and not _idle_is_zero(body):
         return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6).after(*held)
-    blocked = _obstacle(facts, body)
+    blocked = _obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked
     if isinstance(routing, NoMatch):
@@ -227,12 +227,12 @@ def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         return body
     if body.cast or body.spec.codes:
         return NoMatch("matrices of a batch of experts are cast or scaled before they are used", body.weight, 6)
-    blocked = _obstacle(facts, body)
+    blocked = _obstacle(lifter.graph, facts, body)
     said = blocked if blocked is not None else say_picked(lifter, instr, body)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
-def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:
+def _obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
     """Why kernels cannot run this layer although it is understood."""
     names = [name for group in body.params for name in group]
     for name in names:
@@ -248,16 +248,19 @@ def _obstacle(facts: Facts, body: BodyMatch) -> NoMatch | None:
     if body.spec.codes and learned:
         why = f"%{learned[0]} needs a gradient, and there is none of matrices kept as {body.spec.codes}"
         return NoMatch(why, learned[0], 9, hint="freeze it, or keep the experts in the dtype of the products")
-    if body.cast and not learned:
-        return NoMatch(
-            f"every call casts the matrices that it needs to {body.cast}, kernels would cast all",
-            names[0],
-            9,
-            hint=f"keep the experts' parameters in {body.cast}",
-        )
+    if body.cast and not learned and _few(graph.types[body.token], body.num_experts):
+        why = f"a call casts the matrices of the few experts that it hits to {body.cast}, kernels would cast all"
+        return NoMatch(why, names[0], 9, hint=f"keep the experts' parameters in {body.cast}")
     if facts.autocast:
-        return NoMatch("the graph runs under autocast", depth=9, hint="cast the model instead of using autocast")
+        why = f"what autocast casts in {facts.autocast} is not known"
+        return NoMatch(why, depth=9, hint="cast the model instead of using autocast")
     return None
+
+
+def _few(tokens: Type, experts: sympy.Expr) -> bool:
+    """Whether there are fewer tokens than experts, so that most experts are idle."""
+    count = sympy.Mul(*tokens.shape[:-1])
+    return bool(count.is_Integer and experts.is_Integer and count < experts)
 
 
 def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[Instr, ...], str, str] | NoMatch:

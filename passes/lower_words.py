@@ -57,6 +57,12 @@ def _call(function: Callable[..., Any], *names: str) -> Make:
     return make
 
 
+def _sum(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    """With its dtype, or autocast would choose one."""
+    dims, keepdim, dtype = instr.attr("dims"), instr.attr("keepdim"), _DTYPES[instr.types[0].dtype]
+    return graph.call_function(torch.sum, (args[0], dims, keepdim), {"dtype": dtype})
+
+
 def _cast(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
     return graph.call_method("to", (args[0], _DTYPES[str(instr.attr("dtype"))]))
 
@@ -96,7 +102,7 @@ WORDS: Mapping[str, Make] = {
     "eq": _call(torch.eq),
     "experts_where": _call(experts_where),
     "narrow": _call(torch.narrow, "dim", "start", "length"),
-    "reduce_sum": _call(torch.sum, "dims", "keepdim"),
+    "reduce_sum": _sum,
     "bitwise_and": _call(torch.bitwise_and),
     "bitwise_or": _call(torch.bitwise_or),
     "where": _call(torch.where),

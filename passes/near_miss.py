@@ -36,7 +36,7 @@ STAGES: tuple[tuple[str, str], ...] = (
     ),
     (
         "kernels exist for it",
-        "hold tokens and parameters as plain f32, bf16 or f16 tensors on the CPU, outside autocast",
+        "hold tokens and parameters as plain f32, bf16 or f16 tensors on the CPU",
     ),
 )
 """The predicates of `find_experts`, in its order, and what to change where one fails."""

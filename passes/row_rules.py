@@ -189,6 +189,9 @@ def rule_cast(lifter: Lifter, instr: Instr, which: int) -> Lift:
     if isinstance(inner, Column):
         kept = compared(lifter, "ne", instr.args[0], 0.0) if instr.types[0].dtype == "bool" else None
         return kept or NoMatch("a column of gates in another dtype", instr.results[0])
+    if isinstance(inner, Rows) and isinstance(inner.row, Expert):
+        row = cast_expert(instr, inner.row)
+        return row if isinstance(row, NoMatch) else replace(inner, row=row)
     return cast_expert(instr, inner) if isinstance(inner, Expert) else base.rule_cast(lifter, instr, which)
 
 

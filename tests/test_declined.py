@@ -122,14 +122,6 @@ def test_an_unsupported_dtype_is_declined_and_runs():
     assert "f64" in str(report.sites[0].reasons[0])
 
 
-def test_autocast_is_declined_and_runs():
-    model, x = Loop(mlp), torch.randn(13, H)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        report = moec.explain(model, x, moec_options=QUICK)
-    assert [s.status for s in report.sites] == ["declined"]
-    assert "autocast" in str(report.sites[0].reasons[0])
-
-
 def test_a_model_without_experts_has_no_sites():
     model = mlp()
     with torch.no_grad():

@@ -79,7 +79,8 @@ class Runner:
             there = {name: leaf.detach().to(self.device) for name, leaf in leaves.items()}
             want = _run("matched code", self._executable(False, sizes, exact), self.pair.original, there, needs)
             got = _run("replacement", self._executable(True, sizes, exact), self.pair.replacement, there, needs)
-        allowed, count = max(TOLERANCE.get(leaf.dtype, 0.0) for leaf in leaves.values()), len(self.pair.outputs)
+        dtypes = {leaf.dtype for leaf in leaves.values()} | (set() if exact else _cast_to(self.pair.original.graph))
+        allowed, count = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes), len(self.pair.outputs)
         found = [_difference(*each, 1e-6, allowed) for each in zip(self.pair.outputs, got, want, strict=False)]
         # Gradients jump at the kinks of an activation, where rounding decides the side: few values may be far off.
         measure, floor = (_farthest if exact else _together), 1e-3 * _largest(want[count:])
@@ -179,6 +180,16 @@ def executable(half: Half, sizes: Sizes, exact: bool, engine: str, device: torch
         if key_of(node) in UNINITIALISED:
             env[node] = graph.call_function(_poisoned, (made,))
     return lower_regions(fx.GraphModule(nn.Module(), graph))
+
+
+def _cast_to(graph: fx.Graph) -> set[torch.dtype]:
+    """The dtypes that a graph names or has methods for: what it rounds to on the way."""
+    found: set[torch.dtype] = set()
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _WIDE_METHODS:
+            found.add(getattr(torch, node.target))
+        map_aggregate((node.args, node.kwargs), lambda arg: found.add(arg) if isinstance(arg, torch.dtype) else None)
+    return found
 
 
 def _poisoned(memory: Tensor) -> Tensor:
