@@ -25,7 +25,7 @@ from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
 from moec.passes import PASSES
-from moec.passes.autocast import spell_casts, under_autocast
+from moec.passes.autocast import outside_autocast, spell_casts, under_autocast
 from moec.passes.canonicalize import Canonicalize
 from moec.passes.lower import groups_of, lower
 from moec.passes.opaque import find_opaque
@@ -102,16 +102,17 @@ class Backend:
         before = KeptGraph.of(gm.graph)
         try:
             with no_collections():
-                return self._rewrite(gm, nested)
+                hidden = spell_casts(gm) if under_autocast(gm, nested) else ""
+                with outside_autocast():
+                    return self._rewrite(gm, nested, hidden)
         except Exception as error:  # whatever it is, the user's model still runs
             gm.graph = before.restored()
             note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return GraphReport((), (), len(gm.graph.nodes), (note,))
 
-    def _rewrite(self, gm: fx.GraphModule, nested: bool) -> GraphReport:
+    def _rewrite(self, gm: fx.GraphModule, nested: bool, hidden: str) -> GraphReport:
         start = time.perf_counter()
-        hidden = spell_casts(gm) if under_autocast(gm, nested) else ""
         raised = raise_fx(gm)
         graph = sweep(raised.graph)
         first = PassRecord("raise", 0, (time.perf_counter() - start) * 1e3, dump(graph)) if self.trace else None

@@ -33,6 +33,15 @@ def under_autocast(gm: fx.GraphModule, nested: bool) -> bool:
     return on or nested or any(n.op == "call_function" and key_of(n) == "_enter_autocast" for n in gm.graph.nodes)
 
 
+@contextlib.contextmanager
+def outside_autocast() -> Generator[None]:
+    """Operators compute in the dtypes of their operands."""
+    with contextlib.ExitStack() as stack:
+        for device in DEVICES:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def spell_casts(gm: fx.GraphModule) -> str:
     """Insert what autocast casts before each operator that passes know; '' or the operator that is not understood."""
     known: dict[Hashable, torch.dtype | str] = {}
@@ -132,8 +141,7 @@ def _outside(node: fx.Node) -> Generator[None]:
         traced = next((value for value in values if isinstance(value, FakeTensor)), None)
         if traced is not None:  # by Dynamo's mode: while a backend runs, torch's current one is another
             stack.enter_context(traced.fake_mode)
-        for device in DEVICES:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(outside_autocast())
         yield
 
 
