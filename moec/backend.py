@@ -14,10 +14,12 @@ from torch import fx
 from torch.compiler import config as compiler_config
 
 import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
+from moec.breaks import Mark
 from moec.capture import install
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
+from moec.capture.state import NotRolled
 from moec.choose_once import choose_once
 from moec.collector import no_collections
 from moec.describe import Sorted, describe, site_name, with_opaque
@@ -82,8 +84,15 @@ class Backend:
         if self.report is not None:
             self.report.seconds += time.perf_counter() - start - sum(part.proof_seconds for part in parts)
             self.report.graph_reports.append(_whole(parts))
-            self.report.not_rolled += [Reason(n.reason, location=f"{n.file}:{n.line}") for n in not_rolled]
+            for loop in not_rolled:
+                self.not_rolled(loop)
         return self.finish(gm, example_inputs)
+
+    def not_rolled(self, loop: NotRolled) -> None:
+        """Take note of a loop that stays as it was written; a compile that Dynamo gives up has no graph to say so."""
+        reason = Reason(loop.reason, location=f"{loop.file}:{loop.line}")
+        if self.report is not None and reason not in self.report.not_rolled:
+            self.report.not_rolled.append(reason)
 
     def finish(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """The rewritten graph as something to call."""
@@ -253,15 +262,13 @@ def explain_call(
     report = Report()
     backend = Backend(options, report=report, trace=True)
     torch._dynamo.reset()
-    before = len(torch._dynamo.utils.graph_break_reasons)
+    mark = Mark.now()
     copies = len(pack_log())
     numbers = torch._dynamo.config.patch(specialize_float=True) if symbolic else contextlib.nullcontext()
     with numbers:
         torch.compile(model, backend=backend, dynamic=True if symbolic else None)(*args, **kwargs)
     report.packed += pack_log()[copies:]
-    for broken in torch._dynamo.utils.graph_break_reasons[before:]:
-        frame = broken.user_stack[-1] if broken.user_stack else None
-        report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
+    report.graph_breaks += mark.breaks_since()
     if not report.complete:  # a loop that was traced as written and fused all the same needs no word
         stayed = [Reason(n.reason, location=f"{n.file}:{n.line}") for n in install.declined_in(model)]
         report.not_rolled += [reason for reason in stayed if reason not in report.not_rolled]

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from moec.backend import Backend, Compiled
+from moec.breaks import Mark
 from moec.errors import TargetError
 from moec.loading import Target
 from moec.options import Options
@@ -82,11 +83,9 @@ def dry_run(target: Target, options: Options) -> Report:
     report = Report()
     backend = DryRun(replace(options, proof="off"), report=report, trace=True)
     torch._dynamo.reset()
-    before = len(torch._dynamo.utils.graph_break_reasons)
+    mark = Mark.now()
     torch.compile(model, backend=backend)(*args, **kwargs)
-    for broken in torch._dynamo.utils.graph_break_reasons[before:]:
-        frame = broken.user_stack[-1] if broken.user_stack else None
-        report.graph_breaks.append((str(broken.reason), f"{frame.filename}:{frame.lineno}" if frame else ""))
+    report.graph_breaks += mark.breaks_since()
     return report
 
 

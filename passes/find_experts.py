@@ -23,13 +23,15 @@ from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
+from moec.passes.rereads import body_as_before
 from moec.passes.row_rules import RULES
+from moec.passes.rows import Part
 from moec.passes.runs import full_run
 from moec.passes.say_experts import site_attrs
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
-from moec.passes.token_axes import as_pairs, at_choice, names_once, shaped_like, slots_of, token_axes
+from moec.passes.token_axes import as_pairs, at_choice, each_token, names_once, shaped_like, slots_of, token_axes
 from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
 from moec.spec import DTYPES
@@ -121,9 +123,9 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     held.append(f"each token sums its experts' rows (form: {total.form})")
     anchor = total.rows.loop
     part = part_of(lifter, anchor)
-    body = match_body(lifter.graph, total.rows.row, None if part is None or part.above else part.limit)
+    body = _body(lifter, instr, total, part)
     if isinstance(body, NoMatch):
-        return body.deeper(2)
+        return body
     if part is not None and part.above:
         return NoMatch(f"the loop runs the experts from {part.limit} on alone", instr.results[0], 6)
     held.append(
@@ -152,6 +154,12 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
         first, choice, body, total = some_experts(lifter, instr, total, body, part, choice)
         prelude = (*prelude, *first)
     return _say(lifter.graph, instr, total, body, prelude, weights, choice)
+
+
+def _body(lifter: Lifter, root: Instr, total: Combined, part: Part | None) -> BodyMatch | NoMatch:
+    """An expert's function of its rows as they were before the loop."""
+    body = match_body(lifter.graph, total.rows.row, None if part is None or part.above else part.limit)
+    return body.deeper(2) if isinstance(body, NoMatch) else body_as_before(lifter.graph, body, total, root)
 
 
 def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> NoMatch | None:
@@ -372,7 +380,10 @@ def _say(
     groups = tuple(tuple(Ref(name) for name in group) for group in _stored(out, body))
     shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
     rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
-    args = (Ref(rows), *map(Ref, pairs), tuple(ref for group in groups for ref in group))
+    spread = each_token(out, pairs, x, rows)
+    if isinstance(spread, NoMatch):
+        return spread.deeper(6)
+    args = (Ref(rows), *map(Ref, spread), tuple(ref for group in groups for ref in group))
     attrs = site_attrs(body, to.dtype, total.form)
     name = root.results[0]
     flat = to if to.rank == 2 else Type(to.dtype, shape)

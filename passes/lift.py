@@ -207,7 +207,8 @@ def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if isinstance(inner, Rows):
         shape = lifter.type(instr.args[0]).shape
         kept = order[: inner.lead] == list(range(inner.lead))
-        if kept and _real(shape[inner.lead :]) == _real(instr.types[0].shape[inner.lead :]):
+        moved = order != sorted(order) and len(_real(shape[inner.lead :])) > 1
+        if kept and not moved and _real(shape[inner.lead :]) == _real(instr.types[0].shape[inner.lead :]):
             return inner
         if kept and isinstance(inner.row, Expert):
             return replace(

@@ -88,6 +88,12 @@ def experts_where(mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1)
 
 
+def each_token(pairs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """pairs[B, k] of sequences whose tokens are rows[B·S, H] → [B·S, k]."""
+    count = rows.shape[0] // max(pairs.shape[0], 1)
+    return pairs[:, None].expand(-1, count, -1).flatten(0, 1)
+
+
 WORDS: Mapping[str, Make] = {
     "reshape": _reshape,
     "permute": _call(torch.permute, "dims"),
@@ -110,5 +116,6 @@ WORDS: Mapping[str, Make] = {
     "cat": _call(torch.cat, "dim"),
     "expert_of_rows": _call(expert_of_rows, "dim"),
     "ones_of_rows": _call(ones_of_rows),
+    "each_token": _call(each_token),
     "expand_as": lambda graph, instr, args: graph.call_method("expand_as", tuple(args)),
 }

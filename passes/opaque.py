@@ -17,6 +17,7 @@ from moec.passes.combine import COMBINING, combined
 from moec.passes.lift import Lifter
 from moec.passes.opaque_rows import opaque_rows, varying
 from moec.passes.partial import part_of
+from moec.passes.rereads import reread
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Anchor, Expert, Opaque, Row
 from moec.passes.runs import full_run
@@ -83,7 +84,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):
         return NoMatch("the number of experts is not known")
     skipped = only_idle_skipped(lifter, anchor) or full_run(lifter, anchor, sympy.Integer(experts), rows.choice)
-    skipped = skipped or asked_of_others(lifter, anchor, rows.choice)
+    skipped = skipped or asked_of_others(lifter, anchor, rows.choice) or reread(graph, anchor, instr)
     beyond = lifter.beyond.get(anchor)
     if skipped is not None or (beyond is not None and beyond < experts):
         return skipped or NoMatch(f"the loop skips expert {beyond}")

@@ -118,7 +118,9 @@ class _Loop:
         made = defs[root.uses[1]]
         while made.word in ("same", "cast"):
             made = defs[made.uses[0]]
-        old = [a for a in made.uses if defs[a].word == "index" and defs[a].uses[0] == root.uses[0]]
+        old = [a for a in made.uses if a in defs and defs[a].word == "index" and defs[a].uses[0] == root.uses[0]]
+        if made.word != "add" or not old:
+            return root.uses[1]  # each token has one row, which is written
         return next(a for a in made.uses if a not in old[:1])
 
     def gathers(self) -> list[tuple[fx.Node, fx.Node, bool]]:

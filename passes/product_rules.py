@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moec.graph import Arg, Instr, Ref
+from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.lift import Lift, Lifter
 from moec.passes.rows import (
@@ -80,6 +80,12 @@ def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return _dot(lifter, instr, a, b, (left, right, out), (x, w))
 
 
+def _last(letters: str, letter: str, kind: Type) -> bool:
+    """Whether an axis is the last one but for axes of size 1."""
+    behind = letters[letters.index(letter) + 1 :]
+    return not behind or (kind.rank == len(letters) and all(size == 1 for size in kind.shape[-len(behind) :]))
+
+
 def _matrix(value: Lift) -> bool:
     return isinstance(value, Expert) or (isinstance(value, Rows) and isinstance(value.row, Expert))
 
@@ -100,4 +106,6 @@ def _dot(lifter: Lifter, instr: Instr, a: Rows, b: Lift, letters: tuple[str, str
         return NoMatch(f"contraction {instr.attr('eq')} is not one row times one matrix", instr.results[0])
     if not out.startswith(left[: a.lead]):
         return NoMatch(f"contraction {instr.attr('eq')} moves the row axis", instr.results[0])
+    if not _last(left, shared[0], lifter.type(args[0])) or not _last(out, right.strip(shared[0]), instr.types[0]):
+        return NoMatch(f"contraction {instr.attr('eq')} is over another axis than features", instr.results[0])
     return replace(a, row=Dot(a.row, weight, right.index(shared[0])))

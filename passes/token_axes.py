@@ -122,6 +122,20 @@ def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: s
     return out.reshape(weights, pair), out.reshape(choice, pair)
 
 
+def each_token(out: Writer, pairs: tuple[str, str], x: Type, rows: str) -> tuple[str, str] | NoMatch:
+    """w[T, k] and e[T, k] for each of x's T = B·S tokens, where the pairs [B, k] are of whole sequences x[B, S, H]."""
+    given, tokens = out.type(pairs[1]).shape[0], sympy.Mul(*x.shape[:-1])
+    if same(given, tokens):
+        return pairs
+    if not any(same(given, sympy.Mul(*x.shape[:axes])) for axes in range(1, x.rank - 1)):
+        return NoMatch(f"{given} choices are made for the tokens {x}", pairs[1])
+    kinds = [Type(out.type(name).dtype, (tokens, *out.type(name).shape[1:])) for name in pairs]
+    weights, choice = (
+        out.emit("each_token", (Ref(name), Ref(rows)), kind) for name, kind in zip(pairs, kinds, strict=True)
+    )
+    return weights, choice
+
+
 def at_choice(out: Writer, gates: str, choice: str) -> str | NoMatch:
     """w[T, k], the gates g[…, E] of the chosen experts."""
     given, slots = out.type(gates), slots_of(out.graph, choice)

@@ -10,6 +10,7 @@ from torch import fx
 from moec.graph import Arg, Ref
 from moec.passes import updates, word_activations, word_contract, word_views, words
 from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
+from moec.passes.rereads import hold_heads
 from moec.passes.words import BINARY, UNARY, key_of
 
 
@@ -159,6 +160,10 @@ def _raise_marker(build: Builder, node: fx.Node) -> Arg | None:
         running = isinstance(node.args[0], fx.Node) and key_of(node.args[0]) == "moec.carry_int"
         build.emit("turn" if running else "end", args if running else (args[2],), type_of_fake(fake(node)))
         return args[1]
+    if key_of(node) in ("moec.anchor", "moec.anchor_range"):
+        item = build.emit(key_of(node).removeprefix("moec."), args, type_of_fake(fake(node)))
+        hold_heads(build, node, item)
+        return item
     return build.emit(key_of(node).removeprefix("moec."), args, type_of_fake(fake(node)))
 
 

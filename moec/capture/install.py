@@ -68,14 +68,37 @@ def declined() -> tuple[NotRolled, ...]:
 
 
 def declined_in(model: Callable[..., Any]) -> tuple[NotRolled, ...]:
-    """Those in the code of a model: its modules' classes and the functions of their files that they name."""
+    """Those in the code of a model: its modules' classes and the functions of their files that they name.
+
+    Of a plain function, the loops that would be rolled if a module's forward called it.
+    """
     if not isinstance(model, nn.Module):
-        return ()
+        return tuple(one for function in functions_of(model) for one in _direct(function, set()))
     classes = {base for module in model.modules() for base in type(module).__mro__ if base not in (object, nn.Module)}
     own = {inner for cls in classes for value in vars(cls).values() for inner in functions_of(value)}
     own |= {helper for function in own for helper in _helpers(function)}
     lines = {(f.__code__.co_filename, line) for f in own for _, _, line in f.__code__.co_lines()}
     return tuple(one for one in declined() if (one.file, one.line) in lines)
+
+
+_DIRECT = (
+    "a function that is compiled itself is traced as it was written; call it in the forward of a module, compile that"
+)
+
+
+def _direct(function: types.FunctionType, seen: set[int]) -> Iterator[NotRolled]:
+    """The loops of a function that no module's class knows, and of those that it names."""
+    code = function.__code__
+    if id(function) in seen or id(function) in _installation().seen:
+        return
+    seen.add(id(function))
+    if promising(code):
+        result = rewrite(code)
+        yield from result.declined
+        if result.code is not None:
+            yield NotRolled(_DIRECT, code.co_filename, code.co_firstlineno)
+    for helper in _helpers(function):
+        yield from _direct(helper, seen)
 
 
 def install_class(cls: type) -> None:

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import types
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis, UserError, UserErrorType
+from torch._dynamo.exc import (
+    RestartAnalysis,
+    SkipFrame,
+    TensorifyScalarRestartAnalysis,
+    UnspecializeRestartAnalysis,
+    Unsupported,
+    UserError,
+    UserErrorType,
+)
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -52,7 +61,12 @@ def current_tx() -> Any:
 
 
 def compiles_for_moec(tx: Any) -> bool:
-    """Whether the backend behind this translator carries `__moec_backend__ = True`."""
+    """Whether the backend behind this translator is moec's."""
+    return backend_of(tx) is not None
+
+
+def backend_of(tx: Any) -> Any:
+    """The backend behind this translator, if it carries `__moec_backend__ = True`."""
     todo: list[Any] = [tx.output.compiler_fn]
     seen = set[int]()
     while todo:
@@ -60,14 +74,14 @@ def compiles_for_moec(tx: Any) -> bool:
         if fn is None or id(fn) in seen:
             continue
         if getattr(fn, "__moec_backend__", False) is True:
-            return True
+            return fn
         seen.add(id(fn))
         todo += [getattr(fn, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__")]
         if isinstance(fn, functools.partial):
             todo.append(fn.func)
         if isinstance(fn, types.MethodType):
             todo.append(fn.__self__)
-    return False
+    return None
 
 
 class DecidedByData(UserError, GuardOnDataDependentSymNode):
@@ -117,10 +131,49 @@ def loops_of(tx: Any) -> Loops:
     """The rolled loops of the graph that is being traced."""
     if not hasattr(tx.output, "moec_loops"):
         tx.output.moec_loops = Loops()
+        tx.output.add_cleanup_hook(functools.partial(_retrace_failed, tx))
     return tx.output.moec_loops
+
+
+def tell(tx: Any, loop: NotRolled) -> None:
+    """Tell the backend of a loop that stays as it was written: Dynamo may find nothing to compile then."""
+    listener = getattr(backend_of(tx), "not_rolled", None)
+    if listener is not None:
+        listener(loop)
+
+
+def _retrace_failed(tx: Any) -> None:
+    """Where tracing ends in an error, the loops that it may be due to are traced as they were written.
+
+    A rolled body is traced even where the user's code would never have run it, and with shapes that are not known.
+    """
+    error, loops = sys.exc_info()[1], loops_of(tx)
+    if error is None or isinstance(error, RestartAnalysis) or not isinstance(error, Exception):
+        return
+    if loops.open is not None:
+        keys, reason = [loops.open], "its body cannot be traced for rows that it may never have"
+    elif isinstance(error, (Unsupported, SkipFrame, UserError)):
+        return  # Dynamo has an answer of its own
+    else:
+        keys, reason = [*loops.begun, *loops.handed], "what stands behind it cannot be traced"
+    if not keys:
+        return
+    tx.speculation_log.clear()
+    reason = f"{reason}: {_first_cause(error)}"
+    for key in keys[1:]:
+        declined(tx).setdefault(key, not_rolled(key, reason))
+    retrace_without(tx, keys[0], reason)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong at first, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def retrace_without(tx: Any, key: str, reason: str) -> NoReturn:
     """Give the loop up and have Dynamo trace the frame again with the loop as it was written."""
-    declined(tx).setdefault(key, not_rolled(key, reason))
+    tell(tx, declined(tx).setdefault(key, not_rolled(key, reason)))
     raise RetraceUnrolled(restart_reason=f"moec: loop at {key} not rolled: {reason}")

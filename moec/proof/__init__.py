@@ -18,7 +18,7 @@ from moec.passes.opaque import OpaqueSite
 from moec.passes.raise_graph import Raised
 from moec.proof.bodies import Bodies
 from moec.proof.compare import Difference, Runner
-from moec.proof.copying import Unprovable
+from moec.proof.copying import Fails, Unprovable
 from moec.proof.region import Carver, Pair
 from moec.proof.routings import SHORT, Trial, applies
 from moec.proof.sizes import Sizes, full, shrunk
@@ -110,7 +110,7 @@ def _elements(pair: Pair, sizes: Sizes) -> int:
 def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float) -> Verdict:
     runner = Runner(pair)
     done: list[str] = []
-    worst, missing = 0.0, ""
+    worst, missing, failed = 0.0, "", ""
     for trial in SHORT:
         if not applies(trial, pair) or (done and time.perf_counter() - start > seconds):
             continue
@@ -119,6 +119,7 @@ def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float)
             found = _run(runner, trial, at)
         except Unprovable as error:
             missing = missing or str(error)
+            failed = failed or (str(error) if isinstance(error, Fails) else "")
             continue
         wrong = [d for d in found if d.wrong]
         if wrong:
@@ -126,6 +127,8 @@ def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float)
         done.append(trial.routing)
         worst = max([worst, *(d.error for d in found if trial.exact)])
     spent = time.perf_counter() - start
+    if not done and failed:
+        return Verdict("wrong", seconds=spent, reason=failed)
     if not done:
         return Verdict("unproved", seconds=spent, reason=missing)
     return Verdict("proved", tuple(done), worst, spent)

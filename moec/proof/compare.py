@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from moec.capture.lower import lower_regions
 from moec.passes.words import key_of
-from moec.proof.copying import Unprovable
+from moec.proof.copying import Fails, Unprovable
 from moec.proof.region import Half, Pair
 from moec.proof.routings import WIDENED, Trial, values
 from moec.proof.sizes import Sizes
@@ -142,7 +142,8 @@ def _run(
         grads = _gradients(outputs, [fresh[name] for name in needs])
     except Exception as error:
         text = f"the {what} fails on made-up values: {type(error).__name__}: {error}"
-        raise Unprovable(" ".join(text.split())[:300]) from error
+        kind = Fails if what == "replacement" else Unprovable
+        raise kind(" ".join(text.split())[:300]) from error
     return [None if value is None else value.cpu() for value in (*outputs, *grads)]
 
 

@@ -32,6 +32,10 @@ class Unprovable(Exception):
     """The two graphs cannot be made or run; says why."""
 
 
+class Fails(Unprovable):
+    """The replacement fails where the matched code runs."""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A value that both graphs read.
