@@ -140,6 +140,8 @@ def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return _slots_of(lifter, instr)
     if isinstance(inner, Body):
         return NoMatch("a reshape inside an expert's own code", instr.results[0])
+    if isinstance(inner, Ids) and source.rank == 2 and source.shape[0] == 1 and to.shape == source.shape[1:]:
+        return replace(inner, layout="flat")  # one row of an index's transpose
     if isinstance(inner, Rows | Ids):
         layout = relayout(lifter, source, inner.layout, to)
         if layout is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moec.capture.events import Path, after, events, loaded, nested, read_first, stored
@@ -252,6 +252,20 @@ def _write_calls(stmt: ast.Expr | ast.Assign | ast.AugAssign) -> Iterator[_Write
             yield _Write(base, tuple(keys), stmt, False)
         elif rebound:
             yield _Write(ast.Name(rebound, ast.Load()), tuple(keys), stmt, True)
+
+
+def in_place_names(block: Iterable[ast.stmt]) -> set[str]:
+    """The names of what a block writes to in place, as far as its text tells."""
+    names: set[str] = set()
+    for node in (n for stmt in block for n in ast.walk(stmt)):
+        changed: ast.expr | None = None
+        if isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            changed = node.value
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("_"):
+            changed = node.func.value
+        root = _root(changed) if changed is not None else None
+        names |= {root.split(".")[0]} if root is not None else set()
+    return names
 
 
 def _obstacle(loop: ast.For, path: Path, writes: list[_Write], rebound: set[str], collected: set[str]) -> str | None:

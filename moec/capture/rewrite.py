@@ -12,6 +12,7 @@ from moec.capture import source
 from moec.capture.comprehend import unfolded
 from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
+from moec.capture.held import held
 from moec.capture.host import hands_over, keep_on_device, scope_of
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -72,7 +73,7 @@ def rewrite(code: types.CodeType) -> Rewritten:
     """The code with its loops over experts rolled."""
     line = code.co_firstlineno
     try:
-        node = counted(single(source.parse(code)))
+        node = held(counted(single(source.parse(code))))
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner)]

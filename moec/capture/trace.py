@@ -196,6 +196,8 @@ def index(key: str, obj: Any, at: Any) -> Any:
         return obj.rows[_markers.span.default(stop - _markers.take.default(obj.sizes, at), stop)]
     if is_row(at):
         at = at.reshape(())
+    if is_item(at) and isinstance(obj, range):
+        return obj.start + obj.step * at if (obj.start, obj.step) != (0, 1) else at
     if is_item(at) or isinstance(at, TextKey):
         return pick_from(key, obj, at)
     return obj[at]
