@@ -105,7 +105,7 @@ def loops(function: ast.FunctionDef) -> Iterator[tuple[ast.For, Path]]:
     yield from ((stmt, path) for stmt, path in statements(function) if isinstance(stmt, ast.For))
 
 
-def nested(loop: ast.For) -> set[int]:
+def nested(loop: ast.For | ast.While) -> set[int]:
     """The nodes of the loops inside a loop, by identity: what breaks or continues there does not concern the loop."""
     inner = (n for n in ast.walk(loop) if n is not loop and isinstance(n, (ast.For, ast.While)))
     return {id(node) for each in inner for node in ast.walk(each)}

@@ -107,16 +107,16 @@ def install_class(cls: type) -> None:
         if _first_time(base):
             for value in list(vars(base).values()):
                 for function in functions_of(value):
-                    install_function(function)
+                    install_function(function, base)
 
 
-def install_function(function: Callable[..., Any]) -> None:
-    """Switch rolling on for one function, those it wraps, and the functions of its file that it names."""
+def install_function(function: Callable[..., Any], cls: type = object) -> None:
+    """Switch rolling on for one function (of a class), those it wraps, and the functions of its file that it names."""
     for inner in functions_of(function):
         if not _first_time(inner):
             continue
         if promising(inner.__code__):
-            _exchange(inner)
+            _exchange(inner, cls)
         for helper in _helpers(inner):
             install_function(helper)
 
@@ -129,13 +129,19 @@ def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
             yield value
 
 
-def _exchange(function: types.FunctionType) -> None:
+def _exchange(function: types.FunctionType, cls: type) -> None:
     state = _installation()
-    result = rewrite(function.__code__)
+    result = rewrite(function.__code__, functools.partial(_method, cls))
     state.declined += result.declined
     if result.code is not None:
         state.originals.append((function, function.__code__))
         function.__code__ = result.code
+
+
+def _method(cls: type, name: str) -> types.FunctionType | None:
+    """A plain method of a class, with the code that it was written with."""
+    value = getattr(cls, name, None)
+    return value if isinstance(value, types.FunctionType) else None
 
 
 def functions_of(value: object) -> Iterator[types.FunctionType]:

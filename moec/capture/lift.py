@@ -14,7 +14,7 @@ from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture.alike import difference
-from moec.capture.state import retrace_without
+from moec.capture.state import loop_key, retrace_without
 
 
 def lift(ctx: Any) -> None:
@@ -37,6 +37,16 @@ def lift(ctx: Any) -> None:
         retrace_without(tx, key, reason)
     scope["names"] = TupleVariable([ConstantVariable.create(path) for path in paths])
     scope["tables"] = TupleVariable([TupleVariable(table) for table in tables])
+
+
+def same_method(ctx: Any) -> None:
+    """Run by Dynamo inside `expects`: gives the loop up where the object has another method of that name."""
+    tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    key, name, where = (tx.symbolic_locals[each].as_python_constant() for each in ("key", "name", "where"))
+    value = _value(tx.symbolic_locals["obj"].realize())
+    code = getattr(getattr(type(value), name, None), "__code__", None)
+    if code is None or loop_key(code.co_filename, code.co_firstlineno) != where or name in vars(value):
+        retrace_without(tx, key, f"{name} is another method than the one of the class that the loop stands in")
 
 
 Member = tuple[Any, Any]  # the value (real, or fake for an intermediate) and its source or its variable

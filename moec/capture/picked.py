@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo.comptime import comptime
 from torch.func import functional_call
 
-from moec.capture.lift import lift
+from moec.capture.lift import lift, same_method
 
 _markers: Any = torch.ops.moec
 
@@ -75,6 +75,11 @@ class Picked:
     def _moec_parts(self) -> list[str]:
         first = self._moec_first
         return [*first._modules, *first._parameters]
+
+
+def expects(key: str, obj: Any, name: str, where: str) -> None:
+    """Traced in a body where a method of `obj` is written out: it is still the one that stands at `where`."""
+    comptime(same_method)  # reads key, obj, name and where
 
 
 def pick_from(key: str, obj: Any, at: Any) -> Any:

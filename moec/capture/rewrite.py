@@ -13,6 +13,7 @@ from moec.capture.comprehend import unfolded
 from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
+from moec.capture.helpers import Methods, written_out
 from moec.capture.host import hands_over, keep_on_device, scope_of
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -24,6 +25,8 @@ from moec.capture.state import NotRolled, loop_key
 from moec.capture.words import RUNTIME, Unrollable, call
 
 _FOR = dis.opmap["FOR_ITER"]
+_BACK = frozenset(op for name, op in dis.opmap.items() if "BACKWARD" in name)  # a `while`
+_LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = dis.opmap["LIST_APPEND"]
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
@@ -58,7 +61,7 @@ def promising(code: types.CodeType) -> bool:
         return True
     if not JOINING.isdisjoint(code.co_names) and _lists(code):
         return True
-    if _FOR in ops and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
+    if not _LOOPING.isdisjoint(ops) and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
 
@@ -69,14 +72,14 @@ def _lists(code: types.CodeType) -> bool:
     return any(_LISTED in c.co_code[::2] or (_FOR in c.co_code[::2] and "append" in c.co_names) for c in codes)
 
 
-def rewrite(code: types.CodeType) -> Rewritten:
-    """The code with its loops over experts rolled."""
+def rewrite(code: types.CodeType, methods: Methods = lambda name: None) -> Rewritten:
+    """The code with its loops over experts rolled; `methods` knows those of the class that it belongs to."""
     line = code.co_firstlineno
     try:
         node = held(counted(single(source.parse(code))))
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
-    found = [one for owner in functions(node) for one in _candidates(owner)]
+    found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, methods)]
     handing = hands_over(node)
     if not any(one.verdict for one in found) and not handing:
         return Rewritten(None)
@@ -88,9 +91,17 @@ def rewrite(code: types.CodeType) -> Rewritten:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
 
 
-def _candidates(owner: ast.FunctionDef) -> Iterator[_Found]:
+def _candidates(owner: ast.FunctionDef, file: str, methods: Methods) -> Iterator[_Found]:
     scope = scope_of(owner)
     for loop, path in loops(owner):
+        helped = written_out(loop, owner, file, methods)
+        if helped is not None:
+            holder = ast.If(ast.Constant(True), [helped], [])
+            where: Path = (*path, (holder, holder.body, 0))
+            verdict = examine(helped, where, scope)
+            if isinstance(verdict, Candidate):
+                yield _Found(owner, helped, where, verdict, loop)
+                continue
         turned = exchanged(loop, path)
         verdict = examine(turned.loop, turned.loop_path, scope) if turned is not None else None
         if turned is not None and isinstance(verdict, Candidate):

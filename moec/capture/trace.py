@@ -13,6 +13,7 @@ from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnus
 from moec.capture.axes import One, Span, axis_of, narrows
 from moec.capture.numbers import counted
 from moec.capture.picked import TextKey, numbered, pick_from
+from moec.capture.picked import expects as expects  # a word too
 from moec.capture.state import (
     allow_data_dependence,
     compiles_for_moec,
