@@ -92,7 +92,8 @@ def _place(loop: ast.For, made: ast.ListComp) -> str | None:
 
 def _called(expr: ast.expr, name: str, args: int) -> bool:
     call = isinstance(expr, ast.Call) and isinstance(expr.func, ast.Name) and expr.func.id == name
-    return call and isinstance(expr, ast.Call) and len(expr.args) == args and not expr.keywords
+    plain = isinstance(expr, ast.Call) and all(k.arg == "strict" for k in expr.keywords)
+    return call and plain and isinstance(expr, ast.Call) and len(expr.args) == args
 
 
 def _by_iteration(loop: ast.For, made: ast.ListComp, read: ast.Name) -> bool:
@@ -117,7 +118,9 @@ def _by_iteration(loop: ast.For, made: ast.ListComp, read: ast.Name) -> bool:
         return False
     loop.iter, loop.target = each.iter, place
     if others:
-        loop.iter = _at(ast.Call(ast.Name("zip", ast.Load()), [each.iter, others[0][1]], []), each.iter)
+        assert isinstance(items, ast.Call)
+        joint = ast.Call(ast.Name("zip", ast.Load()), [each.iter, others[0][1]], items.keywords)
+        loop.iter = _at(joint, each.iter)
         loop.target = ast.Tuple([place, others[0][0]], ast.Store())
     loop.body.insert(0, _at(ast.Assign([target], _entry(made, place.id)), made))
     for node in (place, loop.target):
