@@ -103,7 +103,7 @@ def reread(graph: Graph, anchor: str, root: Instr) -> NoMatch | None:
     """Why a loop's experts may read what others wrote, or None; for experts that keep code of their own."""
     added = root.uses[1:2] if root.word == "index_put" else ()
     for instr in graph.instrs:
-        if instr.word != "carry" or instr.uses[-1:] != (anchor,):
+        if instr.word != "carry" or instr.uses[-1:] != (anchor,) or root.uses[:1] != instr.results:
             continue
         for user in graph.users.get(instr.results[0], ()):
             sums = {u.results[0] for u in graph.users.get(user.results[0], ())}
