@@ -56,6 +56,7 @@ struct Args {
   Matrix router;
   Vector router_bias, selection_bias;
   int64_t* waits;  // [threads] to which the nanoseconds that each thread waits for others are added; null: not measured
+  Experts scale_a, scale_b, scale_out;  // of matrices that are kept as codes, in fp32
 
   template <class T>
   MOEC_INLINE T* at(int64_t offset) const { return reinterpret_cast<T*>(work + offset); }

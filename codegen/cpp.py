@@ -18,10 +18,11 @@ from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 HEADERS = (
-    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "packed.hpp", "router.hpp", "moe.hpp"),
+    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "packed.hpp", "codes.hpp", "router.hpp", "moe.hpp"),
     *("outer.hpp", "backward_args.hpp", "backward.hpp"),
 )
 _TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}
+_CODES = {"int8": "int8", "fp8": "e4m3"}
 _CHOICES = {
     "gate": ("none", "concat", "interleaved", "separate"),
     "layout_in": ("nk", "kn"),
@@ -51,6 +52,8 @@ def emit(spec: KernelSpec, target: Target, router_weight: str = "f32", storage: 
     Raises CodegenError for a spec that has no C++ form.
     """
     check(spec)
+    if storage and spec.experts.codes:
+        raise CodegenError(f"parameters that are kept as {spec.experts.codes} are read as they are, not from a copy")
     router = () if spec.router is None else (_router(spec.router, router_weight),)
     return _unit(spec, target, "moe.hpp", (_experts(spec, target, storage), *router), _entries(spec))
 
@@ -61,14 +64,14 @@ def emit_backward(spec: KernelSpec, target: Target) -> str:
     Raises CodegenError for a spec that has no C++ form.
     """
     check(spec)
+    if spec.experts.codes:
+        raise CodegenError(f"no C++ kernel has gradients of experts that are kept as {spec.experts.codes}")
     size = "MOEC_EXPORT int64_t args_words() { return sizeof(BackwardArgs) / 8; }"
     run = "MOEC_EXPORT void backward(const BackwardArgs* args) { run_backward<Kernel>(*args); }"
     return _unit(spec, target, "backward.hpp", (_experts_backward(spec),), (size, run))
 
 
 def _unit(spec: KernelSpec, target: Target, header: str, parts: Sequence[str], entries: Sequence[str]) -> str:
-    if spec.experts.codes:
-        raise CodegenError(f"no C++ kernel reads parameters that are kept as {spec.experts.codes}")
     lines = [
         f"// moec: {spec}",
         f"// {target.isa}: {target.lanes} lanes",
@@ -157,10 +160,19 @@ def _panels(storage: Storage) -> str:
     return f"Panels<{_TYPES[storage.element]}>"
 
 
+def _stored(e: ExpertsSpec, target: Target) -> str:
+    """How rows meet matrices that are read as they are stored."""
+    coding = e.coding
+    if coding is None:
+        return "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
+    if not coding.scaled:
+        return f"Fma<{_TYPES[coding.element]}>"
+    return f"Coded<{_CODES[coding.element]}, {_TYPES[e.dtype]}, {coding.rows}, {coding.columns}>"
+
+
 def _experts(spec: KernelSpec, target: Target, storage: Storage | None) -> str:
     e: ExpertsSpec = spec.experts
-    stored = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
-    op = _panels(storage) if storage else stored
+    op = _panels(storage) if storage else _stored(e, target)
     layouts = ("panels", "panels") if storage else (e.layout_in, e.layout_out)
     types = (f"using Op = {op};", f"using Param = {_TYPES[e.dtype]};", f"using Y = {_TYPES[spec.y_dtype]};")
     return _kernel(spec, types, layouts, "vf phi", "", (e.phi,), _statements({"return": e.phi}))

@@ -385,10 +385,12 @@ struct Tile {
   void* buffer;      // room for a packed block, aligned to a vector
 };
 
-template <class Op, Layout layout>
-MOEC_INLINE void tile(const Tile& t, const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w,
-                      int64_t ld, int64_t n, float* c, int64_t ldc, const typename Op::W* after) {
-  if constexpr (layout == Layout::panels) return Op::tile(t, a, m, k, w, ld, n, c, ldc);
+// `w`: a pointer into the stored weights, or what makes numbers of codes.
+template <class Op, Layout layout, class From>
+MOEC_INLINE void tile(const Tile& t, const typename Op::A* const* a, int64_t m, int64_t k, From w, int64_t ld, int64_t n,
+                      float* c, int64_t ldc, From after) {
+  if constexpr (!std::is_pointer_v<From>) return w.template tile<layout>(t, a, m, k, ld, n, c, ldc);
+  else if constexpr (layout == Layout::panels) return Op::tile(t, a, m, k, w, ld, n, c, ldc);
   else if (m > t.few) many<Op, layout>(a, m, k, w, ld, n, c, ldc, t.k_many, t.buffer);
   else if constexpr (layout == Layout::nk) few_nk<Op>(a, m, k, w, ld, n, c, ldc, t.k_few, after);
   else few_kn<Op>(a, m, k, w, ld, n, c, ldc);

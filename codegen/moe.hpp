@@ -6,7 +6,7 @@
 #include <atomic>
 #include <type_traits>
 
-#include "packed.hpp"
+#include "codes.hpp"
 #include "router.hpp"
 
 namespace moec {
@@ -213,10 +213,11 @@ class Layer {
     float* const cb = ca + s.rows * ldc;
     const A* const* const rows = x_rows + s.row;
     const int64_t scale = mixed ? 2 : 1;
-    const W* const wa = at(a.a, s.e, j * scale);
-    const W* const wb = two ? at(a.b, s.e, j) : nullptr;
-    const W* const next = at(a.a, s.e, (j + n) * scale);
-    tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, two ? wb : next);
+    const auto wa = from<K::layout_in>(a.a, a.scale_a, s.e, j * scale);
+    const auto next = from<K::layout_in>(a.a, a.scale_a, s.e, (j + n) * scale);
+    auto wb = next;
+    if constexpr (two) wb = from<K::layout_in>(a.b, a.scale_b, s.e, j, K::gate == Gate::concat ? a.F : 0);
+    tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, wb);
     if constexpr (two) tile<Op, K::layout_in>(t, rows, s.rows, a.H, wb, a.b.ld, n, cb, ldc, next);
     const P* const bias_a = K::bias_in ? a.bias_a.template of<P>(s.e) + j * scale : nullptr;
     const P* const bias_b = K::bias_in && two ? a.bias_b.template of<P>(s.e) + j : nullptr;
@@ -258,13 +259,18 @@ class Layer {
 
   void project_out(const Segment& s, int64_t j, int64_t n) {
     const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
-    const W* w = a.out.template of<W>(s.e) + (K::layout_out == Layout::kn ? j : j * a.out.ld);
     float* const c = a.at<float>(a.at_out) + s.row * a.H + j;
-    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.H, w + n * a.out.ld);
+    const auto w = from<K::layout_out>(a.out, a.scale_out, s.e, j);
+    const auto after = from<K::layout_out>(a.out, a.scale_out, s.e, j + n);
+    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.H, after);
   }
 
-  const W* at(const Experts& w, int64_t e, int64_t j) const {
-    return w.of<W>(e) + (K::layout_in == Layout::kn ? j : j * w.ld);
+  // An expert's weights from output `j` on; `before`: outputs of the matrix that its codes are scaled as before `w`.
+  template <Layout layout>
+  auto from(const Experts& w, const Experts& scale, int64_t e, int64_t j, int64_t before = 0) const {
+    const W* const at = w.of<W>(e) + (layout == Layout::kn ? j : j * w.ld);
+    if constexpr (coded<Op>) return Codes<Op>{at, scale.of<float>(e), scale.ld, before + j};
+    else return at;
   }
 
   // y[t] = Σ_s w[t, s] · (out[position of (t, s)] + bias_out), slot by slot.

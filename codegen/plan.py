@@ -57,7 +57,7 @@ class Plan:
 
 def pairs_of_bf16(spec: ExpertsSpec, target: Target) -> bool:
     """Whether the experts' arithmetic takes bf16 in pairs instead of converting to fp32."""
-    return target.bf16_pairs and spec.dtype == "bf16"
+    return target.bf16_pairs and spec.dtype == "bf16" and not spec.codes
 
 
 def up(n: int, to: int) -> int:
@@ -98,7 +98,7 @@ def make_plan(
         end += up(size, LINE)
     if copied.shared:
         places[0] = places[1]
-    at_tile, per_thread = _thread_bytes(sizes, target, t)
+    at_tile, per_thread = _thread_bytes(spec.experts, sizes, target, t)
     return Plan(
         threads=threads, sizes=sizes, tuning=t, x_direct=not copied.experts, router_direct=not copied.router,
         ld_x=ld_x, ld_h=ld_h,
@@ -160,7 +160,8 @@ def workspace_formula(
         t = _whole_panels(t, target) if storage else t
         parts = _sections(spec, at, TOKENS, t, _copied(spec, at, x, pairs), 2 if pairs else 4)
         whole = plain_bound(sum(parts.values())) + len(parts) * (LINE - 1)
-        totals.append((whole.coeff(TOKENS), whole.subs(TOKENS, 0) + threads * _thread_bytes(at, target, t)[1], t.chunk))
+        each = _thread_bytes(spec.experts, at, target, t)[1]
+        totals.append((whole.coeff(TOKENS), whole.subs(TOKENS, 0) + threads * each, t.chunk))
     slope, fixed, chunk = (max(column) for column in zip(*totals, strict=True))
     return slope * least(TOKENS, chunk) + fixed
 
@@ -187,10 +188,12 @@ def _exact(dtype: str, spec: KernelSpec) -> bool:
     return all(w in (dtype, "f32") for w in wanted)
 
 
-def _thread_bytes(sizes: Sizes, target: Target, t: Tuning) -> tuple[int, int]:
+def _thread_bytes(e: ExpertsSpec, sizes: Sizes, target: Target, t: Tuning) -> tuple[int, int]:
     """Where a thread's tile of C begins, after its packed block or the router's scratch; and the whole share."""
     panel = target.lanes * target.tile_vectors
     packed = (up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
+    if e.codes:  # room for what they stand for: rows that are packed or streamed, or a row of scales
+        packed += 4 * (panel * (max(t.k_few, *t.k_many) + panel) + 2 * max(t.many_cols))
     scratch = up(sizes.E * 4, LINE) + sizes.E * 16
     at_tile = up(max(packed, scratch), 4096)
     tile = max(t.row_block * t.many_cols[0], min(t.row_block, max(t.few)) * t.few_cols[0])

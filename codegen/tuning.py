@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from moec.errors import ParseError
-from moec.spec import KernelSpec
+from moec.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _MOST = 1 << 24  # no tuned number is larger: a foreign text must not make a plan ask for a huge workspace
@@ -100,7 +100,7 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
     into, out = e.layout_in, e.layout_out
     hits = min(sizes.E, sizes.T * sizes.k)
     return Tuning(
-        few=(few_rows(into, e.dtype, target), few_rows(out, e.dtype, target)),
+        few=(_few_rows(e, into, target), _few_rows(e, out, target)),
         few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.H, threads)),
         many_cols=(64 if into == "nk" else 128, 64 if out == "nk" else 128),
         row_block=192,
@@ -108,6 +108,13 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
         k_many=(256 if into == "nk" else 128, 256 if out == "nk" else 128),
         chunk=_chunk(sizes),
     )
+
+
+def _few_rows(e: ExpertsSpec, layout: str, target: Target) -> int:
+    """Of an expert's matrices as they are kept: columns of codes are packed for any number of rows."""
+    if e.coding is None or not e.coding.scaled:
+        return few_rows(layout, e.codes or e.dtype, target)
+    return 0 if layout == "kn" else few_rows(layout, "f32", target)
 
 
 def few_rows(layout: str, dtype: str, target: Target) -> int:

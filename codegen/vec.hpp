@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX512F__) || defined(__AVX512BF16__)
 #include <immintrin.h>  // not for AVX2: reading it would take a quarter of a build's time

@@ -23,7 +23,7 @@ from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
 from moec.options import Environment
-from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec
+from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
 from moec.target import Target
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -86,7 +86,10 @@ def release_workspace() -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any."""
+    """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any.
+
+    `scales` are words too, of matrices that are kept as codes.
+    """
 
     words: tuple[int, ...]
     E: int
@@ -94,6 +97,7 @@ class Bound:
     F: int
     alive: tuple[object, ...]
     copied: bool
+    scales: tuple[int, ...] = (0,) * 15
 
 
 class Kernel:
@@ -111,7 +115,6 @@ class Kernel:
         self.spec, self.target, self.library, self.tuning = spec, target, library, tuning
         self._waits = waits
         self._router_dtype = router_dtype
-        self._dtype = DTYPES[spec.experts.dtype]
         library.args_words.restype = ctypes.c_int64
         self._words = int(library.args_words())
         self._call_experts = self._function("experts")
@@ -173,7 +176,7 @@ class Kernel:
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        return x.dtype in CODES and all(p.dtype == self._dtype for p in params)
+        return x.dtype in CODES and [p.dtype for p in params] == stored_dtypes(self.spec.experts, len(params))
 
     def experts(
         self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
@@ -240,6 +243,7 @@ class Kernel:
         words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, *saved_and_logits))
         words.extend(router)
         words.append(self._waits.buffer_info()[0] if self._waits is not None else 0)
+        words.extend(bound.scales)
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
         function(words.buffer_info()[0])
@@ -262,13 +266,15 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     found: dict[str, tuple[int, ...]] = {}
     experts, hidden, width = checked_sizes(s, params)
     count = 1 if s.stacked else experts
-    item = params[0].element_size()
     for i, group in enumerate(groups):
         found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
-    a, b = _pair(found, "", s.gate, width, item, s.layout_in == "nk")
-    bias_a, bias_b = _pair(found, "bias_", s.gate, width, item, False)
+    a, b = _pair(found, "", s.gate, width * params[0].element_size(), s.layout_in == "nk")
+    bias_a, bias_b = _pair(found, "bias_", s.gate, width * DTYPES[s.dtype].itemsize, False)
     words = (*a, *b, *found["out"], *bias_a, *bias_b, *found.get("bias_out", ABSENT))
-    return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive))
+    # Scales of a tensor that a and b share are told by the output's number, not by where b's begin.
+    scale_a, scale_b = _pair(found, "scale_", s.gate, 0, False)
+    scales = (*scale_a, *scale_b, *found.get("scale_out", ABSENT))
+    return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive), scales)
 
 
 def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
@@ -295,13 +301,13 @@ def _group(tensors: Sequence[Tensor], stacked: bool, alive: list[object]) -> tup
 
 
 def _pair(
-    found: dict[str, tuple[int, ...]], prefix: str, gate: str, width: int, item: int, by_row: bool
+    found: dict[str, tuple[int, ...]], prefix: str, gate: str, part: int, by_row: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where a's and b's parts begin; `by_row`: in a shared tensor b's follow a's as rows, else as columns."""
+    """Where a's and b's parts begin: in a shared tensor b's `part` bytes on, or where `by_row` as many rows of it."""
     if gate == "separate":
         return found.get(f"{prefix}a", ABSENT), found.get(f"{prefix}b", ABSENT)
     a = found.get(f"{prefix}ab", ABSENT)
     if gate != "concat" or a == ABSENT:
         return a, ABSENT
     base, stride, table, _, ld = a
-    return a, (base, stride, table, width * item * (ld if by_row else 1), ld)
+    return a, (base, stride, table, part * (ld if by_row else 1), ld)

@@ -7,7 +7,7 @@ import torch
 from spellings_coded import NEAR, SPELLINGS, FullInHalf
 from test_spellings_more import assert_close, compiled, gradients, made
 
-pytestmark = pytest.mark.filterwarnings("ignore:moec. eager experts:RuntimeWarning")  # no C++ kernel reads codes
+pytestmark = pytest.mark.filterwarnings("ignore:moec. eager experts:RuntimeWarning")  # no C++ gradients of codes
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
