@@ -121,9 +121,9 @@ struct Codes<Coded<S, P, rows, columns>> {
         widen_rows(ld, j, cols, k0, kb, w, wide);
         for (int64_t p = 0; p < passes; p++) {
           const int64_t r0 = m * p / passes, count = m * (p + 1) / passes - r0;
-          const float* const ahead = w;
-          dot_rows<Float, 0>(count, a + r0, k0, static_cast<const float*>(w), wide, int(cols), ahead, kb,
-                             c + r0 * ldc + j, ldc, k0 > 0);
+          const float* const rows_w = w;
+          dot_rows<Float, 0>(count, a + r0, k0, rows_w, wide, int(cols), rows_w, wide, kb, c + r0 * ldc + j, ldc,
+                             k0 > 0);
         }
       }
   }

@@ -18,7 +18,17 @@ from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 HEADERS = (
-    *("vec.hpp", "pointwise.hpp", "args.hpp", "gemm.hpp", "packed.hpp", "codes.hpp", "router.hpp", "moe.hpp"),
+    *(
+        "vec.hpp",
+        "pointwise.hpp",
+        "args.hpp",
+        "few.hpp",
+        "gemm.hpp",
+        "packed.hpp",
+        "codes.hpp",
+        "router.hpp",
+        "moe.hpp",
+    ),
     *("outer.hpp", "backward_args.hpp", "backward.hpp"),
 )
 _TYPES = {"f32": "float", "bf16": "bf16", "f16": "f16"}

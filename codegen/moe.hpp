@@ -133,7 +133,7 @@ class Layer {
       const int64_t r = i / across * block, j = i % across * cols;
       const auto* w = reinterpret_cast<const W*>(a.router.base) + j * a.router.row;
       few_nk<Fma<W>>(rows + r, std::min(block, tokens - r), a.H, w, a.router.row, std::min(cols, a.E - j),
-                     logits + r * a.E + j, a.E, a.k_few, w + cols * a.router.row);
+                     logits + r * a.E + j, a.E, a.k_few, w + cols * a.router.row, reinterpret_cast<float*>(scratch));
     }
     barrier();
     float* const choice = reinterpret_cast<float*>(scratch);

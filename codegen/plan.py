@@ -194,6 +194,7 @@ def _thread_bytes(e: ExpertsSpec, sizes: Sizes, target: Target, t: Tuning) -> tu
     packed = (up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
     if e.codes:  # room for what they stand for: rows that are packed or streamed, or a row of scales
         packed += 4 * (panel * (max(t.k_few, *t.k_many) + panel) + 2 * max(t.many_cols))
+    packed = max(packed, 16 * (t.k_few + target.lanes))  # rows of W that are widened once for many rows of x
     scratch = up(sizes.E * 4, LINE) + sizes.E * 16
     at_tile = up(max(packed, scratch), 4096)
     tile = max(t.row_block * t.many_cols[0], min(t.row_block, max(t.few)) * t.few_cols[0])
