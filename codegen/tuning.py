@@ -120,12 +120,12 @@ def _few_rows(e: ExpertsSpec, layout: str, target: Target) -> int:
 def few_rows(layout: str, dtype: str, target: Target) -> int:
     """Up to how many rows an expert its weights are streamed as stored; above, packing pays.
 
-    Measured on AVX2 (dot_rows 3), one thread, H=2048, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48;
-    nk bf16 65/58 at 24, 63/70 at 36; kn f32 34/31 at 8, 36/41 at 16.
+    Measured on AVX2 (dot_rows 3), one thread, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48;
+    nk bf16 72/60 at 24, 66/64 at 40; kn f32 34/31 at 8, 36/41 at 16. Pairs of bf16 are packed earlier: unmeasured.
     """
     if layout == "kn":
         return 8
-    return (13 if dtype == "f32" else 10) * target.dot_rows
+    return (10 if dtype == "bf16" and target.bf16_pairs else 13) * target.dot_rows
 
 
 def _few_cols(layout: str, hits: int, columns: int, threads: int) -> int:
