@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy
 import torch
 
 from moec import expr as ex
 from moec.graph import Graph, Instr, Ref, Type, sweep
 from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch, match_body
+from moec.passes.cell_rules import cell_lifter
+from moec.passes.cell_sums import LAST
 from moec.passes.combine import COMBINING, Combined, combined
+from moec.passes.find_cells import find_summed, find_unsummed
+from moec.passes.found import Found, idle_is_zero, maps_zero_to_zero, obstacle, say_sum
 from moec.passes.grid_rules import with_grids
 from moec.passes.hot_rules import hot_lifter
 from moec.passes.kept import kept_choice, made_shape
-from moec.passes.lift import Lifter, same
+from moec.passes.lift import Lifter
 from moec.passes.pairs import Writer
 from moec.passes.partial import part_of, some_experts
 from moec.passes.picked import match_picked, say_picked
@@ -27,23 +30,12 @@ from moec.passes.rereads import body_as_before
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Part
 from moec.passes.runs import full_run
-from moec.passes.say_experts import site_attrs
 from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
-from moec.passes.token_axes import as_pairs, at_choice, each_token, names_once, shaped_like, slots_of, token_axes
+from moec.passes.token_axes import at_choice, names_once, token_axes
 from moec.passes.torn import GOES_ON, torn_out
 from moec.pipeline import Facts, Miss, Outcome
-from moec.spec import DTYPES
-from moec.target import kernel_devices
-
-
-@dataclass(frozen=True)
-class Found:
-    """One group of experts, ready to be said: the instructions that replace its root."""
-
-    root: str
-    instrs: tuple[Instr, ...]
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,8 @@ class FindExperts:
         lifter = lifter_of(graph)
         found: dict[str, Found] = {}
         misses: list[Miss] = []
-        for instr in graph.instrs:
-            if instr.word not in ROOTS or part_of_sum(graph, instr):
-                continue
-            outcome = find_any(lifter, instr, facts)
+
+        def note(instr: Instr, outcome: Found | NoMatch) -> None:
             if isinstance(outcome, Found) and facts.out_of_fuel(len(found)):
                 outcome = NoMatch("rewrite fuel is spent", depth=2)
             if isinstance(outcome, Found) and instr.results[0] in facts.refused:
@@ -69,6 +59,14 @@ class FindExperts:
                 found[instr.results[0]] = outcome
             elif outcome.depth >= 2 and not _is_mask(lifter, instr):
                 misses.append(Miss(instr.results[0], instr.loc, outcome))
+
+        for instr in graph.instrs:
+            if instr.word in ROOTS and not part_of_sum(graph, instr):
+                note(instr, find_any(lifter, instr, facts))
+        result = _with(graph, found)
+        for instr in result.instrs:  # what no sum took: rows of one expert a token
+            if instr.results and instr.word in LAST and instr is graph.defs.get(instr.results[0]):
+                note(instr, find_unsummed(lifter, instr, facts))
         result = _with(graph, found)
         while torn := torn_out(graph, result, {root: each.instrs for root, each in found.items()}):
             misses += (Miss(root, graph.defs[root].loc, GOES_ON) for root in torn)
@@ -91,7 +89,7 @@ ROOTS = COMBINING | GRID_COMBINING
 
 def lifter_of(graph: Graph) -> Lifter:
     """A lifter that knows all rules of rows and masks."""
-    return Lifter(graph, with_grids(RULES), hot_lifter(graph))
+    return Lifter(graph, with_grids(RULES), hot_lifter(graph), cell_lifter(graph))
 
 
 def find_any(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
@@ -100,7 +98,10 @@ def find_any(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     if isinstance(found, Found) or instr.word not in GRID_COMBINING:
         return found
     on_grid = find_on_grid(lifter, instr, facts)
-    return on_grid if isinstance(on_grid, Found) else nearest([found, on_grid])
+    if isinstance(on_grid, Found):
+        return on_grid
+    by_letters = find_summed(lifter, instr, facts)
+    return by_letters if isinstance(by_letters, Found) else nearest([found, on_grid, by_letters])
 
 
 def _is_mask(lifter: Lifter, instr: Instr) -> bool:
@@ -145,7 +146,7 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if part is not None and total.rows.choice in lifter.tables:
         return NoMatch("the loop runs some of the experts that masks choose", instr.results[0], 6)
     prelude, weights, choice = routed
-    blocked = _obstacle(lifter.graph, facts, body)
+    blocked = obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked
     if part is not None and choice not in lifter.graph.types:
@@ -153,7 +154,7 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if part is not None:
         first, choice, body, total = some_experts(lifter, instr, total, body, part, choice)
         prelude = (*prelude, *first)
-    return _say(lifter.graph, instr, total, body, prelude, weights, choice)
+    return say_sum(lifter.graph, instr, total, body, prelude, weights, choice)
 
 
 def _body(lifter: Lifter, root: Instr, total: Combined, part: Part | None) -> BodyMatch | NoMatch:
@@ -185,9 +186,9 @@ def _gated(
     routing = routing_of(lifter, total.rows, None, body)
     if isinstance(routing, NoMatch):
         return nearest([routing.deeper(6), why.deeper(6)])
-    if not _idle_is_zero(body) or total.base:
+    if not idle_is_zero(body) or total.base:
         return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6)
-    said = _obstacle(lifter.graph, facts, body) or say(lifter, instr, total.rows, body, routing)
+    said = obstacle(lifter.graph, facts, body) or say(lifter, instr, total.rows, body, routing)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
@@ -211,9 +212,9 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     table = support(lifter.graph, body.weight) if isinstance(routing, NoMatch) and seats is None else None
     if isinstance(routing, NoMatch) and (table is None or not body.by_expert):
         return routing.deeper(6).after(*held)
-    if seats is None and not _idle_is_zero(body):
+    if seats is None and not idle_is_zero(body):
         return NoMatch("an expert maps a zero row to something else than zero", body.weight, 6).after(*held)
-    blocked = _obstacle(lifter.graph, facts, body)
+    blocked = obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked
     if isinstance(routing, NoMatch):
@@ -223,11 +224,6 @@ def find_on_grid(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
 
 
-def _idle_is_zero(body: BodyMatch) -> bool:
-    """Whether a row with weight 0 gives 0."""
-    return body.spec.weight_on == "output" or (not body.spec.bias_out and _maps_zero_to_zero(body))
-
-
 def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
     """The experts on the tokens that each of them picked, whose outputs `instr` makes."""
     body = match_picked(lifter, instr)
@@ -235,40 +231,9 @@ def find_picked(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch:
         return body
     if body.cast or body.spec.codes:
         return NoMatch("matrices of a batch of experts are cast or scaled before they are used", body.weight, 6)
-    blocked = _obstacle(lifter.graph, facts, body)
+    blocked = obstacle(lifter.graph, facts, body)
     said = blocked if blocked is not None else say_picked(lifter, instr, body)
     return said if isinstance(said, NoMatch) else Found(instr.results[0], said)
-
-
-def _obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
-    """Why kernels cannot run this layer although it is understood."""
-    names = [name for group in body.params for name in group]
-    for name in names:
-        if name in facts.not_plain:
-            return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)
-        device, engine = facts.devices.get(name, "cpu"), facts.options.kernels
-        if device not in kernel_devices(engine):
-            where = " and ".join(map(repr, kernel_devices(engine)))
-            return NoMatch(f"parameter %{name} is on device {device!r}, kernels={engine!r} is for {where}", name, 9)
-    if body.spec.codes and facts.options.kernels == "cpp":
-        return NoMatch(f"no C++ kernel reads matrices kept as {body.spec.codes}; use kernels='auto'", names[0], 9)
-    learned = [name for name in names if name in facts.grad]
-    if body.spec.codes and learned:
-        why = f"%{learned[0]} needs a gradient, and there is none of matrices kept as {body.spec.codes}"
-        return NoMatch(why, learned[0], 9, hint="freeze it, or keep the experts in the dtype of the products")
-    if body.cast and not learned and _few(graph.types[body.token], body.num_experts):
-        why = f"a call casts the matrices of the few experts that it hits to {body.cast}, kernels would cast all"
-        return NoMatch(why, names[0], 9, hint=f"keep the experts' parameters in {body.cast}")
-    if facts.autocast:
-        why = f"what autocast casts in {facts.autocast} is not known"
-        return NoMatch(why, depth=9, hint="cast the model instead of using autocast")
-    return None
-
-
-def _few(tokens: Type, experts: sympy.Expr) -> bool:
-    """Whether there are fewer tokens than experts, so that most experts are idle."""
-    count = sympy.Mul(*tokens.shape[:-1])
-    return bool(count.is_Integer and experts.is_Integer and count < experts)
 
 
 def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
@@ -318,7 +283,7 @@ def _dense_routing(lifter: Lifter, body: BodyMatch) -> tuple[tuple[Instr, ...], 
     rest = _image(functions, base.attr("value"))
     if rest != 0.0:
         return NoMatch(f"an unchosen expert has gate {rest}, expected 0", body.weight)
-    if body.spec.bias_out or (body.spec.weight_on == "input" and not _maps_zero_to_zero(body)):
+    if body.spec.bias_out or (body.spec.weight_on == "input" and not maps_zero_to_zero(body)):
         return NoMatch("an expert maps a zero row to something else than zero", body.weight)
     choice = made.uses[1]
     kind = Type(graph.types[body.weight].dtype, graph.types[choice].shape)
@@ -339,60 +304,3 @@ def _image(functions: list[Instr], value: object) -> float | None:
             return None
         x = ex.POINTWISE[instr.word].eager(x)
     return float(x)
-
-
-def _maps_zero_to_zero(body: BodyMatch) -> bool:
-    zero = torch.zeros((), dtype=torch.float64)
-    return not body.spec.bias_in and float(ex.evaluate(body.spec.phi, {"a": zero, "b": zero})) == 0.0
-
-
-def _stored(out: Writer, body: BodyMatch) -> tuple[tuple[str, ...], ...]:
-    """The parameters as the op takes them: cast, and scales with an axis for each of the matrix's."""
-    if body.cast:
-        return tuple(tuple(out.cast(name, body.cast) for name in group) for group in body.params)
-    plain = len(body.params) - len(body.scales)
-    groups = list(zip(body.spec.param_groups, body.params[:plain], strict=False))
-    made = [
-        tuple(out.cast(n, body.spec.dtype) for n in names) if g.startswith("bias_") else names for g, names in groups
-    ]
-    for group, shape in zip(body.params[plain:], body.scales, strict=True):
-        wide = (out.type(group[0]).shape[0], *shape) if body.spec.stacked else shape
-        made.append(tuple(out.cast(out.reshape(name, wide), "f32") for name in group))
-    return tuple(made)
-
-
-def _say(
-    graph: Graph, root: Instr, total: Combined, body: BodyMatch, prelude: tuple[Instr, ...], weights: str, choice: str
-) -> Found | NoMatch:
-    """The `experts` instruction, after `prelude`, and the addition to what the sum started from."""
-    to = root.types[0]
-    x = graph.types[body.token]
-    tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.Mul(*x.shape[:-1]), sympy.Mul(*to.shape[:-1]))
-    if not tokens or to.shape[-1] != x.shape[-1]:
-        return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
-    if x.dtype not in DTYPES or to.dtype not in DTYPES:
-        return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
-    made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}
-    out = Writer(graph, root, list(prelude), made)
-    pairs = as_pairs(out, weights, choice, slots_of(graph, total.rows.choice), x.dtype)
-    if isinstance(pairs, NoMatch):
-        return pairs.deeper(6)
-    groups = tuple(tuple(Ref(name) for name in group) for group in _stored(out, body))
-    shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
-    rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
-    spread = each_token(out, pairs, x, rows)
-    if isinstance(spread, NoMatch):
-        return spread.deeper(6)
-    args = (Ref(rows), *map(Ref, spread), tuple(ref for group in groups for ref in group))
-    attrs = site_attrs(body, to.dtype, total.form)
-    name = root.results[0]
-    flat = to if to.rank == 2 else Type(to.dtype, shape)
-    names = [f"{name}.rows"] * (to.rank > 2) + [f"{name}.routed"] * bool(total.base) + [name]
-    said = [Instr((names[0],), "experts", args, (flat,), attrs, root.loc)]
-    if to.rank > 2:
-        shaped = shaped_like(graph, body.token, to.shape)
-        given = (Ref(names[0]), *([Ref(shaped)] if shaped else []))
-        said.append(Instr((names[1],), "reshape", given, (to,), (), root.loc))
-    if total.base:
-        said.append(Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc))
-    return Found(name, (*out.instrs, *said))

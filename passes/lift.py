@@ -41,6 +41,7 @@ class Lifter:
 
     beyond    anchor → an expert id that its loop skips; harmless when no expert has it
     masks     the lifter that knows what masks of capacity routing mean
+    cells     the lifter that knows the letters of axes (`moec.passes.cells`)
     asked     anchor → the choices by which its loop skips experts without rows
     partial   anchor → the experts that its loop runs, where it skips those of one side
     kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.kept`)
@@ -51,6 +52,7 @@ class Lifter:
     graph: Graph
     rules: Mapping[str, Rule]
     masks: Lifter | None = None
+    cells: Lifter | None = None
     memo: dict[str, Lift] = field(default_factory=dict)
     beyond: dict[str, int] = field(default_factory=dict)
     asked: dict[str, set[str]] = field(default_factory=dict)

@@ -94,6 +94,12 @@ def each_token(pairs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return pairs[:, None].expand(-1, count, -1).flatten(0, 1)
 
 
+def expand_over(value: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """value[…] or value[…, k], axes of size 1 where tokens[…, H] share a number → one for each token."""
+    lead = tokens.shape[:-1]
+    return value.expand(*lead, *value.shape[len(lead) :])
+
+
 WORDS: Mapping[str, Make] = {
     "reshape": _reshape,
     "permute": _call(torch.permute, "dims"),
@@ -115,6 +121,7 @@ WORDS: Mapping[str, Make] = {
     "below": _below,
     "cat": _call(torch.cat, "dim"),
     "expert_of_rows": _call(expert_of_rows, "dim"),
+    "expand_over": _call(expand_over),
     "ones_of_rows": _call(ones_of_rows),
     "each_token": _call(each_token),
     "expand_as": lambda graph, instr, args: graph.call_method("expand_as", tuple(args)),

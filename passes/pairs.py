@@ -68,6 +68,10 @@ class Writer:
         to = Type(kind.dtype, tuple(kind.shape[i] for i in order))
         return self.emit("permute", (Ref(name),), to, dims=tuple(order))
 
+    def expand_over(self, name: str, tokens: str, shape: tuple[Dim, ...]) -> str:
+        """The value, with axes of size 1 where it is the same, for each of the tokens [..., H]."""
+        return self.emit("expand_over", (Ref(name), Ref(tokens)), Type(self.type(name).dtype, shape))
+
     def cast(self, name: str, dtype: str) -> str:
         """The value in another dtype."""
         kind = self.type(name)
