@@ -1,4 +1,4 @@
-"""Where the rows of chosen experts come together, read off letters: a sum over slots, or one expert a token and no sum."""
+"""Where rows of chosen experts come together, read off letters: a sum over slots, or one expert a token and none."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _weighted(lifter: Lifter, x: Arg, gates: Arg, letters: tuple[str, str, str])
         return rows if isinstance(rows, NoMatch) else NoMatch("not a weighted sum of experts' rows")
     if isinstance(numbers, Cells):
         numbers = None if numbers.choice or "e" in numbers.letters else plain(lifter, gates)
-    if numbers is None or set(at) - set(row):
+    if numbers is None or any(numbers.axes[at.index(c)] for c in set(at) - set(row)):
         return NoMatch("not a weighted sum of experts' rows")
     mine = tuple(numbers.axes[at.index(c)] if c in at else () for c in row)
     links, known = Links(dict(rows.links)), dict(rows.gates)
@@ -119,7 +119,7 @@ def _weighted(lifter: Lifter, x: Arg, gates: Arg, letters: tuple[str, str, str])
         return NoMatch("rows are weighted by other numbers than one a row", depth=2)
     both = links.apply(replace(rows, row=Apply("mul", (rows.row, held)), gates=tuple(known.items()), axes=rows.axes))
     by = dict(zip(row, both.axes, strict=True))
-    return replace(both, axes=tuple(by[c] for c in out)), both.axes
+    return replace(both, axes=tuple(by.get(c, ()) for c in out)), both.axes
 
 
 def _multiplied(

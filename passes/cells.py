@@ -137,7 +137,7 @@ class Links:
 
 
 def joined(values: Sequence[Cells]) -> Cells | None:
-    """What several values know together: choice, tokens, links, gates; None where they disagree. Row and axes: the first's."""
+    """The first value with what all know of choice, tokens, links and gates; None where they disagree."""
     choices = {v.choice for v in values if v.choice}
     counts = {v.tokens for v in values if v.tokens}
     links: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Find experts whose rows come together by the letters of axes: dense and then gathered, gathered, batched, one a token."""
+"""Find experts by the letters of axes: dense and then gathered, gathered, batched, one a token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _say(lifter: Lifter, instr: Instr, total: Total, facts: Facts) -> Found | No
         return body.deeper(2)
     held = (
         "each token sums its experts' rows" if total.slots else "each token has one expert's row",
-        f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}",
+        f"an expert is matrices and pointwise functions: E={body.num_experts}, φ={body.spec.activation}",
         "every expert is visited",
     )
     if not body.num_experts.is_Integer or not body.width.is_Integer:
@@ -48,10 +48,7 @@ def _say(lifter: Lifter, instr: Instr, total: Total, facts: Facts) -> Found | No
     said = obstacle(lifter.graph, facts, body)
     if said is not None:
         return said.after(*held)
-    if total.slots == "e":
-        found = _dense(lifter, instr, total, body)
-    else:
-        found = _chosen(lifter.graph, instr, total, body)
+    found = _dense(lifter, instr, total, body) if total.slots == "e" else _chosen(lifter.graph, instr, total, body)
     return found.after(*held) if isinstance(found, NoMatch) else found
 
 

@@ -1,4 +1,4 @@
-"""What comes between an understood layer and its instruction: what kernels cannot run, and the words of a sum over slots."""
+"""Between an understood layer and its instruction: what kernels cannot run, and the words of a sum over slots."""
 
 from __future__ import annotations
 

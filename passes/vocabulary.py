@@ -74,6 +74,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("matmul mm bmm", word_contract.raise_matmul),
     **_each("baddbmm addmm", word_contract.raise_baddbmm),
     **_each("einsum", word_contract.raise_einsum),
+    **_each("tensordot", word_contract.raise_tensordot),
     **_each("grouped_mm _grouped_mm", word_contract.raise_grouped),
 }
 

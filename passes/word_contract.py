@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from moec.graph import Arg, Ref, Type
+from moec.graph import Arg, Dim, Ref, Type
 from moec.passes.raise_graph import Builder, fake, type_of_fake
+from moec.passes.word_views import reshape
 from moec.passes.words import named
 
 
@@ -40,19 +42,54 @@ def raise_linear(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_matmul(build: Builder, node: fx.Node) -> Arg | None:
-    """x @ y, mm, bmm, matmul, without broadcasting of batch axes."""
+    """x @ y, mm, bmm, matmul; an axis that one of the two is spread over is no axis of its."""
     x, y = (build.value(a) for a in (*node.args, *node.kwargs.values())[:2])
-    a, b = build.type_of(x), build.type_of(y)
     to = type_of_fake(fake(node))
-    if a.rank < 2 or b.rank < 2:
+    a, b = build.type_of(x), build.type_of(y)
+    if not isinstance(x, Ref) or not isinstance(y, Ref) or 0 in (a.rank, b.rank):
         return None
-    if b.rank == 2:
-        lead = string.ascii_lowercase[: a.rank - 1]
-        return contract(build, f"{lead}y,yz->{lead}z", x, y, to)
-    if a.rank != b.rank or a.shape[:-2] != b.shape[:-2]:
-        return None
-    lead = string.ascii_lowercase[: a.rank - 2]
-    return contract(build, f"{lead}xy,{lead}yz->{lead}xz", x, y, to)
+    lead = string.ascii_lowercase[: max(a.rank, b.rank) - 2] if max(a.rank, b.rank) > 2 else ""
+    left = lead[len(lead) - max(a.rank - 2, 0) :] + ("x" if a.rank > 1 else "") + "y"
+    right = lead[len(lead) - max(b.rank - 2, 0) :] + "y" + ("z" if b.rank > 1 else "")
+    whole = dict(zip(lead, to.shape, strict=False))
+    x, left = _without_spread(build, x, left, whole)
+    y, right = _without_spread(build, y, right, whole)
+    out = lead + ("x" if a.rank > 1 else "") + ("z" if b.rank > 1 else "")
+    absent = [c for c in lead if c not in left + right]  # of size 1 in both
+    made = contract(build, f"{left},{right}->{_without(out, absent)}", x, y, _kind(to, out, absent))
+    return reshape(build, made, to)
+
+
+def _without(letters: str, gone: Collection[str]) -> str:
+    return "".join(c for c in letters if c not in gone)
+
+
+def _kind(to: Type, letters: str, gone: Collection[str]) -> Type:
+    return Type(to.dtype, tuple(d for c, d in zip(letters, to.shape, strict=True) if c not in gone))
+
+
+def _without_spread(build: Builder, value: Ref, letters: str, whole: Mapping[str, Dim]) -> tuple[Arg, str]:
+    """An operand without the axes of size 1 along which the product repeats it."""
+    kind = build.type_of(value)
+    sizes = dict(zip(letters, kind.shape, strict=True))
+    gone = [c for c in letters if c in whole and sizes[c] == 1 and whole[c] != 1]
+    if not gone:
+        return value, letters
+    to = _kind(kind, letters, gone)
+    return reshape(build, _behind(build, value, to), to), _without(letters, gone)
+
+
+def _behind(build: Builder, value: Ref, to: Type) -> Ref:
+    """The value of type `to` that `value` is a view of, else `value`: an axis that was added for a product and goes."""
+    held = value
+    while (made := next((i for i in reversed(build.instrs) if held.name in i.results), None)) is not None:
+        source = made.args[0] if made.word == "reshape" else None
+        if not isinstance(source, Ref):
+            break
+        if build.type_of(source) == to:
+            return source
+        held = source
+    return value
 
 
 def raise_baddbmm(build: Builder, node: fx.Node) -> Arg | None:
@@ -68,23 +105,25 @@ def raise_baddbmm(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_einsum(build: Builder, node: fx.Node) -> Arg | None:
-    """einsum without ellipsis or repeated letters in one operand; of several operands, two at a time from the left."""
+    """einsum without repeated letters in one operand; of several operands, two at a time from the left."""
     eq, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(eq, str) or "." in eq or "->" not in eq or len(operands) < 2:
+    if not isinstance(eq, str) or len(operands) < 2:
         return None
-    inputs, out = eq.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    if any(len(set(part)) != len(part) for part in letters):
+    values = [build.value(o) for o in operands]
+    spelled = _spelled(eq.replace(" ", ""), [build.type_of(v).rank for v in values])
+    if spelled is None:
+        return None
+    letters, out = spelled
+    if any(len(set(part)) != len(part) for part in (*letters, out)):
         return None
     to = type_of_fake(fake(node))
-    values = [build.value(o) for o in operands]
-    sizes = {
-        c: d
-        for part, v in zip(letters, values, strict=True)
-        for c, d in zip(part, build.type_of(v).shape, strict=False)
-    }
+    sizes: dict[str, Dim] = {}
+    for part, v in zip(letters, values, strict=True):
+        for c, d in zip(part, build.type_of(v).shape, strict=True):
+            if sizes.setdefault(c, d) != d and 1 in (d, sizes[c]):  # one of size 1 is spread
+                return None
     acc, have = values[0], letters[0]
     for i, (part, value) in enumerate(zip(letters[1:], values[1:], strict=True), start=2):
         later = set(out).union(*letters[i:])
@@ -92,6 +131,45 @@ def raise_einsum(build: Builder, node: fx.Node) -> Arg | None:
         kind = Type(to.dtype, tuple(sizes[c] for c in keep)) if i < len(letters) else to
         acc, have = contract(build, f"{have},{part}->{keep}", acc, value, kind), keep
     return acc
+
+
+def _spelled(eq: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """The letters of each operand and of the result, those that `…` and a missing result stand for written out."""
+    inputs, arrow, out = eq.partition("->")
+    parts = inputs.split(",")
+    if len(parts) != len(ranks) or "..." in inputs and any(len(p) - 3 > r for p, r in zip(parts, ranks, strict=True)):
+        return None
+    free = [c for c in reversed(string.ascii_letters) if c not in eq]
+    wide = max((r - len(p) + 3 for p, r in zip(parts, ranks, strict=True) if "..." in p), default=0)
+    more = "".join(free[:wide])
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
+        out = ("..." if "..." in inputs else "") + "".join(once)
+    written = [
+        p.replace("...", more[len(more) - (r - len(p) + 3) :]) if "..." in p else p
+        for p, r in zip(parts, ranks, strict=True)
+    ]
+    if any(len(p) != r for p, r in zip(written, ranks, strict=True)):
+        return None
+    return written, out.replace("...", more)
+
+
+def raise_tensordot(build: Builder, node: fx.Node) -> Arg | None:
+    """tensordot(x, y, dims) → contract: the axes that are left, x's first."""
+    args = named(node, "a b dims")
+    x, y = build.value(args["a"]), build.value(args["b"])
+    a, b = build.type_of(x), build.type_of(y)
+    dims = args.get("dims", 2)
+    if isinstance(dims, int):
+        dims = (list(range(a.rank - dims, a.rank)), list(range(dims)))
+    if len(dims) != 2 or not all(isinstance(d, int) for each in dims for d in each):
+        return None
+    left, right = string.ascii_lowercase[: a.rank], list(string.ascii_uppercase[: b.rank])
+    over = [left[i % a.rank] for i in dims[0]]
+    for letter, j in zip(over, dims[1], strict=True):
+        right[j % b.rank] = letter
+    out = _without(left + "".join(right), over)
+    return contract(build, f"{left},{''.join(right)}->{out}", x, y, type_of_fake(fake(node)))
 
 
 def raise_grouped(build: Builder, node: fx.Node) -> Arg | None:

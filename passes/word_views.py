@@ -282,12 +282,28 @@ def raise_index(build: Builder, node: fx.Node) -> Arg | None:
     if any(build.type_of(t).rank == 0 for t in tensors):
         return None
     kind = build.type_of(basic)
+    tensors = spread(build, tensors)
     lead = build.type_of(tensors[0])
     if any(build.type_of(t).shape != lead.shape for t in tensors):
         return None
     shape = (*kind.shape[:dim], *lead.shape, *kind.shape[dim + len(tensors) :])
     rows = build.emit("index", (basic, *tensors), Type(kind.dtype, shape), dim=dim)
     return rows if len(shape) == to.rank else build.emit("reshape", (rows,), to)
+
+
+def spread(build: Builder, tensors: tuple[Arg, ...]) -> tuple[Arg, ...]:
+    """Tensors on the axes that all of them together have; axes of size 1, or missing ones, are expanded."""
+    kinds = [build.type_of(t) for t in tensors]
+    rank = max(kind.rank for kind in kinds)
+    wide = [(sympy.S.One,) * (rank - kind.rank) + kind.shape for kind in kinds]
+    whole = tuple(next((s[i] for s in wide if s[i] != 1), sympy.S.One) for i in range(rank))
+    made: list[Arg] = []
+    for tensor, kind, shape in zip(tensors, kinds, wide, strict=True):
+        if any(d not in (1, size) for d, size in zip(shape, whole, strict=True)):
+            return tensors
+        seen = reshape(build, tensor, Type(kind.dtype, shape))
+        made.append(seen if shape == whole else build.emit("expand", (seen,), Type(kind.dtype, whole)))
+    return tuple(made)
 
 
 def raise_index_select(build: Builder, node: fx.Node) -> Arg | None:
@@ -316,9 +332,20 @@ def raise_gather(build: Builder, node: fx.Node) -> Arg | None:
     if not isinstance(args.get("dim"), int):
         return None
     dim = args["dim"] % build.type_of(value).rank
-    sizes = [build.type_of(v).shape[:dim] + build.type_of(v).shape[dim + 1 :] for v in (value, index)]
-    if key_of(node) != "gather" and sizes[0] != sizes[1]:  # take_along_dim broadcasts, gather does not
-        return None
+    if key_of(node) != "gather":  # take_along_dim broadcasts, gather does not
+        kinds = [build.type_of(v) for v in (value, index)]
+        if kinds[0].rank != kinds[1].rank:
+            return None
+        want = [max(pair, key=lambda d: d != 1) for pair in zip(*(k.shape for k in kinds), strict=True)]
+        shapes = [(*want[:dim], k.shape[dim], *want[dim + 1 :]) for k in kinds]
+        if any(
+            d not in (1, w) for k, shape in zip(kinds, shapes, strict=True) for d, w in zip(k.shape, shape, strict=True)
+        ):
+            return None
+        value, index = (
+            v if k.shape == shape else build.emit("expand", (v,), Type(k.dtype, shape))
+            for v, k, shape in zip((value, index), kinds, shapes, strict=True)
+        )
     return build.emit("gather", (value, index), type_of_fake(fake(node)), dim=dim)
 
 
