@@ -13,6 +13,9 @@ from moec.passes.coded import coding_of, scale_shape
 from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Number, Row, Slice, Slot, Token, strip, text
 from moec.spec import ExpertsSpec
 
+NOTHING = "*0"
+"""Behind a parameter's name: as many zeros, for a projection that has no bias where the other has one."""
+
 PARAM_DTYPES = frozenset({"f32", "bf16", "f16"})
 
 
@@ -31,7 +34,7 @@ class BodyMatch:
     """An expert understood.
 
     token, weight  the values x[T, H] and w[T, k] (or g[T, E] when `gated_by_expert`); weight '' means 1
-    params         value names in the order of `spec.param_groups`, each one name or E names
+    params         value names in the order of `spec.param_groups`, each one name or E names; see NOTHING
     scales         the shapes of one expert's scales, which are the last of `params`
     cast           the dtype that all parameters are to be cast to first
     """
@@ -194,8 +197,9 @@ def _assemble(
     one = order[:1] if kind != "separate" else order
     weights = [*(p.weight for p in one), down.weight]
     biases = [p.bias for p in one]
-    if len({b is None for b in biases}) > 1:
-        return NoMatch("one projection has a bias, the other has none", depth=6)
+    some = next((b for b in biases if b is not None), None)
+    if first is not None and some is not None and None in biases:
+        return NoMatch("one projection has a bias, the other has none, in a loop over some experts", depth=6)
     layouts = {_layout(p.weight, p.axis) for p in one}
     tensors = [*weights, *(b for b in (*biases, bias_out) if b is not None)]
     plain = _plain(graph, tensors, first)
@@ -210,6 +214,12 @@ def _assemble(
     scales = [w for w in weights if w.scale]
     if len(layouts) > 1:
         return NoMatch("the projections are stored in different layouts", depth=6)
+    given_biases = biases if some is None else [b or some for b in biases]
+    groups = [
+        tuple(n + NOTHING for n in b.values) if had is None else b.values
+        for had, b in zip(biases, given_biases, strict=True)
+        if b is not None
+    ] + ([] if bias_out is None else [bias_out.values])
     factor = weight if weight is not None else given
     spec = ExpertsSpec(
         dtype=dtype,
@@ -217,7 +227,7 @@ def _assemble(
         layout_in=layouts.pop(),
         layout_out=_layout(down.weight, down.axis),
         activation=str(_rename(phi, names)),
-        bias_in=biases[0] is not None,
+        bias_in=some is not None,
         bias_out=bias_out is not None,
         weight_on="input" if given is not None else "output",
         stacked=weights[0].stacked,
@@ -229,7 +239,7 @@ def _assemble(
         token.value,
         factor.value if factor is not None else "",
         isinstance(factor, Gate),
-        (*(t.values for t in tensors), *(w.scale for w in scales)),
+        (*(t.values for t in weights), *groups, *(w.scale for w in scales)),
         plain,
         _matrix_dims(graph, down.weight)[down.axis],
         tuple(scale_shape(graph, w) for w in scales),

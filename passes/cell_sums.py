@@ -150,6 +150,7 @@ def pairs_of(out: Writer, total: Total, value: str, letters: str, token: str) ->
     names = [(TOKENS[i], d) for i, d in enumerate(x.shape[:-1]) if d != 1]
     slots = [(total.slots, _size(out.graph, cells, total.slots))] if total.slots else []
     wanted = [*names, *slots]
+    value = out.column(value)
     given = dict(zip(letters, (d for d in out.type(value).shape if d != 1), strict=True))
     value = out.reshape(value, tuple(given.values()))
     order = [c for c, _ in wanted if c in given]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moec.graph import Graph, Instr
-from moec.match import NoMatch
+from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.cell_sums import LAST, SUMS, Total, choice_letters, on_grid, pairs_of, summed, unsummed
 from moec.passes.combine import Combined
@@ -31,7 +31,14 @@ def find_unsummed(lifter: Lifter, instr: Instr, facts: Facts) -> Found | NoMatch
     if cells is None or instr.word not in LAST:
         return NoMatch("not the rows of one expert a token")
     total = unsummed(cells, instr)
-    return total if isinstance(total, NoMatch) else _say(lifter, instr, total, facts)
+    if isinstance(total, NoMatch):
+        return total
+    found = _say(lifter, instr, total, facts)
+    if isinstance(found, NoMatch) and found.depth < 6:  # an expert that goes on in a way that no rule knows
+        users = lifter.graph.users.get(instr.results[0], ())
+        ends = [cells.lift(Ref(user.results[0])) for user in users if user.results]
+        return nearest([end.deeper(2) for end in ends if isinstance(end, NoMatch)] or [found])
+    return found
 
 
 def _say(lifter: Lifter, instr: Instr, total: Total, facts: Facts) -> Found | NoMatch:

@@ -10,11 +10,11 @@ import torch
 from moec import expr as ex
 from moec.graph import Graph, Instr, Ref, Type
 from moec.match import NoMatch
-from moec.passes.body import BodyMatch
+from moec.passes.body import NOTHING, BodyMatch
 from moec.passes.combine import Combined
 from moec.passes.lift import same
 from moec.passes.pairs import Writer
-from moec.passes.say_experts import site_attrs
+from moec.passes.say_experts import filled, site_attrs
 from moec.passes.token_axes import as_pairs, each_token, shaped_like, slots_of
 from moec.pipeline import Facts
 from moec.spec import DTYPES
@@ -36,7 +36,7 @@ def idle_is_zero(body: BodyMatch) -> bool:
 
 def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
     """Why kernels cannot run this layer although it is understood."""
-    names = [name for group in body.params for name in group]
+    names = [name.removesuffix(NOTHING) for group in body.params for name in group]
     for name in names:
         if name in facts.not_plain:
             return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)
@@ -72,17 +72,24 @@ def maps_zero_to_zero(body: BodyMatch) -> bool:
 
 def stored(out: Writer, body: BodyMatch) -> tuple[tuple[str, ...], ...]:
     """The parameters as the op takes them: cast, and scales with an axis for each of the matrix's."""
+    params = tuple(tuple(filled(out, name) for name in group) for group in body.params)
     if body.cast:
-        return tuple(tuple(out.cast(name, body.cast) for name in group) for group in body.params)
-    plain = len(body.params) - len(body.scales)
-    groups = list(zip(body.spec.param_groups, body.params[:plain], strict=False))
-    made = [
-        tuple(out.cast(n, body.spec.dtype) for n in names) if g.startswith("bias_") else names for g, names in groups
-    ]
-    for group, shape in zip(body.params[plain:], body.scales, strict=True):
+        return tuple(tuple(out.cast(name, body.cast) for name in group) for group in params)
+    plain = len(params) - len(body.scales)
+    groups = list(zip(body.spec.param_groups, params[:plain], strict=False))
+    made = [tuple(_vectors(out, n, body) for n in names) if g.startswith("bias_") else names for g, names in groups]
+    for group, shape in zip(params[plain:], body.scales, strict=True):
         wide = (out.type(group[0]).shape[0], *shape) if body.spec.stacked else shape
         made.append(tuple(out.cast(out.reshape(name, wide), "f32") for name in group))
     return tuple(made)
+
+
+def _vectors(out: Writer, name: str, body: BodyMatch) -> str:
+    """A bias in the dtype of products; one kept as [E, 1, F] is seen as [E, F]."""
+    shape = out.type(name).shape
+    if body.spec.stacked and len(shape) == 3:
+        name = out.reshape(name, (shape[0], shape[2]))
+    return out.cast(name, body.spec.dtype)
 
 
 def say_sum(

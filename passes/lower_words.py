@@ -121,6 +121,7 @@ WORDS: Mapping[str, Make] = {
     "below": _below,
     "cat": _call(torch.cat, "dim"),
     "expert_of_rows": _call(expert_of_rows, "dim"),
+    "zeros_like": _call(torch.zeros_like),
     "expand_over": _call(expand_over),
     "ones_of_rows": _call(ones_of_rows),
     "each_token": _call(each_token),

@@ -45,7 +45,7 @@ class Writer:
         return self.emit("reshape", args, Type(kind.dtype, tuple(shape)), **ones)
 
     def column(self, name: str) -> str:
-        """The value, made anew where it is a column of another: an index may hold it without a node of its own."""
+        """The value, made anew where it is a step on the way to another: no node may hold it, an index a column say."""
         made = self.graph.defs.get(name)
         if made is None or name in self.types:
             return name
@@ -53,6 +53,8 @@ class Writer:
         if made.word == "reshape" and source.rank == 2 and source.shape[1] == 1 and made.types[0].rank == 1:
             again = self.column(made.uses[0])
             return name if again == made.uses[0] else again
+        if made.word == "reshape" and f"{name}.1" in self.graph.defs:
+            return self.reshape(self.column(made.uses[0]), made.types[0].shape)
         if made.word != "slice" or (made.attr("dim"), made.attr("step")) != (1, 1) or source.rank != 2:
             return name
         start, length = made.attr("start"), made.types[0].shape[1]

@@ -96,6 +96,8 @@ def _dot(lifter: Lifter, instr: Instr, a: Rows, b: Lift, letters: tuple[str, str
     if isinstance(b, Rows) and isinstance(b.row, Expert) and compatible(a.space, b.space) and a.layout == b.layout:
         if left[: a.lead] != right[: b.lead]:
             return NoMatch("rows and gathered matrices run over different axes", instr.results[0])
+        if a.choice and b.choice and a.choice != b.choice:
+            return NoMatch("an expert's matrices are gathered by different choices", instr.results[0])
         weight, right, a = b.row, right[b.lead :], merged(a, b)
     elif isinstance(b, Expert):
         weight = b

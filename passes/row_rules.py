@@ -172,6 +172,8 @@ def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
                     f"`{instr.word}` of {lead.space.kind}/{lead.layout} and {inner.space.kind}/{inner.layout} rows",
                     instr.results[0],
                 )
+            if lead is not None and lead.choice and inner.choice and lead.choice != inner.choice:
+                return NoMatch(f"`{instr.word}` of rows of different choices", instr.results[0])
             lead = merged(lead, inner)
             args.append(inner.row)
         elif isinstance(inner, Expert) and len(inner.order) == 1:

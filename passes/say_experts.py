@@ -8,9 +8,17 @@ from __future__ import annotations
 import sympy
 
 from moec.graph import Attr, Dim, Instr, Ref, Type
-from moec.passes.body import BodyMatch
+from moec.passes.body import NOTHING, BodyMatch
 from moec.passes.pairs import Writer
 from moec.spec import KernelSpec
+
+
+def filled(out: Writer, name: str) -> str:
+    """A parameter, or the zeros that stand for one."""
+    if not name.endswith(NOTHING):
+        return name
+    like = name.removesuffix(NOTHING)
+    return out.emit("zeros_like", (Ref(like),), out.type(like))
 
 
 def params_of(out: Writer, body: BodyMatch) -> tuple[Ref, ...]:
@@ -18,6 +26,7 @@ def params_of(out: Writer, body: BodyMatch) -> tuple[Ref, ...]:
     refs: list[Ref] = []
     for role, group in zip(body.spec.param_groups, body.params, strict=True):
         for name in group:
+            name = filled(out, name)
             kind = out.type(name)
             if role.startswith("bias") and body.spec.stacked and kind.rank == 3:
                 name = out.reshape(name, (kind.shape[0], kind.shape[2]))

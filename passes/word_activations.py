@@ -6,6 +6,7 @@ from torch import fx
 
 from moec.graph import Arg
 from moec.passes.raise_graph import Builder, fake, type_of_fake
+from moec.passes.word_views import slice_dim
 from moec.passes.words import named
 
 
@@ -41,3 +42,17 @@ def raise_leaky_relu(build: Builder, node: fx.Node) -> Arg | None:
         return None
     x, kind = build.value(node.args[0]), type_of_fake(fake(node))
     return build.emit("maximum", (x, build.emit("mul", (x, slope), kind)), kind)
+
+
+def raise_glu(build: Builder, node: fx.Node) -> Arg | None:
+    """glu(x, dim) → a · sigmoid(b), the two halves of x."""
+    args = named(node, "input dim")
+    x, kind = build.value(args["input"]), type_of_fake(fake(node))
+    dim = args.get("dim", -1) % kind.rank
+    size = kind.shape[dim]
+    if not size.is_Integer:
+        return None
+    a, b = slice_dim(build, x, dim, 0, int(size)), slice_dim(build, x, dim, int(size), 2 * int(size))
+    if a is None or b is None:
+        return None
+    return build.emit("mul", (a, build.emit("sigmoid", (b,), kind)), kind)

@@ -137,7 +137,7 @@ def _spelled(eq: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
     """The letters of each operand and of the result, those that `…` and a missing result stand for written out."""
     inputs, arrow, out = eq.partition("->")
     parts = inputs.split(",")
-    if len(parts) != len(ranks) or "..." in inputs and any(len(p) - 3 > r for p, r in zip(parts, ranks, strict=True)):
+    if len(parts) != len(ranks) or ("..." in inputs and any(len(p) - 3 > r for p, r in zip(parts, ranks, strict=True))):
         return None
     free = [c for c in reversed(string.ascii_letters) if c not in eq]
     wide = max((r - len(p) + 3 for p, r in zip(parts, ranks, strict=True) if "..." in p), default=0)
