@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.graph import Graph, Instr
+from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.cell_sums import LAST, SUMS, Total, choice_letters, on_grid, pairs_of, summed, unsummed

@@ -14,10 +14,10 @@ COUNTS = (13, 7, 40)  # one dynamic compile; the gradients' test compiles for 13
 SMALL = ("CountsByScatter", "SplitAndCat", "OpaqueMasks-LoraExpert", "CheckpointedHits")
 
 
-def compiled(module, dynamic=None):
+def compiled(module, dynamic=None, **options):
     torch._dynamo.reset()
     report = Report()
-    backend = Backend(Options.make({"rest": "eager"}), report=report)
+    backend = Backend(Options.make({"rest": "eager", **options}), report=report)
     return torch.compile(module, backend=backend, dynamic=dynamic), report
 
 

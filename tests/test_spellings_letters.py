@@ -1,0 +1,42 @@
+"""Layers read off the letters of axes: one graph, fused, equal for any T; near misses are declined, with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import spellings_letters
+import torch
+from spelling_table import error, measured, tensors
+from test_spellings_more import assert_same_call, compiled, made
+
+
+@pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
+def test_fused_and_equal(spelling):
+    found = measured(spelling)
+    assert found.one_graph
+    assert found.fused, found.why
+    assert found.forward < 1e-5
+    assert found.gradients < 1e-4
+
+
+@pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS[::5], ids=lambda s: f"{s.spelling}-{s.name}")
+def test_any_number_of_tokens(spelling):
+    module = made(spelling)
+    run, report = compiled(module, dynamic=True, kernels="eager")
+    with torch.no_grad():
+        for count in (13, 200, 1, 0):
+            assert_same_call(run, module, spelling.inputs(count))
+    assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
+
+
+@pytest.mark.parametrize("kind", spellings_letters.NEAR, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("proof", ["on", "off"])
+def test_near_misses_compute_what_they_did(kind, proof):
+    torch.manual_seed(0)
+    module = kind()
+    run, report = compiled(module, proof=proof, kernels="eager")
+    x = torch.randn(13, 16)
+    with torch.no_grad():
+        assert error(tensors(run(x)), tensors(module(x))) == 0
+    assert [site.status for site in report.sites] == ["declined"], report
+    assert all(reason.location for site in report.sites for reason in site.reasons)
+    assert not any("was tried" in str(reason) for site in report.sites for reason in site.reasons)
