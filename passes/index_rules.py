@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import sympy
+
 from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.coded import repeated
@@ -210,7 +212,17 @@ def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         and to.shape[1].is_Integer
     ):
         return replace(inner, space=Space("slots", int(to.shape[1])))
+    if _counts_tokens(lifter, instr):
+        return Ids(Space("dense", int(to.shape[0])), "token", layout="et")
     return inner if isinstance(inner, NoMatch) else NoMatch(f"expanded to {to}", instr.results[0])
+
+
+def _counts_tokens(lifter: Lifter, instr: Instr) -> bool:
+    """arange(T)[None].expand(E, T), its `repeat`: the token of every pair of expert and token."""
+    to, source = instr.types[0], lifter.type(instr.args[0])
+    made = lifter.instr(lifter.graph.behind(instr.args[0], ("reshape", "cast", "same")))
+    alike = to.rank == 2 and source.shape in (to.shape[1:], (sympy.S.One, *to.shape[1:]))
+    return alike and made is not None and made.word == "arange" and to.shape[0].is_Integer and to.shape[0] != 1
 
 
 def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -224,4 +236,6 @@ def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         and reps[1] == 1
     ) and isinstance(reps[0], int):
         return Rows(Space("dense", reps[0]), Token(arg.name))
+    if _counts_tokens(lifter, instr):
+        return Ids(Space("dense", int(instr.types[0].shape[0])), "token", layout="et")
     return NoMatch(f"repeat{reps} is not every token for every expert", instr.results[0])

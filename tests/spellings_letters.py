@@ -183,6 +183,19 @@ class GluWithBiases(Banked):
         return (every[chosen.t(), torch.arange(x.shape[0])[None, :]] * w.t().unsqueeze(-1)).sum(0)
 
 
+class GatheredForAll(Banked):
+    """Every token for every expert by an index that counts the tokens anew for each; gates weight what experts read."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        best, chosen = logits.topk(K, 1)
+        gates = torch.sigmoid(torch.full_like(logits, float("-inf")).scatter_(1, chosen, best).float()).to(x.dtype).t()
+        token = torch.arange(x.shape[0]).view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, H)
+        rows = (torch.gather(x, 0, token) * gates.reshape(-1, 1)).view(E, -1, H)
+        rows = torch.bmm(F.silu(torch.bmm(rows, self.up)), self.down)
+        return torch.zeros_like(x).scatter_add(0, token, rows.view(-1, H))
+
+
 class TwoChoices(Banked):
     """Near miss: the second matrices are other experts'."""
 
@@ -236,6 +249,7 @@ SPELLINGS = (
     Spelling("one expert on axes", "P5", OneExpertOnAxes, batches),
     Spelling("whole sequences", "P5", WholeSequences, batches),
     Spelling("one bias", "P5", OneBias, tokens),
+    Spelling("gathered for all", "P6", GatheredForAll, tokens),
     Spelling("glu with biases", "P6", GluWithBiases, tokens),
 )
 
