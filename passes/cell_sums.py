@@ -8,8 +8,9 @@ import sympy
 
 from moec.graph import Arg, Dim, Graph, Instr, Ref
 from moec.match import NoMatch, nearest
+from moec.passes.cell_beside import gate_of
 from moec.passes.cell_products import times
-from moec.passes.cell_rules import cell, gate_of, plain
+from moec.passes.cell_rules import cell, plain
 from moec.passes.cells import CHOICES, TOKENS, Axes, Cells, Links, letters_in
 from moec.passes.grid import Grid
 from moec.passes.lift import Lifter

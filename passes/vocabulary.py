@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moec.graph import Arg, Ref
-from moec.passes import updates, word_activations, word_contract, word_views, words
+from moec.passes import updates, word_activations, word_contract, word_scatter, word_views, words
 from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
 from moec.passes.rereads import hold_heads
 from moec.passes.words import BINARY, UNARY, key_of
@@ -66,10 +66,10 @@ TABLE: Mapping[str, Raiser] = {
     **_each("getitem", word_views.raise_index),
     **_each("index_select", word_views.raise_index_select),
     **_each("embedding", word_views.raise_embedding),
-    **_each("gather take_along_dim", word_views.raise_gather),
-    **_each("scatter scatter_add index_add index_copy", word_views.raise_scatter),
+    **_each("gather take_along_dim", word_scatter.raise_gather),
+    **_each("scatter scatter_add index_add index_copy", word_scatter.raise_scatter),
     **_each("index_put", word_views.raise_index_put),
-    **_each("scatter_reduce", word_views.raise_scatter_reduce),
+    **_each("scatter_reduce", word_scatter.raise_scatter_reduce),
     **_each("one_hot", word_views.raise_one_hot),
     **_each("linear", word_contract.raise_linear),
     **_each("matmul mm bmm", word_contract.raise_matmul),
