@@ -96,7 +96,7 @@ class At:
     config: GpuConfig
     operands: Operands
     routed: bool
-    capacity: int | None = None
+    capacity: Size | None = None
 
     @property
     def pairs(self) -> int:

@@ -19,10 +19,11 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from moec.bounds import TOKENS, Size, plain_bound, tokens_to_try
+from moec.bounds import TOKENS, Size, most, plain_bound, tokens_to_try
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import (
     WIDE,
@@ -43,11 +44,14 @@ from moec.codegen.triton_call import (
     tile_buffers,
     tile_pointers,
 )
-from moec.codegen.triton_config import GpuConfig, GpuFigures, default_config
+from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_operands import Operands, contiguous
 from moec.codegen.triton_views import undescribable
 from moec.errors import CodegenError
 from moec.spec import KernelSpec
+
+ALIGNED = 256
+"""Bytes that buffers in one block begin at multiples of."""
 
 
 def launches(
@@ -99,14 +103,28 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots, *rows)
 
 
-def buffer_formula(spec: KernelSpec, sizes: Sizes, routed: bool, target: GpuFigures | None = None) -> Size:
-    """A bound on the bytes of `program(…).buffers` in T, for every T up to `sizes.T`, with default configurations."""
+def buffer_formula(
+    spec: KernelSpec,
+    sizes: Sizes,
+    routed: bool,
+    config_for: Callable[[Sizes], GpuConfig] | None = None,
+    capacity: Size | None = None,
+) -> Size:
+    """A bound on the bytes of `program(…).buffers` in T, one behind the other, for every T up to `sizes.T`.
+
+    `config_for`: the configuration of a call, the default one without. `capacity`: the most rows of an expert in T.
+    """
     tries = [replace(sizes, T=tokens) for tokens in tokens_to_try(sizes.T)]
-    configs = [default_config(spec, at, target) for at in tries]
+    configs = [config_for(at) if config_for else default_config(spec, at) for at in tries]
     small = min(config.block_m for config in configs)  # the smaller the tiles, the more of them
-    config = replace(configs[-1], block_m=small, variant="sorted")
-    at = At(spec, replace(sizes, T=TOKENS), config, contiguous(spec, sizes), routed)
-    return plain_bound(sum(buffer.bytes for buffer in buffers(at)))
+    shapes = {(config.combine == "atomic", config.specialized): config for config in configs}
+    totals: list[Size] = []
+    for config in shapes.values():
+        one = replace(config, block_m=small, variant="sorted")
+        at = At(spec, replace(sizes, T=TOKENS), one, contiguous(spec, sizes), routed, capacity)
+        parts = buffers(at)
+        totals.append(plain_bound(sum(buffer.bytes for buffer in parts)) + ALIGNED * len(parts))
+    return most(*totals)
 
 
 def _decode(at: At) -> Program:

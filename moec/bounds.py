@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import sympy
 
-from moec.capacity import at_least
+from moec.capacity import at_least, size_of
 from moec.dims import dim_text
 
 Size: TypeAlias = Any
@@ -88,6 +88,12 @@ def _shown(size: Any) -> Any:
         return size
     make: Any = _SHOWN.get(type(size).__name__, size.func)
     return make(*map(_shown, size.args))
+
+
+def in_tokens(limit: str) -> Size:
+    """A formula of T alone, given as text (`moec.capacity.over_tokens`), as an expression of `TOKENS`."""
+    formula = size_of(limit)
+    return formula.subs({symbol: TOKENS for symbol in formula.free_symbols})
 
 
 def tokens_to_try(highest: int) -> tuple[int, ...]:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from moec.loads import Load
     from moec.report import Report
     from moec.sizing import Sizing
+    from moec.token_range import TokenRange
 
-RANGE = "1..4096"
 RATE = 0.001
 
 Tokens = Annotated[
     str | None,
-    typer.Option("--tokens", metavar="A..B", help=f"With --capacity: tokens of a call ({RANGE}).", show_default=False),
+    typer.Option("--tokens", metavar="A..B", help="With --capacity: tokens of a call.", show_default=False),
 ]
 Loads = Annotated[
     Path | None,
@@ -39,9 +39,9 @@ DropRate = Annotated[
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for: the range of T, recorded loads, the wanted drop rate."""
+    """What was asked for: the range of T (None: the one that is declared), recorded loads, the wanted drop rate."""
 
-    tokens: tuple[int, int]
+    tokens: TokenRange | None
     loads: tuple[Load, ...]
     rate: float
 
@@ -85,4 +85,4 @@ def capacity_asked(capacity: bool, tokens: str | None, loads: Path | None, rate:
         read = read_loads(loads) if loads is not None else ()
     except (ParseError, UnicodeDecodeError) as error:
         raise TargetError(f"--loads {loads}: {error}") from error
-    return Asked(parse_tokens(tokens or RANGE), read, RATE if rate is None else rate)
+    return Asked(parse_tokens(tokens) if tokens is not None else None, read, RATE if rate is None else rate)

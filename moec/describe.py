@@ -12,7 +12,7 @@ from moec import ir, report
 from moec.dims import dim_text
 from moec.graph import Graph, Instr, Ref
 from moec.passes.candidates import Candidate
-from moec.passes.lower import SITES
+from moec.passes.lower import SITES, shape_env
 from moec.passes.near_miss import (
     NearMiss,
     banks_text,
@@ -31,6 +31,7 @@ from moec.proof.store import Verdict
 from moec.site_text import dump_site
 from moec.spec import KernelSpec
 from moec.target import Target
+from moec.token_range import TokenRange
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _fused(
         ir=dump_site(renamed(site, readable_names(raised))),
         spec=str(spec),
         proof=proofs.get(instr.results[0], ""),
+        tokens=facts.options.tokens or str(TokenRange.of_dim(instr.types[0].shape[0], shape_env(raised)) or ""),
     )
 
 

@@ -14,11 +14,12 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
 # What is asked for by a word of its own, where it differs from this.
-_PLAIN = (("weights", "stored"), ("combine", "ordered"), ("schedule", "pointers"), ("capacity", ""))
+_PLAIN = (("weights", "stored"), ("combine", "ordered"), ("schedule", "pointers"), ("tokens", ""), ("capacity", ""))
 _VALUES = {
     "weights": _WEIGHTS,
     "combine": re.compile("ordered|atomic"),
     "schedule": re.compile("|".join(SCHEDULES)),
+    "tokens": re.compile(r"\d+(\.\.\d+)?"),
     "capacity": re.compile(r"[\w.+*/(),-]+"),
 }
 _FLAGS = ([], ["race"], ["fresh"], ["race", "fresh"])
@@ -35,6 +36,7 @@ class Engine:
     schedule: how Triton's grouped products run: by pointers, by tensor descriptors, persistent, with specialized warps,
     or auto: by descriptors where compiled code shows that they pay.
     fresh: gradients of parameters are new memory in every step.
+    tokens: the range of T, as in TokenRange, for whose most tokens buffers are taken; empty: for those of each call.
     capacity: what the graph says of the rows that one expert can get, as a formula of T; empty: nothing but T.
     """
 
@@ -44,6 +46,7 @@ class Engine:
     combine: str = "ordered"
     schedule: str = "pointers"
     fresh: bool = False
+    tokens: str = ""
     capacity: str = ""
 
     def __str__(self) -> str:
@@ -79,6 +82,6 @@ def _parse(text: str) -> Engine:
     if len(named) + len(rest) != len(words) or rest not in _FLAGS or not right:
         raise OptionError(
             f"engine {text!r}: expected a kind such as auto, then `race`, `fresh`, `weights=…`, `combine=…`,"
-            " `schedule=…` or `capacity=…`"
+            " `schedule=…`, `tokens=…` or `capacity=…`"
         )
     return Engine(kind, "race" in rest, **named, fresh="fresh" in rest)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from moec.engine import Engine, Schedule, check_weights
 from moec.errors import OptionError
+from moec.token_range import TokenRange
 
 Kind = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]
@@ -44,6 +45,9 @@ class Options:
              (less memory; the last bits may differ from call to call)
     schedule  how Triton's grouped products run: pointers; descriptors (TMA), persistent, specialized (warps): an error
              where the GPU lacks it; auto: by descriptors where compiled code shows that they pay
+    tokens   the range of T, the number of tokens of a call: `1..4096`, or one number. Buffers are taken once, for the
+             most; a call with more takes larger ones, with one warning. Empty: as the model's symbolic sizes say
+             (`mark_dynamic(…, max=)`), else buffers grow to the largest call
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -56,6 +60,7 @@ class Options:
     weights: str = "stored"
     combine: Combine = "ordered"
     schedule: Schedule = "pointers"
+    tokens: str = ""
     fuel: int = -1
     save_activations: Save = "auto"
     keep_gradients: bool = True
@@ -64,10 +69,10 @@ class Options:
         """How the ops of a graph run. What is for inference only is left out of a graph that is trained."""
         if training:
             fresh = not self.keep_gradients
-            return Engine(self.kernels, combine=self.combine, schedule=self.schedule, fresh=fresh)
+            return Engine(self.kernels, combine=self.combine, schedule=self.schedule, fresh=fresh, tokens=self.tokens)
         frozen = self.freeze and self.weights == "stored"
         weights = "packed" if frozen else self.weights
-        return Engine(self.kernels, self.race == "on", weights, self.combine, self.schedule)
+        return Engine(self.kernels, self.race == "on", weights, self.combine, self.schedule, tokens=self.tokens)
 
     @staticmethod
     def make(values: Mapping[str, Any] | None = None) -> Options:
@@ -79,8 +84,8 @@ class Options:
                     f"unknown option {name!r}{_nearest(str(name), hints)}; valid options: {', '.join(hints)}"
                 )
             _check(name, value, hints[name])
-            if name == "weights":
-                check_weights(value)
+            if name in _CHECKS:
+                _CHECKS[name](value)
         return Options(**(values or {}))
 
 
@@ -92,6 +97,18 @@ def _check(name: str, value: Any, hint: Any) -> None:
         )
     if not choices and type(value) is not hint:
         raise OptionError(f"option {name}={value!r} is {type(value).__name__}; expected {hint.__name__}")
+
+
+def _check_tokens(text: str) -> None:
+    if text:
+        try:
+            TokenRange.parse(text)
+        except ValueError as error:
+            raise OptionError(f"option tokens={error}") from None
+
+
+_CHECKS: Mapping[str, Callable[[str], None]] = {"weights": check_weights, "tokens": _check_tokens}
+"""Options whose text has a form of its own."""
 
 
 def _nearest(word: str, known: Any) -> str:

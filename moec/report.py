@@ -54,6 +54,7 @@ class Site:
 
     checks   of a declined layer: the predicates in order; all but the last held
     choice   of a declined layer: the nodes of the captured graph that hold the chosen experts, where they can be seen
+    tokens   the range of T that buffers are taken for, `1..4096`; empty where none is known
     """
 
     name: str
@@ -72,6 +73,7 @@ class Site:
     proof: str = ""  # proved in 0.12 s: …| proved remembered: … | unproved: why | off
     checks: tuple[Check, ...] = ()
     choice: tuple[str, ...] = ()
+    tokens: str = ""
 
     @property
     def held(self) -> int:

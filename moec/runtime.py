@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from moec.capacity import capacity_at
 from moec.codegen import twin
 from moec.codegen.backward_plan import saves_activations
 from moec.engine import Engine
@@ -27,9 +27,10 @@ from moec.runtime_cpu import Kernel, kernel_source, load_kernel
 from moec.runtime_gradients import gradient_memory
 from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
+from moec.runtime_reserve import backward_bytes, forward_bytes, most_rows, most_tokens, reserve
 from moec.runtime_triton import TritonKernel, load_triton
 from moec.runtime_triton_backward import TritonBackward, load_triton_backward
-from moec.spec import DTYPES, KernelSpec, out_sizes
+from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, out_sizes
 
 __all__ = ["kernel_source"]
 
@@ -97,14 +98,19 @@ def _moe(
     if kernel is None:
         return _twin_moe(x, router, params, k, spec)
     if isinstance(kernel, TritonKernel):
-        return _or_twin(mode, lambda: kernel.moe(x, router, params, k), lambda: _twin_moe(x, router, params, k, spec))
+        return _or_twin(
+            mode,
+            lambda: kernel.moe(x, router, params, k, mode.tokens),
+            lambda: _twin_moe(x, router, params, k, spec),
+        )
     if mode.plain:
-        return kernel.moe(x, router, params, k)
+        return _ready(kernel, mode, x, params, k).moe(x, router, params, k)
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
 
-    return _opted(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k, call)
+    ready = _ready(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k)
+    return _opted(ready, mode, x, params, k, call)
 
 
 def _or_twin(mode: Engine, run: Callable[[], _T], eager: Callable[[], _T]) -> _T:
@@ -166,10 +172,9 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
     mode = Engine.parse(engine)
     kernel = _chosen(x, params, spec, mode, None)
     if isinstance(kernel, TritonKernel):
-        capacity = capacity_at(mode.capacity, x.shape[0]) if mode.capacity else None
         return _or_twin(
             mode,
-            lambda: kernel.experts(x, weights, experts, params, capacity),
+            lambda: kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens),
             lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec)),
         )
 
@@ -178,10 +183,22 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
             return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
         return chosen.experts(x, weights, experts, params)
 
-    if kernel is None or mode.plain:
-        return call(kernel)
+    if kernel is None:
+        return call(None)
+    if mode.plain:
+        return call(_ready(kernel, mode, x, params, experts.shape[1]))
+    ready = _ready(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1])
+    return _opted(ready, mode, x, params, experts.shape[1], call)
 
-    return _opted(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1], call)
+
+def _ready(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> Kernel:
+    """The kernel, with workspace for every call of the declared range of T."""
+    if mode.tokens and x.numel():
+        most = replace(kernel.sizes(x, params, k), T=most_tokens(mode, x.shape[0]))
+        threads, storage = torch.get_num_threads(), kernel.storage()
+        size = forward_bytes(kernel.spec, most, DTYPE_NAMES[x.dtype], kernel.target, threads, storage)
+        reserve(size, mode, x.shape[0])
+    return kernel
 
 
 def _packed(
@@ -201,7 +218,8 @@ def _experts_training(
         return _experts(x, weights, experts, params, spec, engine), saved
     kernel = _chosen(x, params, spec, Engine.parse(engine), None)
     if isinstance(kernel, Kernel):
-        return kernel.experts(x, weights, experts, params, saved), saved
+        ready = _ready(kernel, Engine.parse(engine), x, params, experts.shape[1])
+        return ready.experts(x, weights, experts, params, saved), saved
     return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
 
 
@@ -239,6 +257,12 @@ def _experts_backward(
         return eager()
     if isinstance(kernel, TritonBackward):
         return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs), eager)
+    if mode.tokens and x.numel():
+        most = most_tokens(mode, x.shape[0])
+        sizes = replace(kernel.sizes(x, params, experts.shape[1]), T=most)
+        limit, threads = most_rows(mode, most), torch.get_num_threads()
+        size = backward_bytes(kernel.spec, sizes, DTYPE_NAMES[x.dtype], kernel.target, threads, limit)
+        reserve(size, mode, x.shape[0])
     take = fresh if mode.fresh else gradient_memory().take
     return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs, take)
 

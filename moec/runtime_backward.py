@@ -60,6 +60,11 @@ class BackwardKernel:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
         return grad.dtype in CODES and x.dtype in CODES and all(p.dtype == self._dtype for p in params)
 
+    def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
+        """The sizes of a call."""
+        bound = self._bindings.of(params)
+        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+
     def __call__(
         self,
         grad: Tensor,
@@ -99,13 +104,12 @@ class BackwardKernel:
         saved: Tensor | None,
         results: Sequence[Tensor],
     ) -> None:
-        bound = self._bindings.of(params)
+        bound, sizes = self._bindings.of(params), self.sizes(x, params, experts.shape[1])
         if x.shape[1] != bound.H or grad.shape != x.shape:
             raise CodegenError(
                 f"x is {list(x.shape)} and the gradient of y {list(grad.shape)}, but the experts' parameters want "
                 f"[T, {bound.H}] of both"
             )
-        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, experts.shape[1])
         plan = make_backward_plan(
             self.spec, sizes, _rows(x), _rows(grad), self._most(experts, sizes), self.target, torch.get_num_threads()
         )

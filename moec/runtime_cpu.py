@@ -20,6 +20,7 @@ from moec.binding import Bindings, checked_sizes
 from moec.codegen.build import build
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.plan import Plan, Rows, make_plan
+from moec.codegen.storage import Storage
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
 from moec.options import Environment
@@ -160,6 +161,10 @@ class Kernel:
         """The plan of a call, with the numbers given, those that were measured, or the default's."""
         tuning = self.tuning or self._stored(sizes, threads)
         return make_plan(self.spec, sizes, x, self.target, threads, tuning)
+
+    def storage(self) -> Storage | None:
+        """How this kernel's own copy of the weights lies; None where it reads the user's."""
+        return None
 
     @property
     def made(self) -> tune_cache.Made:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.codegen.triton_call import Argument, Launch, Program
+from moec.bounds import up
+from moec.codegen.triton_call import Argument, Buffer, Launch, Program
 from moec.codegen.triton_config import GpuConfig
+from moec.codegen.triton_launch import ALIGNED
 from moec.errors import BuildError, CodegenError, MoecError
 from moec.spec import DTYPES
 
@@ -70,8 +73,11 @@ def _compile(module: ModuleType, launch: Launch) -> None:
     made._init_handles()  # where shared memory and registers are checked against the device's
 
 
-def run(built: Built | BuildError, tensors: dict[str, Tensor]) -> None:
+def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0) -> None:
     """Launch a program's kernels over `tensors` by name, which its buffers join. `x` says on which device.
+
+    `reserved`: bytes for all buffers together, the same for each T of a declared range. The allocator then gives the
+    same block to every call on a stream, and a CUDA graph that is captured at any T of it needs no more.
 
     Raises BuildError where the kernels could not be compiled, and CodegenError where a tensor is on another device:
     a kernel would read whatever is at its address there.
@@ -82,13 +88,31 @@ def run(built: Built | BuildError, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise CodegenError(f"{name!r} is on {tensor.device}, x on {x.device}; move them to one device")
-    for buffer in made.buffers:
-        new = x.new_zeros if buffer.zeros else x.new_empty
-        tensors[buffer.name] = new(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+    tensors |= arena(made.buffers, x, reserved) if reserved else apart(made.buffers, x)
     if made.scratch:  # in a context of its own, so that the allocator of the user's kernels stays what it is
         contextvars.copy_context().run(_launch, built.module, made, tensors)
     else:
         _launch(built.module, made, tensors)
+
+
+def apart(buffers: Sequence[Buffer], x: Tensor) -> dict[str, Tensor]:
+    """Each buffer by itself."""
+    found: dict[str, Tensor] = {}
+    for buffer in buffers:
+        make = x.new_zeros if buffer.zeros else x.new_empty
+        found[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
+    return found
+
+
+def arena(buffers: Sequence[Buffer], x: Tensor, size: int) -> dict[str, Tensor]:
+    """All buffers in one block of `size` bytes, or of what they need where that is more."""
+    ends = list(itertools.accumulate(up(buffer.bytes, ALIGNED) for buffer in buffers))
+    block = x.new_empty(max(size, ends[-1]), dtype=torch.uint8)
+    found: dict[str, Tensor] = {}
+    for buffer, begin in zip(buffers, (0, *ends), strict=False):
+        part = block[begin : begin + buffer.bytes].view(_BUFFER_DTYPES[buffer.dtype]).view(buffer.shape)
+        found[buffer.name] = part.zero_() if buffer.zeros else part
+    return found
 
 
 def _launch(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:

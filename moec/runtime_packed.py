@@ -65,6 +65,10 @@ class PackedKernel(Kernel):
         """What a measurement of this kernel at these sizes is kept under."""
         return replace(super().key(sizes, threads), weights=self.weights)
 
+    def storage(self) -> Storage | None:
+        """How the copies lie."""
+        return self._storage
+
     def _plan_of(self, sizes: Sizes, x: Rows, threads: int) -> Plan:
         tuning = self.tuning or self._stored(sizes, threads)
         return make_plan(self.spec, sizes, x, self.target, threads, tuning, self._storage)

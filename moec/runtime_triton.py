@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -18,18 +18,22 @@ import torch
 from torch import Tensor
 
 from moec.binding import Bindings
+from moec.bounds import in_tokens
+from moec.capacity import capacity_at
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import load
-from moec.codegen.triton_launch import program
+from moec.codegen.triton_launch import buffer_formula, program
 from moec.codegen.triton_operands import Operands
 from moec.codegen.triton_schedule import scheduled
 from moec.codegen.triton_views import undescribable
 from moec.errors import BuildError, CodegenError
 from moec.runtime_bound import Bound, bind_to_keep
 from moec.runtime_launch import Built, built, run
+from moec.runtime_reserve import at_most, warn_beyond
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
 from moec.target import gpu_figures
+from moec.token_range import TokenRange
 from moec.tune_gpu_cache import stored_config
 
 
@@ -65,6 +69,16 @@ def allows_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Which entry runs with k experts a token; its capacity as a formula of T, the range of T; empty: none."""
+
+    entry: str
+    k: int
+    capacity: str
+    tokens: str
+
+
 class TritonKernel:
     """The kernels of one spec on one device."""
 
@@ -76,6 +90,7 @@ class TritonKernel:
         self._bindings = Bindings(lambda params: bind_to_keep(spec, params), lambda b: b.keeps)
         self._programs = lru_cache(maxsize=1024)(self._make_program)
         self._configs = lru_cache(maxsize=1024)(self._config)
+        self._most_bytes = lru_cache(maxsize=1024)(self._make_reserved)
         self._fixed: GpuConfig | None = None
         load(spec)  # what cannot be generated is known before the first call
 
@@ -90,9 +105,13 @@ class TritonKernel:
         weights: Tensor,
         experts: Tensor,
         params: Sequence[Tensor],
-        capacity: int | None = None,
+        capacity: str = "",
+        tokens: str = "",
     ) -> Tensor:
-        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H]; `capacity`: the most rows of one expert."""
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H].
+
+        `capacity`: the most rows of one expert, as a formula of T; `tokens`: the range of T that buffers are taken for.
+        """
         x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
@@ -101,24 +120,27 @@ class TritonKernel:
         bound = self.bound(params)
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
         operands = self.operands(x, bound, weights.dtype)
-        self._run(x, y, bound, given, operands, experts.shape[1], "experts", capacity)
+        self._run(x, y, bound, given, operands, _Call("experts", experts.shape[1], capacity, tokens))
         return y
 
     def moe(
-        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, tokens: str = ""
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts."""
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts.
+
+        `tokens`: the range of T that buffers are taken for.
+        """
         r = self.spec.router
         if r is None:
             raise CodegenError(f"moec::moe needs a spec with a router, got {str(self.spec)!r}; call moec::experts")
-        tokens, count = x.shape[0], router[0].shape[0]
+        rows, count = x.shape[0], router[0].shape[0]
         if not 0 < k <= count:
             raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
         x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         given = {
-            "logits": x.new_empty((tokens, count), dtype=DTYPES[r.compute]),
-            "weights": x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype]),
-            "experts": x.new_empty((tokens, k), dtype=torch.int64),
+            "logits": x.new_empty((rows, count), dtype=DTYPES[r.compute]),
+            "weights": x.new_empty((rows, k), dtype=DTYPES[r.weight_dtype]),
+            "experts": x.new_empty((rows, k), dtype=torch.int64),
         }
         results = (y, given["logits"], given["weights"], given["experts"])
         if x.numel() == 0:
@@ -133,7 +155,7 @@ class TritonKernel:
         if r.selection_bias:
             given["selection"] = rest.pop(0).contiguous()
         operands = self.operands(x, bound, DTYPES[r.weight_dtype], given)
-        self._run(x, y, bound, given, operands, k, "moe")
+        self._run(x, y, bound, given, operands, _Call("moe", k, "", tokens))
         return results
 
     def config_for(self, sizes: Sizes) -> GpuConfig:
@@ -185,25 +207,41 @@ class TritonKernel:
             return error  # kept as well: to compile again in every call would cost seconds each
 
     def _run(
-        self,
-        x: Tensor,
-        y: Tensor,
-        bound: Bound,
-        given: Mapping[str, Tensor],
-        operands: Operands,
-        k: int,
-        entry: str,
-        capacity: int | None = None,
+        self, x: Tensor, y: Tensor, bound: Bound, given: Mapping[str, Tensor], operands: Operands, call: _Call
     ) -> None:
         if x.shape[1] != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
-        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, call.k)
+        capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
+        made = self._programs(sizes, self._usable(sizes, operands), operands, call.entry, capacity)
+        run(made, {"x": x, "y": y, **bound.tensors, **given}, self._reserved(sizes, operands, call))
+
+    def _usable(self, sizes: Sizes, operands: Operands) -> GpuConfig:
+        """The configuration, without descriptors where it was measured with weights that lie otherwise."""
         config = self.config_for(sizes)
         described = config.weights == "descriptors" and self._fixed is None
         if described and undescribable(self.spec, sizes, config, operands):
-            config = replace(config, weights="pointers", specialized=False)  # measured with weights that lie otherwise
-        made = self._programs(sizes, config, operands, entry, capacity)
-        run(made, {"x": x, "y": y, **bound.tensors, **given})
+            return replace(config, weights="pointers", specialized=False)
+        return config
+
+    def _make_reserved(self, sizes: Sizes, operands: Operands, call: _Call) -> int:
+        """Bytes of the buffers of every call with up to `sizes.T` tokens."""
+        limit = in_tokens(call.capacity) if call.capacity else None
+
+        def config(at: Sizes) -> GpuConfig:
+            return scheduled(self._usable(at, operands), self.schedule, self.spec, at, operands, self.figures)
+
+        return at_most(buffer_formula(self.spec, sizes, call.entry == "moe", config, limit), sizes.T)
+
+    def _reserved(self, sizes: Sizes, operands: Operands, call: _Call) -> int:
+        """What a call takes at once for its buffers; 0: each of them by itself, as large as it needs it."""
+        if not call.tokens:
+            return 0
+        high = TokenRange.parse(call.tokens).high
+        if high < sizes.T:
+            warn_beyond(call.tokens)
+            return 0
+        return self._most_bytes(replace(sizes, T=high), operands, call)
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the parameters lie, as the current stream may read it."""

@@ -5,7 +5,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token, C cap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -24,9 +24,14 @@ from moec.errors import TargetError
 from moec.loads import Load
 from moec.options import Options
 from moec.report import Report, Site
+from moec.runtime_reserve import at_most
 from moec.site_parse import parse_site
 from moec.spec import KernelSpec
 from moec.target import Target
+from moec.token_range import TokenRange
+
+RANGE = "1..4096"
+"""Numbers of tokens that figures are shown for where nothing says how many there are."""
 
 GPU_ROWS = 128
 """Rows of the largest tile that a GPU kernel takes; an expert's last tile may be partly empty."""
@@ -66,19 +71,20 @@ class Sizing:
     note: str = ""
 
 
-def parse_tokens(text: str) -> tuple[int, int]:
+def parse_tokens(text: str) -> TokenRange:
     """`1..4096`, or one number; raises TargetError."""
-    low, dots, high = text.partition("..")
-    ends = (low, high) if dots else (low, low)
-    if not all(end.strip().isdecimal() for end in ends) or not 1 <= int(ends[0]) <= int(ends[1]) < 2**31:
-        raise TargetError(f"--tokens {text!r}: expected one number or a range such as 1..4096")
-    return int(ends[0]), int(ends[1])
+    try:
+        return TokenRange.parse(text)
+    except ValueError as error:
+        raise TargetError(f"--tokens {error}") from None
 
 
 def sizings(
-    report: Report, tokens: tuple[int, int], options: Options, loads: Sequence[Load], rate: float
+    report: Report, tokens: TokenRange | None, options: Options, loads: Sequence[Load], rate: float
 ) -> tuple[Sizing, ...]:
     """One sizing for each fused layer whose parts are known, in execution order.
+
+    Without `tokens`, numbers are for the range that a layer's buffers are taken for, else for `RANGE`.
 
     Raises TargetError where loads are given and none is of a layer of the model.
     """
@@ -89,7 +95,9 @@ def sizings(
     made: list[Sizing] = []
     for site in report.sites:
         if site.status == "fused":
-            sizing = _sizing(site, tokens, options) if site.ir else _unknown(site, tokens)
+            shown_for = tokens or TokenRange.parse(site.tokens or RANGE)
+            ends = (shown_for.low, shown_for.high)
+            sizing = _sizing(site, ends, options) if site.ir else _unknown(site, ends)
             load = by_name.get(site.name)
             made.append(_with_load(sizing, load, rate) if load else sizing)
     return tuple(made)
@@ -113,7 +121,13 @@ def _sizing(site: Site, tokens: tuple[int, int], options: Options) -> Sizing:
     bounds = list(_rows(choices, tokens))
     if sizes is None:
         return Sizing(site.name, tokens, capacity, _drops(choices), tuple(bounds), note="a size is no number")
-    bounds += [_bound(name, "bytes", formula, tokens) for name, formula in _bytes(site, parsed, spec, sizes, options)]
+    bounds += [
+        _bound(name, "bytes", formula, tokens) for name, formula in _bytes(site, parsed, spec, sizes, options, choices)
+    ]
+    if site.tokens:
+        most = replace(sizes, T=TokenRange.parse(site.tokens).high)
+        queues = replace(choices, distinct=False)  # of choices the runtime knows no more than their capacity
+        bounds += _reserved(site.tokens, _bytes(site, parsed, spec, most, options, queues), most.T)
     note = "T counts the rows that experts take" if parsed.form == "expert_choice" else ""
     return Sizing(site.name, tokens, capacity, _drops(choices), tuple(bounds), note=note)
 
@@ -163,13 +177,16 @@ def _rows(choices: Choices, tokens: tuple[int, int]) -> tuple[Bound, ...]:
     return (*found, replace(_bound("", "rows", padded, tokens), name=f"rows in tiles of {tile} (GPU)", formula=short))
 
 
-def _bytes(site: Site, parsed: ir.Site, spec: KernelSpec, sizes: Sizes, options: Options) -> Iterator[tuple[str, Size]]:
+def _bytes(
+    site: Site, parsed: ir.Site, spec: KernelSpec, sizes: Sizes, options: Options, choices: Choices
+) -> Iterator[tuple[str, Size]]:
     """What the kernels that were chosen ask for besides inputs, outputs and parameters."""
     kernel = site.kernels[0] if site.kernels else ""
     if kernel.endswith("_eager"):
         return
     if kernel.endswith("_triton"):
-        yield "buffers, forward (Triton)", buffer_formula(spec, sizes, parsed.plan.fuse_router)
+        limit = None if choices.limit is None or not _in_tokens(choices.seats) else choices.seats
+        yield "buffers, forward (Triton)", buffer_formula(spec, sizes, parsed.plan.fuse_router, capacity=limit)
         return
     target, threads, training = Target.host(), torch.get_num_threads(), parsed.plan.training
     x = Rows(parsed.x_type.dtype, sizes.H, False)  # of any strides: what lies otherwise is copied
@@ -180,8 +197,21 @@ def _bytes(site: Site, parsed: ir.Site, spec: KernelSpec, sizes: Sizes, options:
     if training:
         kept = saved_bytes(spec, sizes.H, sizes.F, sizes.k, options.save_activations)
         yield "kept for backward (C++)", kept * TOKENS
-        rows = _choices(parsed).rows
+        rows = choices.rows
         yield "workspace, backward (C++)", backward_formula(spec, sizes, x, x, rows, target, threads)
+
+
+def _reserved(tokens: str, asked: Iterable[tuple[str, Size]], most: int) -> Iterator[Bound]:
+    """What is taken once for the declared range: a thread has one workspace, a call of Triton kernels one block."""
+    sizes = {name: at_most(size, most) for name, size in asked if name.startswith(("workspace", "buffers"))}
+    if sizes:
+        who = "a call (Triton)" if any("Triton" in name for name in sizes) else "a thread (C++)"
+        taken = max(sizes.values())
+        yield Bound(f"reserved, {who}", "bytes", f"for {tokens} tokens", (taken, taken))
+
+
+def _in_tokens(size: Size) -> bool:
+    return sympy.sympify(size).free_symbols <= {TOKENS}
 
 
 def _bound(name: str, unit: str, size: Size, tokens: tuple[int, int]) -> Bound:

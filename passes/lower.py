@@ -5,16 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec.capacity import over_tokens
 from moec.engine import Engine
 from moec.graph import Arg, Graph, Instr, Ref, sweep
 from moec.passes.canonicalize import twins
 from moec.passes.lower_words import WORDS
-from moec.passes.raise_graph import Raised
+from moec.passes.raise_graph import Raised, fake
+from moec.token_range import TokenRange
 
 SITES = frozenset({"experts", "moe"})
 
@@ -66,6 +69,11 @@ class Lowering:
                     self._histories.setdefault(node, []).append((name, since))
         return self._histories
 
+    @cached_property
+    def sizes(self) -> ShapeEnv | None:
+        """What torch knows of the graph's symbolic sizes."""
+        return shape_env(self.raised)
+
     def users(self, name: str, after: int) -> Iterable[tuple[fx.Node, fx.Node]]:
         """Each (user, node) where `user`, placed after `after`, reads `name` through `node`."""
         for node, since in self.raised.carriers.get(name, ()):
@@ -73,6 +81,12 @@ class Lowering:
                 at = self.raised.order.get(user, -1)
                 if at > max(after, since) and self.holds(node, at - 1) == name:
                     yield user, node
+
+
+def shape_env(raised: Raised) -> ShapeEnv | None:
+    """What torch knows of a graph's symbolic sizes; None where all are numbers."""
+    modes = (getattr(fake(node), "fake_mode", None) for node in raised.order if node.op == "placeholder")
+    return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 def lower(
@@ -189,10 +203,10 @@ def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
     assert isinstance(x, Ref)
     token = state.node(x.name, at)
     if instr.word == "moe":
-        args = (token, nodes(routing[0]), nodes(params), instr.attr("k"), spec, state.engine)
+        args = (token, nodes(routing[0]), nodes(params), instr.attr("k"), spec, str(_engine(state, instr)))
         return state.gm.graph.call_function(torch.ops.moec.moe.default, args)
     weights, choice = nodes(tuple(routing))
-    args = (token, weights, choice, nodes(params), spec, _engine(state, instr))
+    args = (token, weights, choice, nodes(params), spec, _limited(state, instr))
     if state.grad.isdisjoint(instr.uses):
         return state.gm.graph.call_function(torch.ops.moec.experts.default, args)
     kept = state.gm.graph.call_function(torch.ops.moec.experts_training.default, (*args, state.save))
@@ -200,12 +214,20 @@ def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
         return state.gm.graph.call_function(operator.getitem, (kept, 0))
 
 
-def _engine(state: Lowering, instr: Instr) -> str:
-    """How the op runs: as the options say, and no expert has more rows than the graph has seats for it."""
+def _engine(state: Lowering, instr: Instr) -> Engine:
+    """How the op runs: as the options say, and for the range that torch knows of T where they name none."""
+    engine = Engine.parse(state.engine)
+    known = None if engine.tokens else TokenRange.of_dim(instr.types[0].shape[0], state.sizes)
+    return engine if known is None else replace(engine, tokens=str(known))
+
+
+def _limited(state: Lowering, instr: Instr) -> str:
+    """The same, and no expert has more rows than the graph has seats for it."""
     limit = dict(instr.attrs).get("seats")
+    engine = _engine(state, instr)
     if not isinstance(limit, str):
-        return state.engine
-    return str(replace(Engine.parse(state.engine), capacity=over_tokens(limit, instr.types[0].shape[0])))
+        return str(engine)
+    return str(replace(engine, capacity=over_tokens(limit, instr.types[0].shape[0])))
 
 
 def _results(state: Lowering, instr: Instr, at: int) -> None:

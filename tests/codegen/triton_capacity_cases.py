@@ -8,9 +8,11 @@ from spelling import batches
 from spellings_capacity import Groups, Top1, Top2
 from triton_cases import ATOMIC, SORTED, kernel, with_gate
 
-from moec import runtime_triton
+from moec import runtime_reserve, runtime_triton
 from moec.backend import Backend
+from moec.capacity import capacity_at
 from moec.options import Options
+from moec.runtime_triton import TritonKernel
 
 OPTIONS = {"kernels": "triton", "rest": "eager", "proof": "off"}
 
@@ -35,8 +37,8 @@ def test_buffers_and_grids_follow_the_bound(C, config, monkeypatch):
     x, weights = torch.randn(T, H), torch.rand(T, 2)
     made = []
     run = runtime_triton.run
-    monkeypatch.setattr(runtime_triton, "run", lambda b, t: (made.append(b.program), run(b, t)))
-    y = kernel(spec, config).experts(x, weights, experts, params, C)
+    monkeypatch.setattr(runtime_triton, "run", lambda b, t, r: (made.append(b.program), run(b, t, r)))
+    y = kernel(spec, config).experts(x, weights, experts, params, str(C))
     shapes = {b.name: b.shape for b in made[0].buffers}
     assert shapes["h"] == (max(1, E * C), F)
     assert shapes["order"] == (max(1, E * C),)
@@ -74,9 +76,9 @@ def test_groups_of_tokens_that_queue_apart(monkeypatch):
     compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
     most, experts = [], runtime_triton.TritonKernel.experts
 
-    def watched(self, x, weights, chosen, params, capacity=None):
-        most.append((int(torch.bincount(chosen[chosen >= 0]).max()), capacity))
-        return experts(self, x, weights, chosen, params, capacity)
+    def watched(self, x, weights, chosen, params, capacity, tokens):
+        most.append((int(torch.bincount(chosen[chosen >= 0]).max()), capacity_at(capacity, len(x))))
+        return experts(self, x, weights, chosen, params, capacity, tokens)
 
     monkeypatch.setattr(runtime_triton.TritonKernel, "experts", watched)
     with torch.no_grad():
@@ -87,3 +89,33 @@ def test_groups_of_tokens_that_queue_apart(monkeypatch):
     assert bound is not None
     assert bound % 2 == 0
     assert bound // 2 < count <= bound
+
+
+@pytest.mark.parametrize("capacity", ["", "Max(4,ceiling(T/2))"])
+def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
+    """The same bytes whatever T is, so that the allocator and a CUDA graph see one size; beyond: one warning."""
+    H, F, E = 16, 24, 3
+    spec = with_gate("concat", "nk", True, True, "output")
+    params, blocks, needed = make_params(spec.experts, H, F, E), [], []
+    arena = runtime_triton.arena
+
+    def recorded(buffers, x, size):
+        blocks.append(size)
+        needed.append(sum(runtime_triton.up(b.bytes, runtime_triton.ALIGNED) for b in buffers))
+        return arena(buffers, x, size)
+
+    monkeypatch.setattr(runtime_triton, "arena", recorded)
+    triton = TritonKernel(spec, None)
+    for T in (1, 7, 13, 40, 17):
+        x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
+        y = triton.experts(x, weights, experts, params, capacity, "1..40")
+        assert relative(y, layer(x, weights, experts, params, spec)) < 2e-6
+    assert len(set(blocks)) == 1
+    assert max(needed) <= blocks[0]
+    assert blocks[0] <= 1.5 * max(needed)
+    x, weights, experts = torch.randn(41, H), torch.rand(41, 2), within(41, E, 21)
+    runtime_reserve.warn_beyond.cache_clear()
+    with pytest.warns(RuntimeWarning, match="more tokens than its buffers"):
+        y = triton.experts(x, weights, experts, params, capacity, "1..40")
+    assert relative(y, layer(x, weights, experts, params, spec)) < 2e-6
+    assert len(blocks) == 5

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocated import allocations, bytes_of
 
 import moec.runtime  # noqa: F401  # registers the ops
 from moec.codegen.build import build
@@ -23,18 +23,6 @@ SPEC = KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True))
 def tensors():
     params = [torch.randn(E, 2 * WIDTH, H), torch.randn(E, H, WIDTH)]
     return torch.randn(7, H), [torch.randn(E, H)], params
-
-
-def allocations(call):
-    """Bytes of each allocation that torch's CPU allocator makes in a call whose results are kept."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        kept = call()
-    sizes = [e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [size for size in sizes if size > 0], kept
-
-
-def bytes_of(results):
-    return sorted(r.untyped_storage().nbytes() for r in results)
 
 
 @pytest.mark.parametrize("T", [1, 7])
