@@ -12,7 +12,7 @@ import sympy
 from moec.capacity import at_least
 from moec.graph import Arg, Dim, Graph, Instr, Ref, sweep
 from moec.match import NoMatch
-from moec.passes.hot import Below, Cond, Hot, Pairs, Running, Spot, flat, letters_of
+from moec.passes.hot import Below, Cond, Hot, Pairs, Running, Spot, flat, letters_of, whose
 from moec.passes.hot_products import distinct, picked_along
 from moec.passes.hot_rules import hot_lifter
 from moec.passes.lift import Lifter
@@ -73,7 +73,7 @@ def longest(masks: Lifter, queue: tuple[Pairs, ...]) -> Dim:
 
 
 def _length(masks: Lifter, pairs: Pairs) -> Dim:
-    kind = masks.graph.types[pairs.base]
+    kind = masks.graph.types[whose(pairs.base)]
     size = dict(zip(letters_of(kind.rank), kind.shape, strict=True))
     last = letters_of(kind.rank)[-1]
     once = last if distinct(masks, pairs.base, last) else ""  # a token's choices are different experts

@@ -13,7 +13,7 @@ import sympy
 from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.grid import Grid, on_grid
-from moec.passes.hot import Below, Cond, Flag, Labels, Running, Seats, Source, Term, floors, letters_of, relabel
+from moec.passes.hot import Below, Cond, Flag, Labels, Running, Seats, Source, Term, floors, letters_of, relabel, whose
 from moec.passes.hot_choice import chosen
 from moec.passes.lift import FLOATS, Lift, Lifter, same
 from moec.passes.rows import Rows, Special, Token
@@ -98,7 +98,7 @@ def _table(lifter: Lifter, instr: Instr, values: tuple[Arg, str], seats: SeatIds
     (base, x), name, masks = values, instr.results[0], lifter.masks
     if masks is None or not isinstance(base, Ref):
         return NoMatch("a table of seats without masks", name)
-    letters = "".join(letters_of(masks.graph.types[seats.base].rank))
+    letters = "".join(letters_of(masks.graph.types[whose(seats.base)].rank))
     term = Term(seats.base, seats.place, seats.seats, seats.only, (), letters[tokens:])
     made, before = lifter.instr(base), lifter.lift(base)
     terms: tuple[Term, ...] = ()
@@ -234,7 +234,7 @@ def viewed(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         if dims[-1] != len(held.axes):
             return NoMatch("the features of rows taken back are moved", instr.results[0], 3)
         return replace(held, axes=tuple(held.axes[d] for d in dims[:-1]))
-    base = lifter.graph.types[held.terms[0].base]
+    base = lifter.graph.types[whose(held.terms[0].base)]
     sizes: dict[str, Dim] = dict(zip(letters_of(base.rank), base.shape, strict=True))
     to, source = instr.types[0].shape, lifter.type(instr.args[0]).shape
     axes = relabel(held.axes, sizes, to[:-1]) if to[-1] == source[-1] else None
@@ -251,7 +251,7 @@ def summed(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
 
 def _sum(lifter: Lifter, held: Returned, dim: int, name: str) -> Lift:
     gone = held.axes[dim] if dim < len(held.axes) else "?"
-    if any(gone != letters_of(lifter.graph.types[t.base].rank)[-1] for t in held.terms):
+    if any(gone != letters_of(lifter.graph.types[whose(t.base)].rank)[-1] for t in held.terms):
         return NoMatch("rows taken back are summed over something else than a token's choices", name, 3)
     terms = tuple(replace(t, summed=t.summed + gone) for t in held.terms)
     return replace(held, terms=terms, axes=(*held.axes[:dim], *held.axes[dim + 1 :]))

@@ -24,6 +24,7 @@ Labels = tuple[str, ...]
 class Cond:
     """What a pair must meet to count: the 0/1 value `witness` at the pair.
 
+    witness '' : no value says so; it is implied by a condition on the same queue with a bound that is no larger
     queue, bound  when known: for pairs that meet `given`, their place in that queue, from 0, is below the bound
     limit         the witness is a number that must be below the length of the value of this name
     inverse       the witness is 0 at the pairs that meet it
@@ -218,6 +219,11 @@ class Seats(Special):
 def flat(axes: Labels) -> str:
     """All letters of the axes, in order."""
     return "".join(a for a in axes if a != "1")
+
+
+def whose(base: str) -> str:
+    """The choice that `base` names: itself, or %ids where it is `ids[order]`, its rows in another order."""
+    return base.partition("[")[0]
 
 
 def letters_of(count: int) -> Labels:

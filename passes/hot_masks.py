@@ -21,6 +21,7 @@ from moec.passes.hot import (
     Sunk,
     Totals,
     letters_of,
+    whose,
 )
 from moec.passes.hot_choice import chosen
 from moec.passes.lift import Lift, Lifter
@@ -32,7 +33,7 @@ Labelled = Chosen | Hot | Flag | Running | Below | Totals | Spot | Seats | Scale
 def sizes_of(lifter: Lifter, arg: Arg, value: Labelled) -> dict[str, Dim]:
     """The size of each letter in the labels of a value's axes."""
     base = value.pairs.base if isinstance(value, Totals) else "" if isinstance(value, Seats) else value.base
-    shape = lifter.graph.types[base].shape if base else ()
+    shape = lifter.graph.types[whose(base)].shape if base else ()
     sizes = dict(zip(letters_of(len(shape)), shape, strict=True))
     if isinstance(value, Seats):
         sizes |= dict(value.sizes)
@@ -69,6 +70,8 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if word == "gt" and not inner.unit and not products.nonnegative(lifter.graph, inner):
             return NoMatch("tokens are sent where their weight is > 0, and weights may be negative", name, 3)
         return replace(inner, mask=True)
+    if isinstance(inner, Hot) and inner.unit and right in (0, 0.0) and word == "gt":
+        return inner
     inner = running(inner)
     if not isinstance(inner, Running):
         return inner if isinstance(inner, NoMatch) else NoMatch(f"`{word}` of {type(inner).__name__}", name)

@@ -22,6 +22,7 @@ from moec.passes.hot import (
     broadcast,
     flat,
     letters_of,
+    whose,
 )
 from moec.passes.lift import Lift, Lifter
 
@@ -127,7 +128,7 @@ def _table(lifter: Lifter, hot: Hot, spot: Spot, axes: Labels, out: Source) -> L
     if hot.base != spot.base or hot.place is not None or hot.at >= 0:
         return NoMatch("experts and places of different pairs", out.name)
     term = Term(hot.base, spot.place, spot.seats, hot.only | spot.only, hot.factors + spot.factors, hot.summed)
-    shape = lifter.graph.types[hot.base].shape
+    shape = lifter.graph.types[whose(hot.base)].shape
     sizes = dict(zip(letters_of(len(shape)), shape, strict=True))
     return Seats(axes, (term,), tuple(sizes.items()))
 
@@ -135,6 +136,9 @@ def _table(lifter: Lifter, hot: Hot, spot: Spot, axes: Labels, out: Source) -> L
 def _times_numbers(lifter: Lifter, a: Lift, arg: Arg, theirs: Labels, axes: Labels, out: Source) -> Lift:
     """A known value times numbers: gates, or a mask of the user's own."""
     mask = boolean(lifter, arg)
+    if mask and ((isinstance(a, Below) and not a.negated) or (isinstance(a, Flag) and a.unit)):
+        known = a.only if isinstance(a, Flag) else frozenset({a.cond})
+        return Flag(a.base, axes, known | {Cond(mask, theirs)}, Source(out.name, axes), True)
     if isinstance(a, Below) and not a.negated:
         return Flag(a.base, axes, frozenset({a.cond}), Source(out.name, axes))
     if isinstance(a, Flag):
@@ -209,8 +213,10 @@ def summed(lifter: Lifter, inner: Hot | Seats | Spot, gone: str, out: Source) ->
 
 def distinct(lifter: Lifter, base: str, letters: str) -> bool:
     """Whether a choice never names an expert twice along the axes `letters`: top-k's own axis."""
-    kind, made = lifter.graph.types[base], lifter.graph.defs.get(base)
+    kind, made = lifter.graph.types[whose(base)], lifter.graph.defs.get(whose(base))
     last = letters_of(kind.rank)[-1]
+    if made is not None and made.word == "index" and made.attr("dim") == 0 and isinstance(made.args[0], Ref):
+        made = lifter.graph.defs.get(made.args[0].name) if kind.rank > 1 else None  # rows of a choice, in any order
     return letters == last and made is not None and made.word == "topk" and made.attr("dim") == kind.rank - 1
 
 

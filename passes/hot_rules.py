@@ -9,8 +9,10 @@ from moec.capacity import size_of
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes import hot_products as products
+from moec.passes import priority
 from moec.passes.hot import (
     Below,
+    Cond,
     Flag,
     Hot,
     Pairs,
@@ -36,6 +38,7 @@ from moec.passes.hot_masks import (
     viewed,
 )
 from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.priority import put_back
 from moec.passes.seat_ids import BEFORE
 
 
@@ -130,6 +133,9 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_scatter(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """full(0).scatter(experts, ids, numbers): a mask or gates a token; full(−∞): scores of the chosen alone."""
+    back = put_back(lifter, instr) if instr.word == "scatter" else None
+    if back is not None:
+        return back
     base, index, source = instr.args
     name, made = instr.results[0], lifter.instr(base)
     found = chosen(lifter, index)
@@ -150,9 +156,25 @@ def rule_scatter(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if lifter.type(source).shape != lifter.type(index).shape:
             return NoMatch("a scatter of part of its source", name)
         return replace(hot, factors=(Source(source.name, found.axes),))
-    if value == float("-inf"):
+    if value == float("-inf") and instr.word == "scatter":
         return Sunk(hot)
     return hot if value == 0.0 and source in (1, 1.0) else NoMatch(f"a scatter of {source} into {value}", name, 3)
+
+
+def rule_put(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Places that were counted in another order of tokens, written back to their tokens."""
+    return put_back(lifter, instr) or NoMatch(f"no mask is written by `{instr.word}`", instr.results[0])
+
+
+def rule_clamp_max(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """min(place, n): still the place for pairs whose place is at most n."""
+    inner, most = running(lifter.lift(instr.args[0])), instr.args[1]
+    if not isinstance(inner, Running) or isinstance(most, Ref | tuple) or most is None:
+        return inner if isinstance(inner, NoMatch) else NoMatch("a mask is clamped", instr.results[0])
+    bound = size_of(most) - inner.place.offset + 1
+    within = Cond("", inner.axes, inner.place.queue, bound, inner.place.given)
+    place = replace(inner.place, given=inner.place.given | {within})
+    return replace(inner, place=place, source=Source(instr.results[0], inner.axes))
 
 
 def rule_softmax(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -276,6 +298,10 @@ _MASKS: Mapping[str, Rule] = {
     "contract": rule_contract,
     "gather": rule_gather,
     "scatter": rule_scatter,
+    **dict.fromkeys(("index_copy", "index_put"), rule_put),
+    "index": priority.rule_index,
+    "clamp_max": rule_clamp_max,
+    "scatter_add": rule_scatter,  # into zeros, at experts that differ
     "softmax": rule_softmax,
     "slice": rule_slice,
     "where": rule_where,

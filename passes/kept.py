@@ -1,6 +1,7 @@
 """A loop whose rows are chosen by a mask that also drops some: Switch's expert loop with a capacity.
 
 mask = one_hot(ids) · (cumsum(one_hot(ids)) ≤ C); for e: rows = where(mask[e])   →   the loop over where(kept, ids, −1)
+rows = where((ids == e) & kept)   →   the same
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from moec.graph import Arg, Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.capacity import always
-from moec.passes.hot import Hot, letters_of
+from moec.passes.hot import Cond, Hot, letters_of
 from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, routed
 from moec.passes.rows import OneHot
@@ -19,15 +20,36 @@ from moec.passes.rows import OneHot
 def kept_mask(lifter: Lifter, arg: Arg) -> OneHot | None:
     """A mask of chosen experts of which some are dropped, over t, s and e; its choice is known by `lifter.kept`."""
     hot = lifter.masks.lift(arg) if lifter.masks is not None else None
-    if not isinstance(hot, Hot) or not hot.unit or hot.summed or hot.at >= 0 or lifter.masks is None:
+    if not isinstance(hot, Hot) or not hot.unit or hot.summed or hot.at >= 0 or lifter.masks is None or "[" in hot.base:
         return None
     axes = _axes(lifter.graph, hot)
     if axes is None:
         return None
     only = frozenset(cond for cond in hot.only if not always(lifter.masks, cond))
-    name = "#".join((hot.base, *sorted(f"{'~' * cond.inverse}{cond.witness}" for cond in only)))
-    lifter.kept[name] = replace(hot, only=only)
-    return OneHot(name, axes)
+    return OneHot(_named(lifter, replace(hot, only=only)), axes)
+
+
+def cut_mask(lifter: Lifter, chosen: OneHot, arg: Arg) -> OneHot | None:
+    """(ids == e) & kept: the loop's mask without the pairs that a mask made before the loop leaves out."""
+    kind = lifter.type(arg)
+    if not isinstance(arg, Ref) or kind.dtype != "bool" or chosen.axes not in (("t",), ("t", "s")):
+        return None
+    whole = lifter.kept.get(chosen.choice)
+    base = chosen.choice if whole is None else whole.base
+    position = lifter.graph.position
+    before = position.get(arg.name, -1) < position.get(chosen.anchor, -1)
+    if base not in lifter.graph.types or kind.shape != lifter.graph.types[base].shape or not before:
+        return None
+    axes = letters_of(kind.rank)
+    only = frozenset({Cond(arg.name, axes)}) | (frozenset() if whole is None else whole.only)
+    return replace(chosen, choice=_named(lifter, Hot(base, (*axes, "e"), only)))
+
+
+def _named(lifter: Lifter, hot: Hot) -> str:
+    """The name that a mask of kept pairs is known by."""
+    name = "#".join((hot.base, *sorted(f"{'~' * cond.inverse}{cond.witness}" for cond in hot.only)))
+    lifter.kept[name] = hot
+    return name
 
 
 def _axes(graph: Graph, hot: Hot) -> tuple[str, ...] | None:

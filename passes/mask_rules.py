@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from moec.graph import Instr, Ref
 from moec.match import NoMatch, nearest
-from moec.passes.kept import kept_mask
+from moec.passes.kept import cut_mask, kept_mask
 from moec.passes.lift import INTEGER, Lift, Lifter
 from moec.passes.partial import side_of
 from moec.passes.rows import (
@@ -103,6 +103,18 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     misses = [found for found in (a, b) if isinstance(found, NoMatch)]
     what = "a comparison that selects no expert's rows: neither choices with the loop's expert nor counts with 0"
     return nearest([*misses, NoMatch(what, instr.results[0], 2)])
+
+
+def rule_and(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """(ids == e) & kept."""
+    found = [lifter.lift(arg) for arg in instr.args]
+    for chosen, other in zip(found, instr.args[::-1], strict=True):
+        if isinstance(chosen, OneHot) and chosen.anchor:
+            cut = cut_mask(lifter, chosen, other)
+            what = "the loop's mask meets something else than a mask of pairs that was made before the loop"
+            return cut or NoMatch(what, instr.results[0], 3)
+    misses = [miss for miss in found if isinstance(miss, NoMatch)]
+    return nearest([*misses, NoMatch("a conjunction that selects no expert's rows", instr.results[0])])
 
 
 def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:

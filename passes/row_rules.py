@@ -15,6 +15,7 @@ from moec.passes.kept import kept_mask
 from moec.passes.lift import Lift, Lifter, Rule, per_expert
 from moec.passes.mask_rules import (
     masked_weights,
+    rule_and,
     rule_compare,
     rule_invert,
     rule_one_hot,
@@ -247,6 +248,7 @@ RULES: Mapping[str, Rule] = with_runs(
         "lt": rule_compare,
         "le": rule_compare,
         "invert": rule_invert,
+        **dict.fromkeys(("bitwise_and", "logical_and"), rule_and),
         "unique": lambda lifter, instr, which: _unique(lifter, instr),
         "anchor": rule_anchor,
         "anchor_range": rule_anchor,

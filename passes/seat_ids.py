@@ -83,6 +83,8 @@ def seat(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
             continue
         if not isinstance(place, Running) or place.base != ids.base or "e" in "".join(place.axes):
             return NoMatch("experts' seats plus something else than the pair's place", instr.results[0], 3)
+        if not all(cond.witness for cond in place.place.given):
+            return NoMatch("places are clamped before they become seat numbers", instr.results[0], 3)
         axes = broadcast(ids.axes, place.axes)
         if axes is None or len(axes) != instr.types[0].rank:
             return NoMatch("experts' seats and places of different pairs", instr.results[0], 3)

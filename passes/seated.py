@@ -21,10 +21,11 @@ from moec.passes.capacity import always, longest
 from moec.passes.flat_seats import returned
 from moec.passes.grid import Grid, labels, on_grid, seats_of
 from moec.passes.grid_stack import merged
-from moec.passes.hot import Hot, Pairs, Place, Seats, Term, flat, letters_of
+from moec.passes.hot import Cond, Hot, Pairs, Place, Seats, Term, flat, letters_of, whose
 from moec.passes.hot_products import distinct
 from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, joined, routed
+from moec.passes.priority import queued_as
 from moec.passes.rows import Apply, Gate, Row, Rows, strip
 from moec.passes.say_experts import say_experts
 from moec.spec import DTYPES
@@ -232,8 +233,9 @@ def _sound(masks: Lifter, sent: Seats, back: Seats) -> str:
 
 def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
     place, own = term.place, term.place.queue[-1]
-    letters = "".join(letters_of(masks.graph.types[term.base].rank))
-    if own.base != term.base or not own.only <= term.only or not place.given <= term.only:
+    letters = "".join(letters_of(masks.graph.types[whose(term.base)].rank))
+    sits = own.only <= term.only and all(_implied(c, term.only) for c in place.given)
+    if not queued_as(masks.graph, own.base, term.base) or not sits:
         return "a token that is not in the queue gets a seat"
     groups = set(letters) - set(own.order)
     if groups & set(term.summed):
@@ -242,7 +244,10 @@ def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
         return f"places are counted from {place.offset}"
     enough = term.seats - place.offset
     if not at_least(enough, longest(masks, place.queue)) and not any(
-        c.queue == place.queue and c.given <= term.only and c.bound is not None and at_least(enough, c.bound)
+        c.queue == place.queue
+        and all(_implied(g, term.only) for g in c.given)
+        and c.bound is not None
+        and at_least(enough, c.bound)
         for c in term.only
     ):
         bounds = [dim_text(c.bound) for c in term.only if c.queue == place.queue and c.bound is not None]
@@ -252,16 +257,27 @@ def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
             continue
         if len(other.place.queue) == len(place.queue):
             return "two choices count their places apart and share seats"
-        if len(other.place.queue) < len(place.queue) and not _behind(place.queue[:-1], other):
+        if len(other.place.queue) < len(place.queue) and not _behind(masks.graph, place.queue[:-1], other):
             return "a later choice does not queue behind an earlier one"
     return ""
 
 
-def _behind(queue: tuple[Pairs, ...], other: Term) -> bool:
+def _implied(cond: Cond, known: frozenset[Cond]) -> bool:
+    """Whether a condition is one of these, or follows from one: a place in the same queue is below a bound as small."""
+    if cond.witness:
+        return cond in known
+    return any(
+        c.queue == cond.queue and c.bound is not None and cond.bound is not None and at_least(cond.bound, c.bound)
+        and not c.limit and c.given <= known
+        for c in known if c.witness
+    )  # fmt: skip
+
+
+def _behind(graph: Graph, queue: tuple[Pairs, ...], other: Term) -> bool:
     """Whether counts in `queue` cover every pair of `other` that sits."""
     own = other.place.queue[-1]
     for pairs in queue:
-        if pairs.base != other.base or set(pairs.order) != set(own.order):
+        if not queued_as(graph, pairs.base, other.base) or set(pairs.order) != set(own.order):
             continue
         extra = pairs.only - own.only
         if own.only <= pairs.only and extra <= other.only and all(c.queue == other.place.queue for c in extra):
@@ -280,6 +296,8 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
     weights: list[str] = []
     experts: list[str] = []
     for term in routing.terms:
+        if term.base not in graph.types:
+            return NoMatch(f"choices %{term.base} stay in another order than their tokens", root.results[0], 6)
         kind = graph.types[term.base]
         own = kind.shape[:-1] if term.summed else kind.shape
         if term.summed not in ("", letters_of(kind.rank)[-1]) or not same(sympy.Mul(*own), sympy.Mul(*x.shape[:-1])):
