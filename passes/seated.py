@@ -63,9 +63,10 @@ def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] 
             continue
         rows = lifter.lift(x)
         if not isinstance(rows, Rows) or not on_grid(rows):
-            if seats is not None and not seats.unit:
-                return rows.deeper() if isinstance(rows, NoMatch) else NoMatch("seats hold something else", depth=2)
-            continue
+            why = _no_rows(lifter, rows, gates, seats, (at, of, out))
+            if why is None:
+                continue
+            return why
         label = dict(zip(of, labels(rows), strict=False))
         if seats is not None:
             theirs = dict(zip(at, seats.axes, strict=True))
@@ -80,6 +81,21 @@ def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] 
             return rows, seats
         return _gated(lifter, instr, rows, gates, (at, of, out))
     return NoMatch("not a sum over experts")
+
+
+def _no_rows(
+    lifter: Lifter, rows: object, gates: Arg, seats: Seats | None, letters: tuple[str, str, str]
+) -> NoMatch | None:
+    """Why "tec,ech->th" is no sum of experts' rows on seats; None where it is no such sum at all."""
+    if seats is not None:
+        found = rows.deeper() if isinstance(rows, NoMatch) else NoMatch("seats hold something else", depth=2)
+        return None if seats.unit else found
+    at, of, out = letters
+    whole = len(set(at) & set(of) - set(out)) == 2 and len(of) == len(at) == 3 and out[-1] == of[-1]
+    why = lifter.masks.lift(gates) if whole and lifter.masks is not None else None
+    if not isinstance(why, NoMatch) or not isinstance(gates, Ref):
+        return None
+    return NoMatch(f"the table of seats %{gates.name} is not understood: {why.reason}", why.at or gates.name, 4)
 
 
 def _gated(
