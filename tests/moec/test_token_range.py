@@ -14,6 +14,7 @@ from spelling import E, H, tokens
 from spellings_capacity import Counted
 from torch import nn
 
+import moec.runtime  # noqa: F401  # registers the ops
 from moec import cli, runtime_cpu, runtime_reserve
 from moec.errors import OptionError
 from moec.options import Options
