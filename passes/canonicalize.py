@@ -2,6 +2,7 @@
 
 %a = reshape(%x); %b = reshape(%x)              →   %a = reshape(%x)
 %t = permute(%w) dims=(1, 0); contract(%x, %t)  →   contract(%x, %w) with the letters of %w swapped
+%a = slice(%w[e]); contract(%x, %a)             →   slice(contract(%x, %w[e])), see `moec.passes.slices`
 %j = add(%i, 0); take(%w, %j)                   →   take(%w, %i)
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moec.graph import Arg, Graph, Instr, Ref, Type, substitute, sweep
+from moec.passes.slices import behind_products
 from moec.passes.word_contract import normal_equation
 from moec.pipeline import Facts, Outcome
 
@@ -42,11 +44,12 @@ class Canonicalize:
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The canonical graph; rewrites counts removed and changed instructions."""
         folded = tuple(_fold_permutes(graph))
-        once = _number(folded, graph.types, facts.grad)
+        sunk = tuple(behind_products(folded))
+        once = _number(sunk, graph.types, facts.grad)
         outputs = tuple(once.names.get(name, name) for name in graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
-        return Outcome(result, changed + len(graph.instrs) - len(once.instrs))
+        return Outcome(result, changed + len(sunk) - len(once.instrs))
 
 
 def _fold_permutes(graph: Graph) -> Iterator[Instr]:

@@ -42,7 +42,7 @@ def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     """rows[T, k, H].sum(1); rows[E, T, H].sum(0)."""
     source = lifter.type(instr.args[0])
     dims = instr.attr("dims")
-    if source.rank != 3 or instr.attr("keepdim") or dims not in ((0,), (1,)):
+    if source.rank != 3 or dims not in ((0,), (1,)):
         return NoMatch("not a sum over slots or experts")
     rows = lifter.lift(instr.args[0])
     if isinstance(rows, NoMatch):
@@ -58,6 +58,8 @@ def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     eq = str(instr.attr("eq"))
     (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
     w, x = instr.args
+    w, left, out = _narrow(lifter, w, left, right, out)
+    x, right, out = _narrow(lifter, x, right, left, out)
     if len(left) > len(right):
         w, x, left, right = x, w, right, left
     if not isinstance(w, Ref) or (len(left), len(right), len(out)) != (2, 3, 2):
@@ -69,6 +71,19 @@ def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return NoMatch("not a weighted sum over slots")
     rows = replace(rows, row=Apply("mul", (rows.row, Slot(w.name))))
     return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
+
+
+def _narrow(lifter: Lifter, arg: Arg, letters: str, others: str, out: str) -> tuple[Arg, str, str]:
+    """w[T, k] of w[T, 1, k], given that axis for a product that keeps it; its letters and the result's without it."""
+    made, shape = lifter.instr(arg), lifter.type(arg).shape
+    if made is None or made.word != "reshape" or len(letters) != 3:
+        return arg, letters, out
+    source = lifter.type(made.args[0]).shape
+    for axis, letter in enumerate(letters):
+        kept = shape[:axis] + shape[axis + 1 :] == source
+        if shape[axis] == 1 and kept and letter in out and letter not in others:
+            return made.args[0], letters[:axis] + letters[axis + 1 :], out.replace(letter, "")
+    return arg, letters, out
 
 
 def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:

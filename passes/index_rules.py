@@ -10,6 +10,7 @@ from moec.graph import Arg, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.coded import repeated
 from moec.passes.lift import INTEGER, Lift, Lifter
+from moec.passes.mapped import at_pairs
 from moec.passes.rows import (
     Column,
     Expert,
@@ -50,6 +51,9 @@ def _index_many(lifter: Lifter, instr: Instr, table: Ref, ids: list[Ids]) -> Lif
         return NoMatch("indexed by the places of different masks", instr.results[0])
     if what == ("token", "slot"):
         return Rows(first.space, Slot(table.name), first.layout, first.choice)
+    pairs = at_pairs(lifter, instr, table, ids) if len(ids) == 2 else None
+    if pairs is not None:
+        return pairs
     tokens = what[:-1] if what[-1] == "slot" else what
     if not is_token(lifter.graph, first.choice, tokens):
         return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
@@ -106,6 +110,8 @@ def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:
     """Rows of a table at one index, or, by tokens, at the `axes` indices that name them."""
     kind = lifter.type(table)
+    if ids.what == "expert" and kind.dtype in ("i64", "i32"):
+        return NoMatch(f"%{table.name}: {kind} holds whole numbers, expected experts' parameters", instr.results[0])
     if ids.what == "expert":
         return Rows(ids.space, Expert((table.name,), tuple(range(kind.rank - 1)), True), ids.layout, ids.choice)
     inner = lifter.lift(table)
@@ -226,8 +232,11 @@ def _counts_tokens(lifter: Lifter, instr: Instr) -> bool:
 
 
 def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """x.repeat(E, 1): every token for every expert."""
+    """x.repeat(E, 1): every token for every expert. x[T, 1, H].repeat(1, k, 1): each token in each of its slots."""
     arg, reps = instr.args[0], instr.attr("reps")
+    sizes = lifter.type(arg).shape
+    if isinstance(reps, tuple) and len(reps) == len(sizes) >= 2 and sizes[1] == 1 and set(reps[:1] + reps[2:]) == {1}:
+        return rule_expand(lifter, instr, _which)
     if (
         isinstance(arg, Ref)
         and isinstance(reps, tuple)

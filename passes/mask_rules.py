@@ -8,6 +8,7 @@ from moec.graph import Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes.kept import cut_mask, kept_mask
 from moec.passes.lift import INTEGER, Lift, Lifter
+from moec.passes.mapped import pairs_of
 from moec.passes.partial import side_of
 from moec.passes.rows import (
     Anchor,
@@ -132,6 +133,9 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     mask = lifter.lift(instr.args[0])
     if isinstance(mask, PerExpert) and mask.what in ("hit", "counts"):
         return replace(mask, what="hits")
+    pairs = pairs_of(mask, instr.args[0], which) if isinstance(mask, OneHot) and instr.word != "nonzero" else None
+    if pairs is not None:
+        return pairs
     whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
     if isinstance(mask, OneHot) and mask.anchor and whole:
         places = _places(lifter, mask, which)

@@ -221,7 +221,7 @@ def write_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
 def _multi_hot(lifter: Lifter, instr: Instr) -> Lift | None:
     """zeros[T, E].scatter(1, choice, 1): which experts a token chose, each at most once."""
     start, index, value = instr.args
-    zeros, made = lifter.instr(start), lifter.instr(index)
+    zeros, made = lifter.instr(lifter.graph.behind(start, ("cast", "same"))), lifter.instr(index)
     empty = zeros is not None and zeros.word == "full" and zeros.attr("value") == 0
     if instr.word != "scatter" or value != 1 or instr.attr("dim") != 1 or not empty or not isinstance(index, Ref):
         return None

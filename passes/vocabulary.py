@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moec.graph import Arg, Ref
-from moec.passes import updates, word_activations, word_contract, word_scatter, word_views, words
+from moec.passes import updates, word_activations, word_contract, word_masks, word_scatter, word_views, words
 from moec.passes.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
 from moec.passes.rereads import hold_heads
 from moec.passes.words import BINARY, UNARY, key_of
@@ -63,6 +63,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("repeat_interleave", word_views.raise_repeat_interleave),
     **_each("cat stack", word_views.raise_cat),
     **_each("where nonzero", word_views.raise_where),
+    **_each("masked_select", word_masks.raise_masked_select),
     **_each("getitem", word_views.raise_index),
     **_each("index_select", word_views.raise_index_select),
     **_each("embedding", word_views.raise_embedding),

@@ -75,11 +75,11 @@ def error(got: Iterable[Any], want: Iterable[Any]) -> float:
 
 def gradients(run: Any, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
     """Gradients of the inputs and of every parameter."""
-    inputs = tuple(x.clone().requires_grad_() for x in inputs)
+    inputs = tuple(x.clone().requires_grad_(x.is_floating_point()) for x in inputs)
     module.zero_grad()
     torch.manual_seed(7)
     sum(t.square().sum() for t in tensors(run(*inputs))).backward()
-    return [*(x.grad for x in inputs), *(p.grad for p in module.parameters())]
+    return [*(x.grad for x in inputs if x.requires_grad), *(p.grad for p in module.parameters())]
 
 
 @lru_cache(maxsize=256)

@@ -69,7 +69,22 @@ def chunks_of(expr: ast.expr, hosts: frozenset[str], given: frozenset[str] = fro
     if not args or sizes is None or (dim is not None and not _is_zero(dim)):
         return None
     kept = tensor_of(sizes, hosts | given)
-    return None if kept is None else _word("runs", args[0], kept)
+    if kept is None:
+        return None
+    rows = _uncut(args[0], sizes)
+    return _word("runs", args[0], kept) if rows is None else _word("runs_of_first", rows, kept)
+
+
+def _uncut(rows: ast.expr, sizes: ast.expr) -> ast.expr | None:
+    """x of `x[:sum(counts)]` where it is cut by `counts`: no chunk reaches further. None for anything else."""
+    if not isinstance(rows, ast.Subscript) or not isinstance(rows.slice, ast.Slice) or not isinstance(sizes, ast.Name):
+        return None
+    start, stop, step = rows.slice.lower, rows.slice.upper, rows.slice.step
+    if not isinstance(stop, ast.Call) or len(stop.args) != 1 or stop.keywords or step is not None:
+        return None
+    first = start is None or _is_zero(start)
+    summed = isinstance(stop.func, ast.Name) and stop.func.id == "sum" and _is_name(stop.args[0], sizes.id)
+    return rows.value if first and summed else None
 
 
 def kept_form(expr: ast.expr, hosts: frozenset[str], given: frozenset[str] = frozenset()) -> ast.expr | None:

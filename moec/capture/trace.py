@@ -362,6 +362,12 @@ def runs(rows: Tensor, sizes: Any) -> Any:
     return rows.split(sizes) if counts is None else Runs(rows, counts)
 
 
+def runs_of_first(rows: Tensor, sizes: Any) -> Any:
+    """`rows[:sum(sizes)].split(sizes)`: there may be more rows than the sizes count."""
+    counts = sizes if isinstance(sizes, Tensor) else counted(sizes)
+    return rows[: sum(sizes)].split(sizes) if counts is None else Runs(rows, counts)
+
+
 def running(sizes: Tensor) -> Tensor:
     """`itertools.accumulate` and `np.cumsum` of numbers that stayed a tensor."""
     return sizes.cumsum(0)

@@ -338,6 +338,7 @@ VIEWS = [
     (lambda m: torch.unique(m.long() * 3) + m.long().unique().sum(), M2),
     (lambda m: m.nonzero(as_tuple=True)[1], M2),
     (lambda x: torch.where(x)[0], INTS),
+    (lambda m, x: torch.masked_select(x, m) + x.masked_select(m), M2, X),
     (lambda m, x, y: torch.where(m, x, y) + torch.where(m, x, 0.0) + torch.where(m, 0.5, y), M2, X, Y),
     (lambda x, i: x.gather(1, i) + torch.gather(x, dim=-1, index=i) + torch.take_along_dim(x, i, dim=1), X, IDS),
     (lambda x, i: torch.take_along_dim(x, i), X, IDX),

@@ -1,0 +1,457 @@
+"""Layers in the manner of serving and training stacks: reordered tokens, routing maps, gathered weights, references."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from spelling import WIDTH, E, Gated, H, K, Spelling, batches, tokens
+from torch import nn
+
+
+class Stacked(nn.Module):
+    """A router, and three stacked matrices: w1, w3 [E, F, H] and w2 [E, H, F]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.w1, self.w3 = (nn.Parameter(torch.randn(E, WIDTH, H) * 0.2) for _ in range(2))
+        self.w2 = nn.Parameter(torch.randn(E, H, WIDTH) * 0.2)
+
+    def route(self, x):
+        """Weights and chosen experts, [T, K]."""
+        weights, chosen = self.gate(x).softmax(-1).topk(K, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+
+def run_experts(w1, w2, w3, x, counts):
+    """Rows in expert order, cut by counts on the host, one expert after the other."""
+    counts = counts.tolist()
+    parts = torch.split(x[: sum(counts)], split_size_or_sections=counts, dim=0)
+    done = []
+    for e, part in enumerate(parts):
+        h = F.silu(torch.matmul(part, w1[e].transpose(-2, -1)))
+        h = h * torch.matmul(part, w3[e].transpose(-2, -1))
+        done.append(torch.matmul(h, w2[e].transpose(-2, -1)))
+    return torch.cat(done, dim=0)
+
+
+class Reordered(Stacked):
+    """Sorted rows, weighted before the experts, split by counts, added to the shared expert's."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = Gated()
+        self.register_buffer("bias", torch.randn(E) * 0.1)
+        self.register_buffer("load", torch.zeros(E))
+
+    def choose(self, x):
+        """Sigmoid scores, a bias for the choice alone; how many rows each expert has."""
+        scores = torch.sigmoid(self.gate(x).to(torch.float32))
+        chosen = torch.topk(scores + self.bias, k=K, dim=1).indices
+        top = scores.gather(dim=1, index=chosen)
+        top = top / (top.sum(dim=-1, keepdim=True) + 1e-20)
+        return top, chosen, torch.histc(chosen.view(-1).float(), bins=E, min=0, max=E - 1)
+
+    def reorder(self, top, chosen):
+        """Scores in expert order, and which token each row is."""
+        order = torch.argsort(chosen.view(-1), stable=True)
+        return top.view(-1)[order], order, order // K
+
+    def grouped(self, rows, counts):
+        """Each expert on its part of the rows."""
+        return run_experts(self.w1, self.w2, self.w3, rows, counts.long())
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, H)
+        top, chosen, counts = self.choose(x)
+        with torch.no_grad():
+            self.load.add_(counts)
+        top, _, token = self.reorder(top, chosen)
+        wide = token.reshape(-1, 1).expand(-1, H)
+        rows = torch.gather(x, dim=0, index=wide)
+        rows = (rows.to(torch.float32) * top.reshape(-1, 1)).to(x.dtype)
+        out = self.shared(x).scatter_add(dim=0, index=wide, src=self.grouped(rows, counts))
+        return out.reshape(shape)
+
+
+class ReorderedBmm(Reordered):
+    """Rows put back where they were, and weighted by a product of a row of scores with a token's rows."""
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, H)
+        top, chosen, counts = self.choose(x)
+        _, order, token = self.reorder(top, chosen)
+        rows = self.grouped(x[token], counts)
+        back = torch.zeros((x.shape[0] * K, H), dtype=rows.dtype)
+        back[order] = rows
+        back = back.reshape(-1, K, H)
+        out = torch.bmm(top.reshape(-1, 1, K), back.float()).to(x.dtype).squeeze(1)
+        return (self.shared(x) + out).reshape(shape)
+
+
+class RoutingMap(nn.Module):
+    """A map [T, E] of who goes where; tokens and weights by masked_select, one expert after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(Gated() for _ in range(E))
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.reshape(-1, H)
+        logits = self.gate(x)
+        scores, top = torch.topk(logits, k=K, dim=1)
+        gates = torch.zeros_like(logits).scatter(
+            1, top, torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(logits)
+        )
+        routing = torch.zeros_like(logits).int().scatter(1, top, 1).bool()
+        counts = routing.sum(dim=0)
+        turned = routing.T.contiguous()
+        token = torch.arange(x.shape[0]).unsqueeze(0).expand(E, -1).masked_select(turned)
+        rows = x.index_select(0, token)
+        weights = gates.T.contiguous().masked_select(turned)
+        parts = torch.split(rows, counts.tolist())
+        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        done = done * weights.unsqueeze(-1)
+        out = torch.zeros(x.shape, dtype=done.dtype)
+        out.scatter_add_(0, token.unsqueeze(1).expand(-1, H), done)
+        return out.reshape(shape)
+
+
+class RowsByToken(RoutingMap):
+    """Near miss: rows in the order of tokens, cut by the counts of experts."""
+
+    def forward(self, x):
+        logits = self.gate(x)
+        top = logits.topk(K, dim=1).indices
+        routing = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+        token = torch.arange(x.shape[0]).unsqueeze(1).expand(-1, E).masked_select(routing)
+        parts = torch.split(x.index_select(0, token), routing.sum(dim=0).tolist())
+        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return torch.zeros_like(x).scatter_add(0, token.unsqueeze(1).expand(-1, H), done)
+
+
+class WeightsOfOthers(RoutingMap):
+    """Near miss: weights are picked by the map of the experts that were not chosen."""
+
+    def forward(self, x):
+        gates = self.gate(x).softmax(-1)
+        top = gates.topk(E // 2, dim=1).indices
+        routing = torch.zeros_like(gates, dtype=torch.bool).scatter(1, top, True)
+        turned = routing.T.contiguous()
+        token = torch.arange(x.shape[0]).unsqueeze(0).expand(E, -1).masked_select(turned)
+        weights = gates.T.masked_select(~turned)
+        parts = torch.split(x[token], routing.sum(dim=0).tolist())
+        done = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return torch.zeros_like(x).scatter_add(0, token.unsqueeze(1).expand(-1, H), done * weights.unsqueeze(-1))
+
+
+class LimitedGroups(nn.Module):
+    """Groups of experts by their best two; counts by bincount; where(chosen == e); a shared expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, H) * 0.3)
+        self.bias = nn.Parameter(torch.randn(8) * 0.1)
+        self.experts = nn.ModuleList(Gated() for _ in range(8))
+        self.shared = Gated()
+
+    def route(self, x):
+        scores = F.linear(x, self.weight).sigmoid()
+        original = scores
+        scores = (scores + self.bias).view(x.size(0), 4, -1)
+        best = scores.topk(2, dim=-1)[0].sum(dim=-1)
+        groups = best.topk(2, dim=-1)[1]
+        mask = scores.new_ones(x.size(0), 4, dtype=torch.bool).scatter_(1, groups, False)
+        scores = scores.masked_fill_(mask.unsqueeze(-1), float("-inf")).flatten(1)
+        chosen = torch.topk(scores, K, dim=-1)[1]
+        weights = original.gather(1, chosen)
+        weights /= weights.sum(dim=-1, keepdim=True)
+        weights *= 2.5
+        return weights.type_as(x), chosen
+
+    def forward(self, x):
+        shape = x.size()
+        x = x.view(-1, H)
+        weights, chosen = self.route(x)
+        y = torch.zeros_like(x)
+        counts = torch.bincount(chosen.flatten(), minlength=8).tolist()
+        for i in range(8):
+            if counts[i] == 0:
+                continue
+            expert = self.experts[i]
+            idx, top = torch.where(chosen == i)
+            y[idx] += expert(x[idx]) * weights[idx, top, None]
+        return (y + self.shared(x)).view(shape)
+
+
+class GatheredBiases(nn.Module):
+    """Matrices and biases gathered by the choice, einsums, a clamped interleaved gate, a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E)
+        self.w1 = nn.Parameter(torch.randn(E, 2 * WIDTH, H) * 0.2)
+        self.b1 = nn.Parameter(torch.randn(E, 2 * WIDTH) * 0.1)
+        self.w2 = nn.Parameter(torch.randn(E, H, WIDTH) * 0.2)
+        self.b2 = nn.Parameter(torch.randn(E, H) * 0.1)
+
+    def forward(self, x):
+        t = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        experts = torch.topk(self.gate(t), k=K, dim=-1, sorted=True)
+        weights, idx = F.softmax(experts.values, dim=1), experts.indices
+        t = torch.einsum("beck,bk->bec", self.w1[idx, ...], t) + self.b1[idx, ...]
+        glu, linear = t[..., ::2], t[..., 1::2]
+        glu, linear = glu.clamp(min=None, max=7.0), linear.clamp(min=-7.0, max=7.0)
+        t = glu * torch.sigmoid(1.702 * glu) * (linear + 1)
+        t = torch.einsum("beck,bek->bec", self.w2[idx, ...], t)
+        t += self.b2[idx, ...]
+        return x + torch.einsum("bec,be->bc", t, weights)
+
+
+class EveryTokenByArange(Stacked):
+    """Scores −inf but at the chosen, then a sigmoid; every token gathered for every expert, weighted first."""
+
+    def forward(self, x):
+        x = x.view(-1, H)
+        scores = self.gate(x)
+        top, chosen = torch.topk(scores, 1, dim=1)
+        scores = torch.full_like(scores, float("-inf")).scatter_(1, chosen, top).transpose(0, 1)
+        places = torch.arange(x.shape[0]).view(1, -1).expand(scores.size(0), -1)
+        scores = torch.sigmoid(scores)
+        wide = places.reshape(-1, 1).expand(-1, H)
+        rows = torch.gather(x, dim=0, index=wide) * scores.reshape(-1, 1)
+        rows = rows.view(E, -1, H)
+        hidden = F.silu(torch.bmm(rows, self.w1.transpose(1, 2))) * torch.bmm(rows, self.w3.transpose(1, 2))
+        done = torch.bmm(hidden, self.w2.transpose(1, 2)).view(-1, H)
+        return torch.zeros_like(x).scatter_add(dim=0, index=wide, src=done)
+
+
+class SortedOnHost(nn.Module):
+    """Counts of a scattered table as numpy, runs of sorted rows, idle experts skipped, rows put back by the sort."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(Gated() for _ in range(E))
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, H)
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1, sorted=False)
+        seen = ids.new_zeros((ids.shape[0], len(self.experts)))
+        seen.scatter_(1, ids, 1)
+        counts = seen.sum(dim=0)
+        order = ids.view(-1).argsort()
+        rows = x[order // ids.shape[1]]
+        counts = counts.cpu().numpy()
+        outputs = []
+        start = 0
+        for i, count in enumerate(counts):
+            end = start + count
+            if count == 0:
+                continue
+            expert = self.experts[i]
+            outputs.append(expert(rows[start:end]))
+            start = end
+        outs = torch.cat(outputs, dim=0) if len(outputs) else rows.new_empty(0)
+        new = torch.empty_like(outs)
+        new[order] = outs
+        y = new.view(*ids.shape, -1).type(weights.dtype).mul_(weights.unsqueeze(dim=-1)).sum(dim=1).type(new.dtype)
+        return y.view(*shape)
+
+
+class RepeatedTokens(nn.Module):
+    """Each token k times, every expert's rows written by a mask of the flat choice, weighted as [T, k, H]."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(Gated() for _ in range(E))
+
+    def forward(self, x):
+        shape = x.shape
+        weights, ids = self.gate(x.view(-1, H)).softmax(-1).topk(K, dim=-1)
+        flat = ids.view(-1)
+        x = x.view(-1, H).repeat_interleave(K, dim=0)
+        y = torch.empty_like(x)
+        for i, expert in enumerate(self.experts):
+            y[flat == i] = expert(x[flat == i]).to(x.dtype)
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1).view(*shape)
+
+
+class SparseLogits(nn.Module):
+    """−inf but at the chosen, softmax over all experts, masks of whole tokens, gates read by mask and expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.noise = nn.Linear(H, E), nn.Linear(H, E)
+        self.experts = nn.ModuleList(Gated() for _ in range(E))
+
+    def forward(self, x):
+        logits = self.gate(x)
+        top, ids = logits.topk(K, dim=-1)
+        gates = torch.full_like(logits, float("-inf")).scatter(-1, ids, top).softmax(dim=-1)
+        y = torch.zeros_like(x)
+        flat, flat_gates = x.view(-1, x.size(-1)), gates.view(-1, gates.size(-1))
+        for i, expert in enumerate(self.experts):
+            mask = (ids == i).any(dim=-1)
+            flat_mask = mask.view(-1)
+            if flat_mask.any():
+                done = expert(flat[flat_mask]) * flat_gates[flat_mask, i].unsqueeze(1)
+                y[mask] += done.squeeze(1)
+        return y
+
+
+class FlatWeights(nn.Module):
+    """All experts' matrices in one [E·F, H] parameter, viewed and chunked before the loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(E * WIDTH, H) * 0.2) for _ in range(3))
+
+    def forward(self, x):
+        shape = x.shape
+        x = x.view(-1, H)
+        weights = self.gate(x).softmax(dim=-1, dtype=torch.float32)
+        top, ids = torch.topk(weights, K, dim=-1)
+        top = top / torch.norm(top, p=1, dim=-1, keepdim=True)
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, num_classes=E).permute(2, 1, 0)
+        chunks = [w.view(E, WIDTH, H).chunk(E, dim=0) for w in (self.w1, self.v1, self.w2)]
+        w1, v1, w2 = ([part.squeeze(dim=0) for part in chunk] for chunk in chunks)
+        for e in range(E):
+            slot, token = torch.where(mask[e])
+            if token.shape[0] == 0:
+                continue
+            rows = x[None, token].reshape(-1, H)
+            done = (F.silu(rows.matmul(w1[e].t())) * rows.matmul(v1[e].t())).matmul(w2[e])
+            out.index_add_(0, token, done * top[token, slot, None])
+        return out.reshape(shape)
+
+
+class NativeGather(Stacked):
+    """One gathered [T, k, 2F, H] matrix for gate and up, split along the middle; three einsums."""
+
+    def __init__(self):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.randn(E, 2 * WIDTH, H) * 0.2)
+        del self.w1, self.w3
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        w1, w3 = torch.chunk(self.w13[ids], 2, dim=2)
+        one = F.silu(torch.einsum("ti,taoi -> tao", x, w1))
+        hidden = one * torch.einsum("ti, taoi -> tao", x, w3)
+        outs = torch.einsum("tao, taio -> tai", hidden, self.w2[ids])
+        return torch.einsum("tai,ta -> ti", outs, weights.to(outs.dtype))
+
+
+class HalvesInTheLoop(NativeGather):
+    """One [2F, H] matrix an expert, cut in two inside the loop."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(ids == e)
+            w1, w3 = self.w13[e].chunk(2, dim=0)
+            hidden = F.silu(x[token] @ w1.t()) * (x[token] @ w3.t())
+            out.index_add_(0, token, hidden @ self.w2[e].t() * weights[token, slot, None])
+        return out
+
+
+class HalvesBefore(NativeGather):
+    """The stack is cut in two before weights are gathered."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        w1, w3 = self.w13.chunk(2, dim=1)
+        hidden = F.silu(torch.einsum("ti,tkoi->tko", x, w1[ids])) * torch.einsum("ti,tkoi->tko", x, w3[ids])
+        return torch.einsum("tko,tkio,tk->ti", hidden, self.w2[ids], weights)
+
+
+class FlatReference(Stacked):
+    """Every token k times by repeat, a buffer of zeros, rows of each expert by a mask of the flat choice."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        rows = x.view(x.shape[0], -1, H).repeat(1, K, 1).reshape(-1, H)
+        out = torch.zeros(x.shape[0] * K, H, dtype=x.dtype, device=x.device)
+        flat = ids.view(-1)
+        for i in range(self.w1.shape[0]):
+            mask = flat == i
+            if mask.sum():
+                hidden = F.silu(rows[mask] @ self.w1[i].t()) * (rows[mask] @ self.w3[i].t())
+                out[mask] = hidden @ self.w2[i].t()
+        return (out.view(x.shape[0], -1, H) * weights.view(x.shape[0], -1, 1).to(out.dtype)).sum(dim=1)
+
+
+class EveryExpertInTurn(Stacked):
+    """Every expert on every token, weighted by the sum of a mask; the first one starts the sum."""
+
+    def forward(self, x):
+        weights, ids = self.route(x)
+        final = None
+        for e in range(E):
+            mask = ids == e
+            weight = (weights * mask).sum(dim=-1, keepdim=True)
+            hidden = F.silu(F.linear(x, self.w1[e])) * F.linear(x, self.w3[e])
+            done = F.linear(hidden, self.w2[e]).mul_(weight)
+            final = done if final is None else final.add_(done)
+        return final
+
+
+class LookedUp(Stacked):
+    """Experts of a token by its number in a fixed table; only the weights are learned; rows in expert order."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, H)
+        self.register_buffer("table", torch.rand(64, E).argsort(1)[:, :K].contiguous())
+
+    def forward(self, numbers):
+        x = self.embedding(numbers)
+        scores = self.gate(x).sigmoid()
+        chosen = self.table[numbers].long()
+        weights = scores.gather(1, chosen)
+        weights = (weights / (weights.sum(-1, keepdim=True) + 1e-20)).reshape(-1)
+        ids, order = torch.sort(chosen.reshape(-1))
+        rows = run_experts(
+            self.w1, self.w2, self.w3, x[order // K], torch.histc(ids.float(), bins=E, min=0, max=E - 1).long()
+        )
+        rows = rows * weights[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel())
+        return rows[back].view(-1, K, H).sum(1)
+
+
+def numbered(count):
+    """A number below 64 for each token."""
+    return (torch.randint(0, 64, (count,), generator=torch.Generator().manual_seed(count)),)
+
+
+SPELLINGS = (
+    Spelling("reordered", "P7", Reordered, batches),
+    Spelling("reordered bmm", "P7", ReorderedBmm, batches),
+    Spelling("routing map", "P7", RoutingMap, batches),
+    Spelling("limited groups", "P1", LimitedGroups, batches),
+    Spelling("gathered biases", "P5", GatheredBiases, tokens),
+    Spelling("sorted on host", "P7", SortedOnHost, batches),
+    Spelling("repeated tokens", "P1", RepeatedTokens, batches),
+    Spelling("sparse logits", "P1", SparseLogits, batches),
+    Spelling("flat weights", "P3", FlatWeights, batches),
+    Spelling("native gather", "P5", NativeGather, tokens),
+    Spelling("halves in the loop", "P3", HalvesInTheLoop, tokens),
+    Spelling("halves before", "P5", HalvesBefore, tokens),
+    Spelling("flat reference", "P3", FlatReference, tokens),
+    Spelling("every expert in turn", "P9", EveryExpertInTurn, tokens),
+    Spelling("looked up", "P7", LookedUp, numbered),
+)
+
+LEFT_ALONE = (EveryTokenByArange, RowsByToken, WeightsOfOthers)
+"""Declined, with a reason."""
