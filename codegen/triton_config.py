@@ -167,8 +167,13 @@ def check_target(config: GpuConfig, target: GpuFigures | None) -> GpuConfig:
 
 
 def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = None, tf32: bool = False) -> GpuConfig:
-    """The configuration used where no tuning result is known; `tf32` where products of fp32 may be rounded so."""
+    """The configuration used where no tuning result is known; `tf32` where products of fp32 may be rounded so.
+
+    Raises CodegenError where no kernel multiplies in the spec's dtype.
+    """
     dtype = spec.experts.dtype
+    if dtype not in _BYTES:
+        raise CodegenError(f"no Triton kernel multiplies in {dtype!r}; expected {', '.join(_BYTES)}")
     tf32 = tf32 and dtype == "f32" and has_tf32(target)
     if _few_pairs(sizes):
         config = GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")

@@ -18,19 +18,25 @@ import torch
 from torch import Tensor
 
 from moec.codegen import twin
-from moec.codegen.backward_plan import saves_activations
 from moec.engine import Engine
 from moec.errors import BuildError, CodegenError
 from moec.runtime_backward import BackwardKernel, fresh, load_backward
 from moec.runtime_coded import coded_kernel
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
+from moec.runtime_fakes import (
+    experts_backward_fake,
+    experts_fake,
+    experts_training_fake,
+    moe_fake,
+    saved_rows,
+)
 from moec.runtime_gradients import gradient_memory
 from moec.runtime_packed import packed_kernel
 from moec.runtime_race import racer
 from moec.runtime_reserve import backward_bytes, forward_bytes, most_rows, most_tokens, reserve
 from moec.runtime_triton import TritonKernel, load_triton
 from moec.runtime_triton_backward import TritonBackward, load_triton_backward
-from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, out_sizes
+from moec.spec import DTYPE_NAMES, KernelSpec
 
 __all__ = ["kernel_source"]
 
@@ -213,7 +219,7 @@ def _packed(
 def _experts_training(
     x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str
 ) -> tuple[Tensor, Tensor]:
-    saved = _saved(x, experts, params, spec, engine, save)
+    saved = saved_rows(x, experts, params, spec, engine, save)
     if saved.numel() == 0:
         return _experts(x, weights, experts, params, spec, engine), saved
     kernel = _chosen(x, params, spec, Engine.parse(engine), None)
@@ -221,18 +227,6 @@ def _experts_training(
         ready = _ready(kernel, Engine.parse(engine), x, params, experts.shape[1])
         return ready.experts(x, weights, experts, params, saved), saved
     return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
-
-
-def _saved(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str) -> Tensor:
-    """Room for what the backward pass is given: [T·k, F or 2F] where its kernel reads projections, else empty."""
-    parsed = KernelSpec.parse(spec)
-    s, k = parsed.experts, experts.shape[1]
-    hidden, width = out_sizes(s, params)
-    cpp = Engine.parse(engine).kind in ("auto", "cpp")
-    has_kernel = x.device.type == "cpu" and cpp and params[0].dtype == DTYPES[s.dtype]
-    keep = save == "always" or (save == "auto" and saves_activations(parsed, hidden, width, k))
-    rows, columns = (x.shape[0] * k, s.ab_views * width) if has_kernel and keep else (0, 0)
-    return params[0].new_empty((rows, columns))
 
 
 def _experts_backward(
@@ -294,52 +288,6 @@ def _takes(takes: bool, spec: str, engine: str, tensors: Sequence[Tensor]) -> bo
     return takes
 
 
-def _moe_fake(
-    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str, engine: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    parsed = KernelSpec.parse(spec)
-    if parsed.router is None:
-        raise CodegenError(f"moec::moe needs a spec with a router, got {spec!r}; call moec::experts")
-    tokens = x.shape[0]
-    return (
-        x.new_empty(x.shape, dtype=DTYPES[parsed.y_dtype]),
-        x.new_empty((tokens, router[0].shape[0]), dtype=DTYPES[parsed.router.compute]),
-        x.new_empty((tokens, k), dtype=DTYPES[parsed.router.weight_dtype]),
-        x.new_empty((tokens, k), dtype=torch.int64),
-    )
-
-
-def _experts_fake(
-    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=twin.y_dtype(KernelSpec.parse(spec), params[0].dtype))
-
-
-def _experts_training_fake(
-    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str
-) -> tuple[Tensor, Tensor]:
-    y = _experts_fake(x, weights, experts, params, spec, engine)
-    return y, _saved(x, experts, params, spec, engine, save)
-
-
-def _experts_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    params: Sequence[Tensor],
-    saved: Tensor,
-    spec: str,
-    engine: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return (
-        x.new_empty(x.shape if needs[0] else 0),
-        weights.new_empty(weights.shape if needs[1] else 0),
-        [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)],
-    )
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, experts, params, *texts = inputs
     _keep(ctx, x, weights, experts, params, x.new_empty(0), texts)
@@ -381,10 +329,10 @@ def _param_needs(wants: Any, count: int) -> list[bool]:
 
 
 _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
-    ("moe", _moe, _moe_fake),
-    ("experts", _experts, _experts_fake),
-    ("experts_training", _experts_training, _experts_training_fake),
-    ("experts_backward", _experts_backward, _experts_backward_fake),
+    ("moe", _moe, moe_fake),
+    ("experts", _experts, experts_fake),
+    ("experts_training", _experts_training, experts_training_fake),
+    ("experts_backward", _experts_backward, experts_backward_fake),
 )
 
 

@@ -44,8 +44,6 @@ def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
         if device not in kernel_devices(engine):
             where = " and ".join(map(repr, kernel_devices(engine)))
             return NoMatch(f"parameter %{name} is on device {device!r}, kernels={engine!r} is for {where}", name, 9)
-    if body.spec.codes and facts.options.kernels == "cpp":
-        return NoMatch(f"no C++ kernel reads matrices kept as {body.spec.codes}; use kernels='auto'", names[0], 9)
     learned = [name for name in names if name in facts.grad]
     if body.spec.codes and learned:
         why = f"%{learned[0]} needs a gradient, and there is none of matrices kept as {body.spec.codes}"

@@ -36,6 +36,7 @@ PARSED = {
         "benchmarks/compile_time.py",
         "--help",
     ],
+    "python benchmarks/tuner.py --layers A,B --tokens 1,64,512": ["python", "benchmarks/tuner.py", "--help"],
     "python benchmarks/matching_time.py": ["python", "benchmarks/matching_time.py", "--help"],  # test_matching_time
     "python benchmarks/model.py --layers 4 --prompt 512": ["python", "benchmarks/model.py", "--help"],
     "python benchmarks/skew.py --layers B --dtypes f32": ["python", "benchmarks/skew.py", "--help"],

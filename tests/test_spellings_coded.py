@@ -41,6 +41,11 @@ def test_trained_parameters_are_cast_once():
     run, report = compiled(module)
     with torch.no_grad():
         assert_close([run(*inputs)], [module(*inputs)], 2e-2)
+    assert [s.status for s in report.sites] == ["fused"]
+    run, report = compiled(module)
+    inputs = (torch.randn(1, 16),)
+    with torch.no_grad():
+        assert_close([run(*inputs)], [module(*inputs)], 2e-2)
     assert [s.status for s in report.sites] == ["declined"]
     assert "bf16" in str(report.sites[0].reasons[0])
 

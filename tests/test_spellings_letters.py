@@ -6,7 +6,7 @@ import pytest
 import spellings_letters
 import torch
 from spelling_table import error, measured, tensors
-from test_spellings_more import assert_same_call, compiled, made
+from test_spellings_more import compiled, made
 
 
 @pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -24,7 +24,8 @@ def test_any_number_of_tokens(spelling):
     run, report = compiled(module, dynamic=True, kernels="eager")
     with torch.no_grad():
         for count in (13, 200, 1, 0):
-            assert_same_call(run, module, spelling.inputs(count))
+            inputs = spelling.inputs(count)
+            assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
     assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moec.capture.region import Region
-from moec.graph import Type
+from moec.graph import Ref, Type
 from moec.passes.lower import Lowering
 from moec.passes.raise_graph import dim_of, fake, type_of_fake
 from moec.passes.words import key_of
@@ -122,7 +122,7 @@ class Copy:
         return self._leaf(self.cut[name], None) if name in self.cut else self._holder(name)
 
     def value(self, name: str, within: Collection[str] = ()) -> fx.Node:
-        """The node that computes a value. With `within`, other values than these become leaves, constants excepted."""
+        """The node that computes a value. With `within`, others than these become leaves, but constants and orders."""
         return self.values((name,), within)[0]
 
     def values(self, names: Collection[str], within: Collection[str] = ()) -> tuple[fx.Node, ...]:
@@ -188,7 +188,7 @@ class Copy:
         steps = self.source.steps(arg, node)
         since = max((i for i, (name, _) in enumerate(steps) if name in self.cut), default=-1)
         if since < 0:
-            if within and steps and steps[-1][0] not in within and not self._is_constant(steps[-1][0]):
+            if within and steps and steps[-1][0] not in within and not self._is_computed(steps[-1][0]):
                 self.cut[steps[-1][0]] = Leaf(steps[-1][0], "given", type_of_fake(fake(arg)), arg)
                 return
             if arg.op in ("placeholder", "get_attr"):
@@ -197,9 +197,12 @@ class Copy:
         for name, _ in steps[max(since, 0) + 1 :]:
             yield self.source.maker(name)
 
-    def _is_constant(self, name: str) -> bool:
-        made = self.source.lowering.raised.graph.defs.get(name)
-        return made is not None and not made.uses
+    def _is_computed(self, name: str) -> bool:
+        """Whether any value would not do: a constant, and an order of rows, which has each of them once."""
+        graph = self.source.lowering.raised.graph
+        source = graph.behind(Ref(name), ("expand", "reshape", "cast", "same"))
+        made = graph.defs.get(source.name) if isinstance(source, Ref) else None
+        return made is not None and (not made.uses or (made.word == "sort" and source == Ref(made.results[-1])))
 
     def _copy(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:

@@ -175,7 +175,7 @@ def test_global_settings_untouched(recorder):
 def test_installing_parses_few_functions(monkeypatch):
     install.uninstall()
     parsed = []
-    monkeypatch.setattr(install, "rewrite", lambda code: parsed.append(code) or rewrite(code))
+    monkeypatch.setattr(install, "rewrite", lambda code, known: parsed.append(code) or rewrite(code, known))
     install.install()
     seen = sum(isinstance(thing, types.FunctionType) for thing in install._installation().kept)
     assert seen > 1000  # torch's own modules included

@@ -8,9 +8,11 @@ from spelling import batches
 from spellings_capacity import Groups, Top1, Top2
 from triton_cases import ATOMIC, SORTED, kernel, with_gate
 
-from moec import runtime_reserve, runtime_triton
+from moec import runtime_launch, runtime_reserve, runtime_triton
 from moec.backend import Backend
+from moec.bounds import up
 from moec.capacity import capacity_at
+from moec.codegen.triton_launch import ALIGNED
 from moec.options import Options
 from moec.runtime_triton import TritonKernel
 
@@ -97,15 +99,15 @@ def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
     H, F, E = 16, 24, 3
     spec = with_gate("concat", "nk", True, True, "output")
     params, blocks, needed = make_params(spec.experts, H, F, E), [], []
-    arena = runtime_triton.arena
+    arena = runtime_launch.arena
 
     def recorded(buffers, x, size):
         blocks.append(size)
-        needed.append(sum(runtime_triton.up(b.bytes, runtime_triton.ALIGNED) for b in buffers))
+        needed.append(sum(up(b.bytes, ALIGNED) for b in buffers))
         return arena(buffers, x, size)
 
-    monkeypatch.setattr(runtime_triton, "arena", recorded)
-    triton = TritonKernel(spec, None)
+    monkeypatch.setattr(runtime_launch, "arena", recorded)
+    triton = TritonKernel(spec, torch.device("cpu"))
     for T in (1, 7, 13, 40, 17):
         x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
         y = triton.experts(x, weights, experts, params, capacity, "1..40")
