@@ -270,8 +270,8 @@ def explain_call(
     report.packed += pack_log()[copies:]
     report.graph_breaks += mark.breaks_since()
     if not report.complete:  # a loop that was traced as written and fused all the same needs no word
-        stayed = [Reason(n.reason, location=f"{n.file}:{n.line}") for n in install.declined_in(model)]
-        report.not_rolled += [reason for reason in stayed if reason not in report.not_rolled]
+        for loop in install.declined_in(model):
+            backend.not_rolled(loop)
     return report
 
 

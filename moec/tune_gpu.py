@@ -26,7 +26,7 @@ from moec.spec import DTYPES, KernelSpec
 from moec.target import GpuFigures, gpu_figures
 from moec.tune_cache import Key, Made
 from moec.tune_gpu_cache import gpu_key, gpu_made
-from moec.tune_job import LIMITS, ROUTINGS, Job, routing
+from moec.tune_job import ROUTINGS, Job, routing, wrong_by
 
 _SAMPLE = 0.004  # seconds that the calls of one measurement take together, or
 _FEWEST, _MOST = 3, 40  # at least and at most so many calls
@@ -164,12 +164,10 @@ class GpuBench:
     def check(self, text: str) -> str:
         """What is wrong with the results (empty: nothing), against the twin; of a rounded copy, against the default."""
         self._route(0)
-        got = self._call(text).float()
+        got = self._call(text)
         args = (self.x, self.weights, self.experts, self.params)
-        want = (twin.experts(*args, self.spec) if self.exact else self._call(self.default)).float()
-        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        limit = LIMITS[self.spec.experts.dtype]
-        return "" if error <= limit else f"relative error {error:.2g} to the reference, expected at most {limit:g}"
+        want = twin.experts(*args, self.spec) if self.exact else self._call(self.default)
+        return wrong_by(got, want, self.spec.experts.dtype)
 
     def broken(self) -> bool:
         """Whether the device answers this process no more, as after an access outside of its memory."""

@@ -13,8 +13,7 @@ from torch import Tensor
 from moec.codegen.tuning import Sizes
 from moec.errors import OptionError
 
-LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}
-"""Relative error to the twin that a winner may have."""
+_LIMITS = {"f32": 1e-5, "bf16": 2e-2, "f16": 4e-3}  # relative error to the reference that a winner may have
 
 ROUTINGS = 8
 """Different choices of experts in turn, or few tokens would find their weights in cache."""
@@ -73,3 +72,10 @@ def routing(job: Job, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = -torch.log(-torch.log(torch.rand(s.T, s.E, generator=generator).clamp(1e-9, 1 - 1e-7)))
     return (shares(job.profile, s.E).clamp(min=1e-12).log() + noise).topk(s.k).indices
+
+
+def wrong_by(got: Tensor, want: Tensor, dtype: str) -> str:
+    """What is wrong with a candidate's y beside the reference's, both of kernels in `dtype`; empty: nothing."""
+    error = float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
+    limit = _LIMITS[dtype]
+    return "" if error <= limit else f"relative error {error:.2g} to the reference, expected at most {limit:g}"

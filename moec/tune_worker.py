@@ -19,7 +19,7 @@ from moec.runtime_cpu import load_kernel, param_shapes
 from moec.runtime_packed import load_packed
 from moec.spec import DTYPES, KernelSpec
 from moec.tune_gpu import GpuBench
-from moec.tune_job import LIMITS, ROUTINGS, Job, routing
+from moec.tune_job import ROUTINGS, Job, routing, wrong_by
 
 _SAMPLE = 0.004  # seconds of one measurement: short calls are repeated
 
@@ -55,13 +55,10 @@ class Bench:
     def check(self, text: str) -> str:
         """What is wrong with the results (empty: nothing), against the twin; of a rounded copy, against the default."""
         kernel = self.kernel.tuned(Tuning.parse(text))
-        got = kernel.experts(self.x, self.weights, self.routings[0], self.params).float()
+        got = kernel.experts(self.x, self.weights, self.routings[0], self.params)
         args = (self.x, self.weights, self.routings[0], self.params)
-        reference = twin.experts(*args, self.spec) if self.exact else self.kernel.tuned(self.default).experts(*args)
-        want = reference.float()
-        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        limit = LIMITS[self.spec.experts.dtype]
-        return "" if error <= limit else f"relative error {error:.2g} to the reference, expected at most {limit:g}"
+        want = twin.experts(*args, self.spec) if self.exact else self.kernel.tuned(self.default).experts(*args)
+        return wrong_by(got, want, self.spec.experts.dtype)
 
 
 def serve(pipe: Connection, job: Job) -> None:

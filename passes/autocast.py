@@ -30,7 +30,7 @@ PRODUCTS = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "eins
 def under_autocast(gm: fx.GraphModule, nested: bool) -> bool:
     """Whether operators may cast: autocast is on, the graph enters it, or another graph that runs this one may."""
     on = any(map(torch.is_autocast_enabled, DEVICES))
-    return on or nested or any(n.op == "call_function" and key_of(n) == "_enter_autocast" for n in gm.graph.nodes)
+    return on or nested or any(n.target is torch.amp.autocast_mode._enter_autocast for n in gm.graph.nodes)
 
 
 @contextlib.contextmanager
@@ -71,8 +71,12 @@ def _mixed(node: fx.Node) -> tuple[torch.dtype, ...] | None:
     if is_update(node, key) or has_inplace_flag(node) or "out" in node.kwargs:  # autocast leaves these alone
         return None
     results = tuple(value.dtype for value in _tensors(fake(node)) if value.is_floating_point())
-    given = {value.dtype for each in node.all_input_nodes for value in _tensors(fake(each)) if _castable(value)}
-    return results if results and not given <= set(results[:1]) else None
+    return results if results and not _given(node) <= set(results[:1]) else None
+
+
+def _given(node: fx.Node) -> set[torch.dtype]:
+    """The dtypes of the operands that autocast may cast."""
+    return {value.dtype for each in node.all_input_nodes for value in _tensors(fake(each)) if _castable(value)}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -103,8 +107,7 @@ def _signature(node: fx.Node, results: tuple[torch.dtype, ...]) -> Hashable:
 
 def _cast_to(node: fx.Node, results: tuple[torch.dtype, ...]) -> torch.dtype | str:
     """The dtype that all float operands are cast to; '' where none is, 'unknown' where neither gives the results."""
-    given = {value.dtype for each in node.all_input_nodes for value in _tensors(fake(each)) if _castable(value)}
-    mixed = len(given) > 1 and key_of(node) in PRODUCTS
+    mixed = len(_given(node)) > 1 and key_of(node) in PRODUCTS
     for to in (results[0],) if mixed else ("", results[0]):
         if _dtypes(node, to) == results:
             return to

@@ -58,11 +58,12 @@ Raiser = Callable[["Builder", fx.Node], "Arg | None"]
 
 @dataclass
 class Builder:
-    """The state of one raise: what each node stands for now, and the instructions so far."""
+    """The state of one raise: what each node stands for now, the instructions so far, what makes each value."""
 
     env: dict[fx.Node, Arg] = field(default_factory=dict)
     instrs: list[Instr] = field(default_factory=list)
     types: dict[str, Type] = field(default_factory=dict)
+    defs: dict[str, Instr] = field(default_factory=dict)
     carriers: dict[str, list[tuple[fx.Node, int]]] = field(default_factory=dict)
     aliases: dict[int, list[fx.Node]] = field(default_factory=dict)
     rows: dict[str, Arg] = field(default_factory=dict)
@@ -81,7 +82,9 @@ class Builder:
         self.fresh += 1
         names = (stem,) if len(types) == 1 else tuple(f"{stem}.r{i}" for i in range(len(types)))
         loc = location(self.node)
-        self.instrs.append(Instr(names, word, args, types, tuple(attrs.items()), loc))
+        made = Instr(names, word, args, types, tuple(attrs.items()), loc)
+        self.instrs.append(made)
+        self.defs.update(dict.fromkeys(names, made))
         self.types.update(zip(names, types, strict=True))
         return tuple(map(Ref, names))
 

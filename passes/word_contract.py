@@ -82,7 +82,7 @@ def _without_spread(build: Builder, value: Ref, letters: str, whole: Mapping[str
 def _behind(build: Builder, value: Ref, to: Type) -> Ref:
     """The value of type `to` that `value` is a view of, else `value`: an axis that was added for a product and goes."""
     held = value
-    while (made := next((i for i in reversed(build.instrs) if held.name in i.results), None)) is not None:
+    while (made := build.defs.get(held.name)) is not None:
         source = made.args[0] if made.word == "reshape" else None
         if not isinstance(source, Ref):
             break

@@ -4,24 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from spelling import WIDTH, E, Gated, H, K, Mlp, Spelling, batches, tokens
+from spelling import WIDTH, E, Gated, H, K, Spelling, batches, tokens
+from spellings_strangers import Chosen
 from torch import nn
-
-
-class Listed(nn.Module):
-    """A router, and one module for each expert."""
-
-    expert = Mlp
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(H, E, bias=False)
-        self.experts = nn.ModuleList(self.expert() for _ in range(E))
-
-    def choose(self, x):
-        """Renormalised weights[…, k] and experts[…, k]."""
-        w, chosen = F.softmax(self.router(x), dim=-1).topk(K, dim=-1)
-        return w / w.sum(-1, keepdim=True), chosen
 
 
 class Banked(nn.Module):
@@ -37,10 +22,10 @@ class Banked(nn.Module):
     def more(self):
         """Further parameters."""
 
-    choose = Listed.choose
+    choose = Chosen.choose
 
 
-class StackedThenGathered(Listed):
+class StackedThenGathered(Chosen):
     """Every expert on every token, stacked; the chosen results are gathered."""
 
     def forward(self, x):
@@ -49,7 +34,7 @@ class StackedThenGathered(Listed):
         return (w.unsqueeze(-1) * every.gather(1, chosen.unsqueeze(-1).expand(-1, -1, H))).sum(1)
 
 
-class TakenAlong(Listed):
+class TakenAlong(Chosen):
     """`take_along_dim`, whose index is spread over the features; tokens on two axes."""
 
     expert = Gated
@@ -60,7 +45,7 @@ class TakenAlong(Listed):
         return (torch.take_along_dim(every, chosen[..., None], dim=2) * w[..., None]).sum(dim=2)
 
 
-class IndexedByPlace(Listed):
+class IndexedByPlace(Chosen):
     """Results by expert first, indexed by expert and token; a batched product is the sum."""
 
     def forward(self, x):
@@ -70,7 +55,7 @@ class IndexedByPlace(Listed):
         return torch.bmm(w.unsqueeze(1), rows).squeeze(1)
 
 
-class LastAxis(Listed):
+class LastAxis(Chosen):
     """Experts on the last axis."""
 
     def forward(self, x):

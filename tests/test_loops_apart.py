@@ -5,24 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from spelling import WIDTH, E, H, K, Mlp
+from spelling import WIDTH, E, H, K
+from spellings_strangers import Chosen
 from test_spellings_more import assert_close, assert_same_call, compiled, gradients
 from torch import nn
 
 import moec
-
-
-class Chosen(nn.Module):
-    expert = Mlp
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(H, E, bias=False)
-        self.experts = nn.ModuleList(self.expert() for _ in range(E))
-
-    def choose(self, x):
-        w, chosen = F.softmax(self.router(x), dim=-1).topk(K, dim=-1)
-        return w / w.sum(-1, keepdim=True), chosen
 
 
 class AddsToItsRows(Chosen):

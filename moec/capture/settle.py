@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from moec.capture.numbers import drop_unread
 from moec.capture.region import Malformed, hoist_invariants, regions
-from moec.capture.state import NotRolled, current_tx, declined, loops_of, not_rolled, retrace_without
+from moec.capture.state import NotRolled, current_tx, declined, loops_of, retrace_all, retrace_without
 
 
 def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
@@ -27,7 +27,7 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     if loops.open is not None:
         retrace_without(tx, loops.open, "Dynamo broke the graph inside the loop's body")
     if loops.handed and drop_unread(gm):
-        _retrace_all(
+        retrace_all(
             tx, loops.handed, "numbers that it moves to the host are read elsewhere than in a loop over experts"
         )
     top = [key for key in loops.begun if key not in loops.nested]
@@ -47,7 +47,7 @@ def _settle_nested(tx: Any, gm: GraphModule, keys: list[str]) -> None:
             for region in regions(inner):
                 hoist_invariants(inner.graph, region)
         except Malformed as error:
-            _retrace_all(tx, keys, str(error))
+            retrace_all(tx, keys, str(error))
         inner.recompile()
 
 
@@ -62,10 +62,4 @@ def no_loops_left(gm: GraphModule) -> None:
     """
     tx = current_tx()
     if tx is not None and any(regions(inner) for inner in nested_graphs(gm)):
-        _retrace_all(tx, loops_of(tx).nested, "it stands inside a checkpointed block and its experts are not fused")
-
-
-def _retrace_all(tx: Any, keys: list[str], reason: str) -> None:
-    for key in keys[1:]:
-        declined(tx).setdefault(key, not_rolled(key, reason))
-    retrace_without(tx, keys[0], reason)
+        retrace_all(tx, loops_of(tx).nested, "it stands inside a checkpointed block and its experts are not fused")

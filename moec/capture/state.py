@@ -160,9 +160,7 @@ def _retrace_failed(tx: Any) -> None:
         return
     tx.speculation_log.clear()
     reason = f"{reason}: {_first_cause(error)}"
-    for key in keys[1:]:
-        declined(tx).setdefault(key, not_rolled(key, reason))
-    retrace_without(tx, keys[0], reason)
+    retrace_all(tx, keys, reason)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -177,3 +175,10 @@ def retrace_without(tx: Any, key: str, reason: str) -> NoReturn:
     """Give the loop up and have Dynamo trace the frame again with the loop as it was written."""
     tell(tx, declined(tx).setdefault(key, not_rolled(key, reason)))
     raise RetraceUnrolled(restart_reason=f"moec: loop at {key} not rolled: {reason}")
+
+
+def retrace_all(tx: Any, keys: list[str], reason: str) -> NoReturn:
+    """The same for several loops at once."""
+    for key in keys[1:]:
+        declined(tx).setdefault(key, not_rolled(key, reason))
+    retrace_without(tx, keys[0], reason)
