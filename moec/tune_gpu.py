@@ -52,10 +52,17 @@ class EventClock:
     def seconds(self, call: Callable[[], object], before: Callable[[int], object]) -> float:
         """The median of a few calls, each with a cold L2 cache."""
         with torch.cuda.device(self._device):
-            replay = self._recorded(call)
-            first = self._calls(replay, before, 1)
-            count = int(min(max(_SAMPLE / max(first[0], 1e-7), _FEWEST), _MOST))
-            return statistics.median(self._calls(replay, before, count))
+            return self._median(self._recorded(call), before)
+
+    def unrecorded(self, call: Callable[[], object], before: Callable[[int], object]) -> float:
+        """The same of calls that cannot be recorded, since they wait for the device; the host's launches count."""
+        with torch.cuda.device(self._device):
+            return self._median(call, before)
+
+    def _median(self, call: Callable[[], object], before: Callable[[int], object]) -> float:
+        first = self._calls(call, before, 1)
+        count = int(min(max(_SAMPLE / max(first[0], 1e-7), _FEWEST), _MOST))
+        return statistics.median(self._calls(call, before, count))
 
     def _calls(self, replay: Callable[[], object], before: Callable[[int], object], count: int) -> list[float]:
         pairs = [(self._event(), self._event()) for _ in range(count)]

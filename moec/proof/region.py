@@ -146,7 +146,7 @@ class Carver:
         holder = cast(fx.GraphModule, SimpleNamespace(graph=copy.graph))
         sketch = Sketch(holder, self.raised, "eager", frozenset(), {}, operands=operands)
         origin = root_node(self.source.lowering, instrs[-1].results[0])
-        emit(sketch, instrs, next(reversed(copy.graph.nodes)), origin)
+        emit(sketch, instrs, next(iter(reversed(copy.graph.nodes))), origin)
         copy.graph.output(tuple(sketch.made[name] for name in outputs))
 
 

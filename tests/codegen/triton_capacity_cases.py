@@ -1,7 +1,11 @@
-"""Layers that drop rows over a capacity, compiled whole for Triton's interpreter. Run by test_triton.py on its own."""
+"""Layers that drop rows over a capacity, compiled whole, in the interpreter or on a GPU (elsewhere.py).
+
+Run by test_triton.py in its own process.
+"""
 
 import pytest
 import torch
+from elsewhere import DEVICE, There, moved
 from moe_reference import layer, make_params, relative
 from quick_interpreter import quick  # noqa: F401
 from spelling import batches
@@ -53,14 +57,14 @@ def test_buffers_and_grids_follow_the_bound(C, config, monkeypatch):
 def test_a_layer_with_drops(model, counts, monkeypatch):
     """The first T is compiled as a number, the second as a symbol, and a third would be no new compile."""
     torch.manual_seed(0)
-    module = model()
+    module = model().to(DEVICE)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
     bounds = []
     program = runtime_triton.program
     monkeypatch.setattr(runtime_triton, "program", lambda *a: (bounds.append(a[-1]), program(*a))[1])
     for T in counts:
-        x = torch.randn(T, module.router.in_features)
+        x = moved(torch.randn(T, module.router.in_features))
         with torch.no_grad():
             got, want = compiled(x), module(x)
         got, want = (v[0] if isinstance(v, tuple) else v for v in (got, want))
@@ -73,7 +77,7 @@ def test_a_layer_with_drops(model, counts, monkeypatch):
 def test_groups_of_tokens_that_queue_apart(monkeypatch):
     """An expert may get C rows of each group: the op's bound is of all of them."""
     torch.manual_seed(0)
-    module, (x,) = Groups(), batches(12)
+    module, (x,) = Groups().to(DEVICE), map(moved, batches(12))
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
     most, experts = [], runtime_triton.TritonKernel.experts
@@ -107,7 +111,7 @@ def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
         return arena(buffers, x, size)
 
     monkeypatch.setattr(runtime_launch, "arena", recorded)
-    triton = TritonKernel(spec, torch.device("cpu"))
+    triton = There(TritonKernel(spec, DEVICE))
     for T in (1, 7, 13, 40, 17):
         x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
         y = triton.experts(x, weights, experts, params, capacity, "1..40")

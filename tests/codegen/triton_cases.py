@@ -1,10 +1,14 @@
-"""Triton kernels in the interpreter against the twin and a float64 loop: run by test_triton.py in its own process."""
+"""Triton kernels against the twin and a float64 loop, in the interpreter or on a GPU (elsewhere.py).
+
+Run by test_triton.py in its own process.
+"""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
+from elsewhere import DEVICE, There
 from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
 
@@ -18,7 +22,6 @@ from moec.runtime_triton import TritonKernel, load_triton
 from moec.runtime_triton_backward import load_triton_backward
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
-CPU = torch.device("cpu")
 LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
 SORTED = GpuConfig(16, 32, 32, group_m=2, num_stages=1)
 SEPARATE = GpuConfig(32, 16, 16, group_m=8, combine="separate")
@@ -37,7 +40,7 @@ SCHEDULES = {
 
 def kernel(spec, config=None):
     """The kernels of a spec, with one configuration for all sizes where one is given."""
-    return TritonKernel(spec, CPU).with_config(config) if config else load_triton(str(spec), CPU)
+    return There(TritonKernel(spec, DEVICE).with_config(config) if config else load_triton(str(spec), DEVICE))
 
 
 def with_gate(gate, layout, stacked, bias, on, dtype="f32"):
@@ -91,12 +94,12 @@ def test_atomics_by_option():
     spec = with_gate("concat", "nk", True, False, "output")
     params, (weights, experts) = make_params(spec.experts, 24, 16, 2), routing("random", 40, 2, 1)
     x = torch.randn(40, 24)
-    made = load_triton(str(spec), CPU, "atomic")
+    made = load_triton(str(spec), DEVICE, "atomic")
     sizes = Sizes(40, 24, 16, 2, 1)
     assert made.config_for(sizes).combine == "atomic"
     (slots,) = [b for b in program(spec, sizes, made.config_for(sizes)).buffers if b.name == "slots"]
     assert (slots.dtype, slots.shape, slots.zeros) == ("f32", (40, 24), True)
-    y = torch.ops.moec.experts(x, weights, experts, params, str(spec), "triton combine=atomic")
+    y = There(torch.ops.moec.experts)(x, weights, experts, params, str(spec), "triton combine=atomic")
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
 
 
@@ -106,7 +109,7 @@ def test_ways_by_option(schedule):
     params, (weights, experts) = make_params(spec.experts, 64, 32, 2), routing("random", 40, 2, 1)
     params = [p.contiguous() for p in params]
     x = torch.randn(40, 64)
-    y = torch.ops.moec.experts(x, weights, experts, params, str(spec), f"triton schedule={schedule}")
+    y = There(torch.ops.moec.experts)(x, weights, experts, params, str(spec), f"triton schedule={schedule}")
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
 
 
@@ -221,7 +224,7 @@ def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2):
     weights, experts = routing(kind, T, E, k)
     x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, H).to(params[0].dtype)
     needs = [True] * (2 + len(params))
-    dx, dweights, dparams = load_triton_backward(str(spec), CPU)(g, x, weights, experts, params, needs)
+    dx, dweights, dparams = There(load_triton_backward(str(spec), DEVICE))(g, x, weights, experts, params, needs)
     wide = [p.double() for p in params]
     want = twin.experts_backward(g.double(), x.double(), weights.double(), experts, wide, spec, needs)
     there = (experts >= 0) & (experts < E)
@@ -259,7 +262,7 @@ def test_gradients_that_are_not_wanted_are_empty():
     params = make_params(spec.experts, 16, 8, 2)
     weights, experts = routing("random", 3, 2, 1)
     needs = [False, True, False, True, False, False]
-    backward = load_triton_backward(str(spec), CPU)
+    backward = There(load_triton_backward(str(spec), DEVICE))
     x = torch.randn(3, 16)
     dx, dweights, dparams = backward(torch.randn(3, 16), x, weights, experts, params, needs)
     assert [t.numel() > 0 for t in (dx, dweights, *dparams)] == needs

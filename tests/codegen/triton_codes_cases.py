@@ -1,20 +1,22 @@
-"""Triton kernels over codes, in the interpreter, against the twin on the weights that the codes stand for.
+"""Triton kernels over codes, against the twin on the weights that the codes stand for.
 
-Run by test_triton.py in its own process.
+In the interpreter or on a GPU (elsewhere.py). Run by test_triton.py in its own process.
 """
 
 import dataclasses
 
 import pytest
 import torch
+from elsewhere import DEVICE, There, moved
 from moe_reference import layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
-from triton_cases import CPU, DECODE, FORMS, LIMITS, SORTED, with_gate
+from triton_cases import DECODE, FORMS, LIMITS, SORTED, with_gate
 
 import moec.runtime  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.codes import decoded, encoded
 from moec.codegen.encode import encode
+from moec.codegen.plan import Sizes
 from moec.coding import LARGEST, Coding
 from moec.runtime_coded import CodedKernel, coded_kernel
 from moec.runtime_packed import pack_log
@@ -23,10 +25,15 @@ from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
 
 def coded(spec, weights, config=None):
-    kernel = coded_kernel(TritonKernel(spec, torch.device("cpu")), weights, [])
+    kernel = coded_kernel(TritonKernel(spec, DEVICE), weights, [])
     assert isinstance(kernel, CodedKernel)
-    if config:
-        kernel.config_for = lambda sizes: config
+    return There(configured(kernel, config) if config else kernel)
+
+
+def configured(kernel, config):
+    """`kernel` with one configuration for all sizes; how fp8 is converted stays what the device can."""
+    native = kernel.config_for(Sizes(1, 64, 64, 2, 1)).native_fp8
+    kernel.config_for = lambda sizes: dataclasses.replace(config, native_fp8=native)
     return kernel
 
 
@@ -75,7 +82,7 @@ def test_experts(form, dtype, weights, config):
 
 def test_bf16_of_fp32_weights():
     check(with_gate("concat", "kn", True, True, "output"), "bf16", SORTED, 5, 40, 24, 3, 2)
-    half = load_triton(str(with_gate("concat", "kn", True, True, "output", "bf16")), CPU)
+    half = load_triton(str(with_gate("concat", "kn", True, True, "output", "bf16")), DEVICE)
     assert coded_kernel(half, "bf16", []) is half
 
 
@@ -110,12 +117,11 @@ def test_every_fp8_number_is_read_as_it_is():
     one = (torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
     scales = [torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5)]
     for config in (SORTED, DECODE):
-        kernel = TritonKernel(spec, torch.device("cpu"))
-        kernel.config_for = lambda sizes, config=config: config
+        kernel = There(configured(TritonKernel(spec, DEVICE), config))
         y = kernel.experts(x, *one, [first, second, *scales])
         assert torch.equal(y[0, : len(finite)].float(), finite.float() / 2)
     nan = torch.full((1, 256, 16), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert load_triton(str(spec), CPU).experts(x, *one, [first, nan, *scales]).isnan().all()
+    assert There(load_triton(str(spec), DEVICE)).experts(x, *one, [first, nan, *scales]).isnan().all()
 
 
 def test_parameters_that_are_codes_already():
@@ -131,8 +137,7 @@ def test_parameters_that_are_codes_already():
         own = own if stacked else [t.contiguous() for group in own for t in group.unbind(0)]
         w, experts = routing("sentinels", 3, 3, 2)
         x = torch.randn(3, 36).bfloat16()
-        kernel = TritonKernel(spec, torch.device("cpu"))
-        kernel.config_for = lambda sizes, config=config: config
+        kernel = There(configured(TritonKernel(spec, DEVICE), config))
         assert kernel.takes(x, own)
         got = kernel.experts(x, w, experts, own)
         assert relative(got, twin.experts(x, w, experts, own, spec)) < LIMITS["bf16"]
@@ -142,7 +147,7 @@ def test_routers_are_as_before():
     spec = KernelSpec(ExpertsSpec("bf16"), RouterSpec(renormalize=True), "bf16")
     params = make_params(spec.experts, 32, 16, 8)
     x, w = torch.randn(5, 32).bfloat16(), torch.randn(8, 32).bfloat16()
-    plain, other = load_triton(str(spec), CPU), coded(spec, "int8")
+    plain, other = There(load_triton(str(spec), DEVICE)), coded(spec, "int8")
     y, logits, weights, experts = plain.moe(x, [w], params, 2)
     y8, *routed = other.moe(x, [w], params, 2)
     assert all(torch.equal(a, b) for a, b in zip((logits, weights, experts), routed, strict=True))
@@ -151,9 +156,9 @@ def test_routers_are_as_before():
 
 def test_the_option_copies_once_and_says_how_far_the_copy_is():
     spec = str(KernelSpec(ExpertsSpec("bf16"), None, "bf16"))
-    params = make_params(ExpertsSpec("bf16"), 64, 32, 4)
-    w, experts = routing("random", 5, 4, 2)
-    x = torch.randn(5, 64).bfloat16()
+    params = [moved(p) for p in make_params(ExpertsSpec("bf16"), 64, 32, 4)]
+    w, experts = map(moved, routing("random", 5, 4, 2))
+    x = moved(torch.randn(5, 64).bfloat16())
     before = len(pack_log())
     y = [torch.ops.moec.experts(x, w, experts, params, spec, "triton weights=fp8:32") for _ in range(2)]
     assert torch.equal(*y)
@@ -171,9 +176,9 @@ def test_the_option_copies_once_and_says_how_far_the_copy_is():
 )
 def test_what_triton_does_not_store_is_read_as_it_is_with_a_warning(weights, message):
     spec = str(KernelSpec(ExpertsSpec("bf16"), None, "bf16"))
-    params = make_params(ExpertsSpec("bf16"), 32, 16, 2)
-    w, experts = routing("random", 3, 2, 1)
-    x = torch.randn(3, 32).bfloat16()
+    params = [moved(p) for p in make_params(ExpertsSpec("bf16"), 32, 16, 2)]
+    w, experts = map(moved, routing("random", 3, 2, 1))
+    x = moved(torch.randn(3, 32).bfloat16())
     with pytest.warns(RuntimeWarning, match=message):
         y = torch.ops.moec.experts(x, w, experts, params, spec, f"triton weights={weights}")
     assert torch.equal(y, torch.ops.moec.experts(x, w, experts, params, spec, "triton"))

@@ -1,8 +1,12 @@
-"""Whole library models through Triton's interpreter. Run by test_triton.py in its own process."""
+"""Whole library models by Triton's kernels, in the interpreter or on a GPU (elsewhere.py).
+
+Run by test_triton.py in its own process.
+"""
 
 import pytest
 import torch
 import zoo
+from elsewhere import DEVICE, moved
 from quick_interpreter import quick  # noqa: F401
 
 from moec.backend import Backend
@@ -20,7 +24,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])  # mixtral: the training step below
 def test_logits(name):
-    model, ids = zoo.library_model(name, "eager"), zoo.prompt(4, batch=1)
+    model, ids = zoo.library_model(name, "eager").to(DEVICE), moved(zoo.prompt(4, batch=1))
     torch._dynamo.reset()
     report = Report()
     with torch.no_grad():
@@ -33,7 +37,7 @@ def test_logits(name):
 
 
 def test_weights_kept_as_codes():
-    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(4, batch=1)
+    model, ids = zoo.library_model("mixtral", "eager").to(DEVICE), moved(zoo.prompt(4, batch=1))
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
@@ -48,7 +52,7 @@ def test_weights_kept_as_codes():
 
 
 def test_training_step(monkeypatch):
-    model, ids = zoo.library_model("mixtral", "eager"), zoo.prompt(4, batch=1)
+    model, ids = zoo.library_model("mixtral", "eager").to(DEVICE), moved(zoo.prompt(4, batch=1))
     torch._dynamo.reset()
 
     def step(run):
@@ -70,7 +74,7 @@ def test_training_step(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe"])
 def test_logits_in_bf16(name):
-    model, ids = zoo.library_model(name, "eager", torch.bfloat16), zoo.prompt(13)
+    model, ids = zoo.library_model(name, "eager", torch.bfloat16).to(DEVICE), moved(zoo.prompt(13))
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
