@@ -38,13 +38,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of the kernel named `kernel` over `grid`."""
+    """One launch of the kernel named `kernel` over `grid`; its pointers come before its other arguments."""
 
     kernel: str
     grid: tuple[int, ...]
     arguments: tuple[Argument, ...]
     num_warps: int
     num_stages: int
+
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """What the pointers are bound to: names of a call's tensors and of its program's buffers, in order."""
+        return tuple(a.binding or a.name for a in self.arguments if a.type.startswith("*"))
 
     def signature(self) -> dict[str, str]:
         """Argument types by name, as triton.compiler.ASTSource takes them."""

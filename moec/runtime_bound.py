@@ -6,43 +6,74 @@ Letters: H hidden, F expert width, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moec.binding import checked_sizes
+from moec.binding import Bindings, checked_sizes
 from moec.codegen.triton_operands import Strides
 from moec.errors import CodegenError
 from moec.runtime_memory import Fence, capturing, outside_of_graphs
 from moec.spec import KernelSpec
 
+_MOST = 1024  # layouts of stacked parameters that one kernel remembers
 
-@dataclass(frozen=True)
-class Bound:
-    """Parameters by group as kernels take them (a tensor, or a table of addresses), their strides, E, H, F.
+
+class Layout(NamedTuple):
+    """Strides of the parameters by group as kernels take them, and E, H, F."""
+
+    strides: tuple[tuple[str, Strides], ...]
+    E: int
+    H: int
+    F: int
+
+
+class Bound(NamedTuple):
+    """Parameters by group as kernels take them (a tensor, or a table of addresses), and how they lie.
 
     keeps   whether it may be used again for parameters at the same addresses
     fence   after which the tables are written
     """
 
     tensors: Mapping[str, Tensor]
-    strides: tuple[tuple[str, Strides], ...]
-    E: int
-    H: int
-    F: int
-    keeps: bool
-    fence: Fence | None = field(default=None, compare=False)
+    layout: Layout
+    keeps: bool = False
+    fence: Fence | None = None
 
 
-def bind_to_keep(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
-    """`bind`, for a binding that outlives the call where that is allowed.
+class Bounds:
+    """What the parameters of one spec's calls are bound to.
 
-    A stacked tensor is bound as it is: to keep that would keep the user's weights alive. What a CUDA graph records is
-    written when the graph is replayed, so that calls outside of it find nothing there.
+    Tables of addresses are kept. A stacked tensor is bound as it is, since to keep that would keep the user's weights
+    alive: of those only the layout is.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self._spec, self._stacked, self._groups = spec, spec.experts.stacked, spec.experts.param_groups
+        self._tables = Bindings(lambda params: _bind_to_keep(spec, params), lambda bound: bound.keeps)
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+
+    def of(self, params: Sequence[Tensor]) -> Bound:
+        """The parameters as kernels take them; raises as `bind` does."""
+        if not self._stacked:
+            return self._tables.of(params)
+        key = tuple([(p.shape, p.stride()) for p in params])
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= _MOST:
+                self._layouts.clear()
+            layout = self._layouts[key] = bind(self._spec, params, keeps=False).layout
+        return Bound(dict(zip(self._groups, params, strict=True)), layout)
+
+
+def _bind_to_keep(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
+    """`bind` to tables that outlive the call where that is allowed.
+
+    What a CUDA graph records is written when the graph is replayed, so that calls outside of it find nothing there.
     """
     device = params[0].device
-    if spec.experts.stacked or capturing(device):
+    if capturing(device):
         return bind(spec, params, keeps=False)
     return outside_of_graphs(lambda: bind(spec, params), device)
 
@@ -50,12 +81,12 @@ def bind_to_keep(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
 def bind(spec: KernelSpec, params: Sequence[Tensor], keeps: bool = True) -> Bound:
     """The parameter groups as kernels take them; raises CodegenError where shapes or devices contradict each other."""
     s = spec.experts
-    count, hidden, width = checked_sizes(s, params)
+    layout = checked_sizes(s, params)
     device = params[0].device
     if any(p.device != device for p in params):
         found = ", ".join(sorted({str(p.device) for p in params}))
         raise CodegenError(f"one layer's experts are on {found}; move them to one device")
-    each = 1 if s.stacked else count
+    each = 1 if s.stacked else layout[0]
     tensors: dict[str, Tensor] = {}
     strides: list[tuple[str, Strides]] = []
     copied = False
@@ -64,7 +95,8 @@ def bind(spec: KernelSpec, params: Sequence[Tensor], keeps: bool = True) -> Boun
         tensors[group] = tensor
         strides.append((group, own))
         copied = copied or copy
-    return Bound(tensors, tuple(strides), count, hidden, width, keeps and not copied, Fence(device) if keeps else None)
+    fence = Fence(device) if keeps else None
+    return Bound(tensors, Layout(tuple(strides), *layout), keeps and not copied, fence)
 
 
 def _transposed(spec: KernelSpec, group: str) -> bool:

@@ -1,56 +1,64 @@
-"""Programs of Triton launches made to run: buffers allocated, kernels compiled before the first launch, launched.
+"""Programs of Triton launches made to run: kernels compiled before the first launch, buffers allocated, launched.
 
-The same path serves a GPU and Triton's interpreter (TRITON_INTERPRET=1, tensors on the CPU).
+On a GPU compiled kernels are given addresses; Triton's interpreter (TRITON_INTERPRET=1) runs over tensors on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moec.bounds import up
-from moec.codegen.triton_call import Argument, Buffer, Launch, Program
+from moec.codegen.triton_call import Argument, Buffer, Program
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_launch import ALIGNED
 from moec.errors import BuildError, CodegenError, MoecError
+from moec.runtime_compiled import Compiled
 from moec.spec import DTYPES
 
 _BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
-_POINTED = {
-    "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*i32": torch.int32, "*i64": torch.int64,
-    "*i8": torch.int8, "*u8": torch.uint8, "*fp8e4nv": torch.float8_e4m3fn,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Built:
-    """A program and the module that its kernels are in."""
+    """A program, the module that its kernels are in, and its kernels compiled; None: Triton interprets the module."""
 
     module: ModuleType
     program: Program
+    compiled: Compiled | None = None
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Where in one block each buffer begins, and last what all of them take, in bytes."""
+        return tuple(itertools.accumulate((up(b.bytes, ALIGNED) for b in self.program.buffers), initial=0))
 
 
-def built(module: ModuleType, make: Callable[[GpuConfig], Program], config: GpuConfig, device: torch.device) -> Built:
-    """The program of `config`, its kernels compiled for `device`; with fewer stages where shared memory is too small.
+def built(
+    module: ModuleType,
+    make: Callable[[GpuConfig], Program],
+    config: GpuConfig,
+    tensors: Mapping[str, Tensor],
+) -> Built:
+    """The program of `config`, compiled for the device of the call's `tensors`, other calls' being like them.
 
-    Raises BuildError where a kernel cannot be compiled, what `make` raises otherwise.
+    It has fewer stages where shared memory is too small. Raises BuildError where a kernel cannot be compiled, what
+    `make` raises otherwise.
     """
+    device = tensors["x"].device
     while True:
         made = make(config)
-        try:
-            if device.type != "cpu":
-                with on_device(device):
-                    for launch in made.launches:
-                        _compile(module, launch)
+        if device.type == "cpu":
             return Built(module, made)
+        reach = {name: _reach(tensor) for name, tensor in tensors.items()} | {b.name: b.bytes for b in made.buffers}
+        try:
+            return Built(module, made, Compiled(module, made, device, reach))
         except MoecError:
             raise
         except Exception as error:  # the compiler's own errors have no common base
@@ -60,17 +68,16 @@ def built(module: ModuleType, make: Callable[[GpuConfig], Program], config: GpuC
             config = replace(config, num_stages=config.num_stages - 1)
 
 
+def _reach(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def _too_large(error: Exception) -> bool:
     from triton.runtime.errors import OutOfResources
 
     return isinstance(error, OutOfResources) and error.name == "shared memory"
-
-
-def _compile(module: ModuleType, launch: Launch) -> None:
-    """Compile and load one kernel, as the launch will find it; nothing runs."""
-    args = [_POINTED[a.type] if a.type.startswith("*") else a.value for a in launch.arguments]
-    made = getattr(module, launch.kernel).warmup(*args, grid=launch.grid, **launch.options())
-    made._init_handles()  # where shared memory and registers are checked against the device's
 
 
 def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0) -> None:
@@ -84,15 +91,35 @@ def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0
     """
     if isinstance(built, BuildError):
         raise built
-    x, made = tensors["x"], built.program
+    x = tensors["x"]
+    device = x.device
     for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise CodegenError(f"{name!r} is on {tensor.device}, x on {x.device}; move them to one device")
-    tensors |= arena(made.buffers, x, reserved) if reserved else apart(made.buffers, x)
-    if made.scratch:  # in a context of its own, so that the allocator of the user's kernels stays what it is
-        contextvars.copy_context().run(_launch, built.module, made, tensors)
+        if tensor.device != device:
+            raise CodegenError(f"{name!r} is on {tensor.device}, x on {device}; move them to one device")
+    if built.compiled is None:
+        buffers = built.program.buffers
+        tensors |= arena(buffers, x, reserved) if reserved else apart(buffers, x)
+        _interpret(built.module, built.program, tensors)
+        return
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    block = _placed(built, x, reserved, addresses)
+    if built.program.scratch:  # in a context of its own, so that the allocator of the user's kernels stays what it is
+        contextvars.copy_context().run(_launch_with_scratch, built.compiled, addresses, device)
     else:
-        _launch(built.module, made, tensors)
+        built.compiled.launch(addresses)
+    del block  # not before: the allocator may give it away
+
+
+def _placed(built: Built, x: Tensor, reserved: int, addresses: dict[str, int]) -> Tensor:
+    """One block for all buffers, whose addresses join `addresses`."""
+    *begins, end = built.begins
+    block = x.new_empty(max(reserved, end), dtype=torch.uint8)
+    base = block.data_ptr()
+    for buffer, begin in zip(built.program.buffers, begins, strict=True):
+        addresses[buffer.name] = base + begin
+        if buffer.zeros:
+            block[begin : begin + buffer.bytes].zero_()
+    return block
 
 
 def apart(buffers: Sequence[Buffer], x: Tensor) -> dict[str, Tensor]:
@@ -115,21 +142,11 @@ def arena(buffers: Sequence[Buffer], x: Tensor, size: int) -> dict[str, Tensor]:
     return found
 
 
-def _launch(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:
-    x = tensors["x"]
-    if made.scratch:
-        _allocate_scratch_on(x.device)
-    with on_device(x.device):
-        for launch in made.launches:
-            kernel = getattr(module, launch.kernel)
-            pointers = (a.type.startswith("*") for a in launch.arguments)
-            args = [_argument(a, tensors) if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)]
-            kernel[launch.grid](*args, num_warps=launch.num_warps, num_stages=launch.num_stages)
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device and stream: make them those of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _interpret(module: ModuleType, made: Program, tensors: Mapping[str, Tensor]) -> None:
+    for launch in made.launches:
+        pointers = (a.type.startswith("*") for a in launch.arguments)
+        args = [_argument(a, tensors) if p else a.value for a, p in zip(launch.arguments, pointers, strict=True)]
+        getattr(module, launch.kernel)[launch.grid](*args, **launch.options())
 
 
 def _argument(pointer: Argument, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -138,7 +155,7 @@ def _argument(pointer: Argument, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensor.view(torch.uint8) if pointer.type == "*u8" else tensor
 
 
-def _allocate_scratch_on(device: torch.device) -> None:
+def _launch_with_scratch(compiled: Compiled, addresses: Mapping[str, int], device: torch.device) -> None:
     """Memory for descriptors that kernels make: torch's own, so that it follows the stream and joins CUDA graphs."""
     import triton
 
@@ -146,3 +163,4 @@ def _allocate_scratch_on(device: torch.device) -> None:
         return torch.empty(size, dtype=torch.int8, device=device)
 
     triton.set_allocator(scratch)
+    compiled.launch(addresses)

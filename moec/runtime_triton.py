@@ -1,4 +1,4 @@
-"""A spec's Triton kernels as a Python object: launches worked out once a size, buffers allocated, kernels run in order.
+"""A spec's Triton kernels as a Python object: a kind of call is worked out once, then its kernels run in order.
 
 The same path serves a GPU and Triton's interpreter (TRITON_INTERPRET=1, tensors on the CPU). Nothing waits for the
 device and no allocation depends on data, so calls can be captured in a CUDA graph after a first call.
@@ -10,17 +10,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moec.binding import Bindings
 from moec.bounds import in_tokens
 from moec.capacity import capacity_at
 from moec.codegen.plan import Sizes
+from moec.codegen.triton_call import Program
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import buffer_formula, program
@@ -28,7 +29,7 @@ from moec.codegen.triton_operands import Operands
 from moec.codegen.triton_schedule import scheduled
 from moec.codegen.triton_views import undescribable
 from moec.errors import BuildError, CodegenError
-from moec.runtime_bound import Bound, bind_to_keep
+from moec.runtime_bound import Bound, Bounds
 from moec.runtime_launch import Built, built, run
 from moec.runtime_reserve import at_most, warn_beyond
 from moec.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
@@ -69,14 +70,23 @@ def allows_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@dataclass(frozen=True)
-class _Call:
+_MOST = 1024  # kinds of calls that one kernel remembers
+
+
+class _Call(NamedTuple):
     """Which entry runs with k experts a token; its capacity as a formula of T, the range of T; empty: none."""
 
     entry: str
     k: int
     capacity: str
     tokens: str
+
+
+class _Ready(NamedTuple):
+    """What runs for calls of one kind, and the bytes that they reserve."""
+
+    built: Built | BuildError
+    reserved: int
 
 
 class TritonKernel:
@@ -87,17 +97,17 @@ class TritonKernel:
     ) -> None:
         self.spec, self.device, self.combine, self.schedule = spec, device, combine, schedule
         self.figures = gpu_figures(device) if device.type == "cuda" else None
-        self._bindings = Bindings(lambda params: bind_to_keep(spec, params), lambda b: b.keeps)
-        self._programs = lru_cache(maxsize=1024)(self._make_program)
+        self._bounds = Bounds(spec)
+        self._dtypes = lru_cache(maxsize=16)(lambda count: stored_dtypes(spec.experts, count))
         self._configs = lru_cache(maxsize=1024)(self._config)
         self._most_bytes = lru_cache(maxsize=1024)(self._make_reserved)
+        self._ready: dict[tuple[object, ...], _Ready] = {}
         self._fixed: GpuConfig | None = None
         load(spec)  # what cannot be generated is known before the first call
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        wanted = stored_dtypes(self.spec.experts, len(params))
-        return x.dtype in DTYPE_NAMES and all(p.dtype == d for p, d in zip(params, wanted, strict=True))
+        return x.dtype in DTYPE_NAMES and [p.dtype for p in params] == self._dtypes(len(params))
 
     def experts(
         self,
@@ -117,10 +127,8 @@ class TritonKernel:
             return y.zero_()
         if weights.dtype not in DTYPE_NAMES:
             weights = weights.float()
-        bound = self.bound(params)
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
-        operands = self.operands(x, bound, weights.dtype)
-        self._run(x, y, bound, given, operands, _Call("experts", experts.shape[1], capacity, tokens))
+        self._run(x, y, self.bound(params), given, _Call("experts", experts.shape[1], capacity, tokens))
         return y
 
     def moe(
@@ -146,30 +154,34 @@ class TritonKernel:
         if x.numel() == 0:
             return results
         bound = self.bound(params)
-        if count != bound.E:
-            raise CodegenError(f"the router's matrix is {list(router[0].shape)}, but there are E={bound.E} experts")
+        if count != bound.layout.E:
+            wanted = f"E={bound.layout.E} experts"
+            raise CodegenError(f"the router's matrix is {list(router[0].shape)}, but there are {wanted}")
         matrix, *rest = (t if t.dtype in DTYPE_NAMES else t.float() for t in router)
         given["router"] = matrix
         if r.bias:
             given["router_bias"] = rest.pop(0).contiguous()
         if r.selection_bias:
             given["selection"] = rest.pop(0).contiguous()
-        operands = self.operands(x, bound, DTYPES[r.weight_dtype], given)
-        self._run(x, y, bound, given, operands, _Call("moe", k, "", tokens))
+        self._run(x, y, bound, given, _Call("moe", k, "", tokens))
         return results
 
     def config_for(self, sizes: Sizes) -> GpuConfig:
         """The configuration of a call's kernels."""
         if self._fixed is not None:
             return self._fixed
-        config = self._configs(sizes, allows_tf32(self.device))
+        config = self._configs(sizes, self._tf32())
         return replace(config, combine="atomic") if self.combine == "atomic" else config
 
     def with_config(self, config: GpuConfig) -> TritonKernel:
         """This kernel with one configuration for all sizes; what is compiled and bound they share."""
         made = copy(self)
-        made._fixed = config
+        made._fixed, made._ready = config, {}
         return made
+
+    def _tf32(self) -> bool:
+        """Whether products may be rounded to tf32: only those of fp32 numbers can be."""
+        return self.spec.experts.dtype == "f32" and allows_tf32(self.device)
 
     def _config(self, sizes: Sizes, tf32: bool) -> GpuConfig:
         """What was measured, where that can serve; else the default."""
@@ -178,43 +190,48 @@ class TritonKernel:
         plain = self.schedule == "pointers" and self.combine == "ordered"  # nothing else is asked for by name
         return found if found is not None and plain and found.variant == default.variant else default
 
-    def operands(
-        self, x: Tensor, bound: Bound, weights: torch.dtype, router: Mapping[str, Tensor] | None = None
-    ) -> Operands:
+    def operands(self, x: Tensor, bound: Bound, given: Mapping[str, Tensor]) -> Operands:
+        """How the tensors of a call lie; `given` by name: routing weights, and the router's where it has one."""
         row, column = x.stride()
-        base = (DTYPE_NAMES[x.dtype], (row, column), bound.strides, DTYPE_NAMES[weights])
-        if router is None:
+        base = (DTYPE_NAMES[x.dtype], (row, column), bound.layout.strides, DTYPE_NAMES[given["weights"].dtype])
+        if "router" not in given:
             return Operands(*base)
-        matrix, empty = router["router"], x
+        matrix, empty = given["router"], x
         first, second = matrix.stride()
-        bias, selection = router.get("router_bias", empty), router.get("selection", empty)
+        bias, selection = given.get("router_bias", empty), given.get("selection", empty)
         names = (DTYPE_NAMES[matrix.dtype], (first, second), DTYPE_NAMES[bias.dtype], DTYPE_NAMES[selection.dtype])
         return Operands(*base, *names)
 
-    def _make_program(
-        self, sizes: Sizes, config: GpuConfig, operands: Operands, entry: str, capacity: int | None
-    ) -> Built | BuildError:
-        config = scheduled(config, self.schedule, self.spec, sizes, operands, self.figures)
-        made = check_target(config, self.figures)
-        try:
-            return built(
-                load(self.spec, tf32=made.tf32),
-                lambda config: program(self.spec, sizes, config, operands, entry, capacity),
-                made,
-                self.device,
-            )
-        except BuildError as error:
-            return error  # kept as well: to compile again in every call would cost seconds each
+    def _run(self, x: Tensor, y: Tensor, bound: Bound, given: Mapping[str, Tensor], call: _Call) -> None:
+        lie = [(t.dtype, t.stride()) for t in given.values()]
+        kind = (call, x.dtype, x.shape, x.stride(), bound.layout, self._tf32(), *lie)
+        tensors = {"x": x, "y": y, **bound.tensors, **given}
+        ready = self._ready.get(kind)
+        if ready is None:
+            if len(self._ready) >= _MOST:
+                self._ready.clear()
+            ready = self._ready[kind] = self._make_ready(tensors, bound, given, call)
+        run(ready.built, tensors, ready.reserved)
 
-    def _run(
-        self, x: Tensor, y: Tensor, bound: Bound, given: Mapping[str, Tensor], operands: Operands, call: _Call
-    ) -> None:
-        if x.shape[1] != bound.H:
-            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
-        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, call.k)
+    def _make_ready(
+        self, tensors: Mapping[str, Tensor], bound: Bound, given: Mapping[str, Tensor], call: _Call
+    ) -> _Ready:
+        x, (_, count, hidden, width) = tensors["x"], bound.layout
+        if x.shape[1] != hidden:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
+        sizes, operands = Sizes(x.shape[0], hidden, width, count, call.k), self.operands(x, bound, given)
         capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
-        made = self._programs(sizes, self._usable(sizes, operands), operands, call.entry, capacity)
-        run(made, {"x": x, "y": y, **bound.tensors, **given}, self._reserved(sizes, operands, call))
+        config = scheduled(self._usable(sizes, operands), self.schedule, self.spec, sizes, operands, self.figures)
+        checked = check_target(config, self.figures)
+        reserved = self._reserved(sizes, operands, call)
+
+        def make(config: GpuConfig) -> Program:
+            return program(self.spec, sizes, config, operands, call.entry, capacity)
+
+        try:
+            return _Ready(built(load(self.spec, tf32=checked.tf32), make, checked, tensors), reserved)
+        except BuildError as error:
+            return _Ready(error, reserved)  # kept as well: to compile again in every call would cost seconds each
 
     def _usable(self, sizes: Sizes, operands: Operands) -> GpuConfig:
         """The configuration, without descriptors where it was measured with weights that lie otherwise."""
@@ -245,7 +262,7 @@ class TritonKernel:
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the parameters lie, as the current stream may read it."""
-        found = self._bindings.of(params)
+        found = self._bounds.of(params)
         if found.fence is not None:
             found.fence.wait(self.device)
         return found

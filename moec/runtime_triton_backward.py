@@ -5,7 +5,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_backward import Wanted, backward_config, backward_program
+from moec.codegen.triton_call import Program
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_operands import Operands
@@ -21,6 +22,8 @@ from moec.runtime_bound import table_of
 from moec.runtime_launch import Built, built, run
 from moec.runtime_triton import TritonKernel, load_triton, rows_of
 from moec.spec import DTYPE_NAMES, DTYPES
+
+_MOST = 1024  # kinds of calls that one kernel remembers
 
 
 @lru_cache(maxsize=1024)
@@ -34,7 +37,7 @@ class TritonBackward:
 
     def __init__(self, forward: TritonKernel) -> None:
         self.forward, self.spec = forward, forward.spec
-        self._programs = lru_cache(maxsize=1024)(self._make_program)
+        self._programs: dict[tuple[object, ...], Built | BuildError] = {}
         load(forward.spec, backward=True)  # what cannot be generated is known before the first call
 
     def takes(self, grad: Tensor, x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -56,32 +59,43 @@ class TritonBackward:
         if x.numel() == 0 or experts.shape[1] == 0:
             return torch.zeros_like(x), torch.zeros_like(weights), [d.zero_() for d in dparams]
         bound = self.forward.bound(params)
-        if x.shape[1] != bound.H:
-            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
+        _, count, hidden, width = bound.layout
+        if x.shape[1] != hidden:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
         given = weights if weights.dtype in DTYPE_NAMES else weights.float()
-        sizes = Sizes(x.shape[0], bound.H, bound.F, bound.E, experts.shape[1])
+        sizes = Sizes(x.shape[0], hidden, width, count, experts.shape[1])
         dx, dweights = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weights.shape, dtype=torch.float32)
         groups, results = self._results(dparams, needs[2:])
         config = backward_config(self.forward.config_for(sizes))
-        operands = self.forward.operands(x, bound, given.dtype)
-        made = self._programs(sizes, config, operands, Wanted(needs[0], needs[1], groups))
         tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
-        tensors["experts"] = experts.to(torch.int64).contiguous()
-        run(made, {**tensors, **bound.tensors, **results})
+        tensors |= {"experts": experts.to(torch.int64).contiguous(), **bound.tensors, **results}
+        operands = self.forward.operands(x, bound, tensors)
+        run(self._program(sizes, config, operands, Wanted(needs[0], needs[1], groups), tensors), tensors)
         return (
             dx.to(x.dtype) if needs[0] else x.new_empty(0),
             dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),
             dparams,
         )
 
-    def _make_program(self, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted) -> Built | BuildError:
+    def _program(
+        self, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted, tensors: Mapping[str, Tensor]
+    ) -> Built | BuildError:
+        kind = (sizes, config, operands, wanted)
+        made = self._programs.get(kind)
+        if made is None:
+            if len(self._programs) >= _MOST:
+                self._programs.clear()
+            made = self._programs[kind] = self._make_program(*kind, tensors)
+        return made
+
+    def _make_program(
+        self, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted, tensors: Mapping[str, Tensor]
+    ) -> Built | BuildError:
+        def make(config: GpuConfig) -> Program:
+            return backward_program(self.spec, sizes, config, operands, wanted)
+
         try:
-            return built(
-                load(self.spec, backward=True, tf32=config.tf32),
-                lambda config: backward_program(self.spec, sizes, config, operands, wanted),
-                config,
-                self.forward.device,
-            )
+            return built(load(self.spec, backward=True, tf32=config.tf32), make, config, tensors)
         except BuildError as error:
             return error
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 # torch built for CPUs knows no device guard of a GPU, and without one no fake tensor of a GPU can be indexed.
@@ -70,7 +71,8 @@ MI300 = SimpleNamespace(
 class Gpu:
     """What was asked of the drivers.
 
-    launches   (kernel, grid, device, stream, arguments by name, options) of each
+    launches   (kernel, grid, device, stream, arguments by name, options, signature, attrs) of each
+    guarded    the devices that were made current
     compiled   the kernels that were compiled, in order
     refuses    called with (kernel, options) when one is compiled; raises what the compiler would
     """
@@ -84,6 +86,7 @@ class Gpu:
     pending: bool = False
     waits: int = 0
     in_pool: set = field(default_factory=set)
+    guarded: list = field(default_factory=list)
 
     @property
     def target(self):
@@ -94,29 +97,30 @@ class Gpu:
         return GPUTarget("cuda", 10 * p.major + p.minor, 32)
 
 
-class Kernel:
-    """A compiled kernel: what Triton's launch asks of one."""
+class Kernel(CompiledKernel):
+    """A compiled kernel without code: its launcher writes down what it is given, and calls the hooks."""
 
     function = packed_metadata = None
 
     def __init__(self, gpu, src, options):
-        self.gpu, self.src, self.options = gpu, src, options
+        self.gpu, self.src, self.options, self.name = gpu, src, options, src.fn.fn.__name__
 
     def _init_handles(self):
         if self.gpu.refuses is not None:
-            self.gpu.refuses(self.src.fn.fn.__name__, self.options)
-
-    def launch_metadata(self, *_):
-        return None
+            self.gpu.refuses(self.name, self.options)
 
     def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
         named = dict(zip(self.src.fn.arg_names, args, strict=True))
+        if enter is not None:
+            enter(metadata)
         self.gpu.launches.append(
             SimpleNamespace(
-                kernel=self.src.fn.fn.__name__, grid=(x, y, z), device=self.gpu.current, stream=stream,
-                arguments=named, options=self.options, signature=self.src.signature,
+                kernel=self.name, grid=(x, y, z), device=self.gpu.current, stream=stream, arguments=named,
+                options=self.options, signature=self.src.signature, attrs=self.src.attrs,
             )
         )  # fmt: skip
+        if leave is not None:
+            leave(metadata)
 
 
 class Event:
@@ -159,6 +163,7 @@ def pretend(monkeypatch, properties, compiler=None):
     @contextlib.contextmanager
     def on(device):
         old, gpu.current = gpu.current, torch.device(device).index
+        gpu.guarded.append(gpu.current)
         yield
         gpu.current = old
 
