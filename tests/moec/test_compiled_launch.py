@@ -12,6 +12,7 @@ from triton.runtime import jit
 import moec
 from moec import runtime
 from moec.codegen.triton_emit import _load
+from moec.errors import BuildError
 from moec.runtime_triton import load_triton
 from moec.runtime_triton_backward import load_triton_backward
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
@@ -204,3 +205,19 @@ def test_a_call_is_few_steps_of_python(monkeypatch, dtype, stacked, T):
     runtime._moe(x, router, params, K, text, "auto")
     sys.setprofile(None)
     assert 10 < len(entered) <= 50, entered
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
+    gpus.pretend(monkeypatch, gpus.H100)
+    tried = []
+
+    def refusing(src, target=None, options=None, **_):
+        tried.append(src.fn.fn.__name__)
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr("triton.compiler.compile", refusing)
+    call = caller(100, engine="triton")
+    for _ in range(2):
+        with pytest.raises(BuildError, match="PassManager"):
+            call()
+    assert tried == ["router"]
