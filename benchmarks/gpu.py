@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, RESULTS, Shape, check_names, library_block, wanted, write_json
+from common import DTYPES, RESULTS, Shape, add_ways, check_names, library_block, wanted, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", default="mixtral,qwen3,deepseek", help=f"of {', '.join(GPU_LAYERS)}")
     parser.add_argument("--tokens", default="1,16,64,512,4096")
     parser.add_argument("--dtypes", default="bf16", help=f"of {', '.join(DTYPES)}")
+    add_ways(parser)
     parser.add_argument("--train", action="store_true", help="forward and backward instead of forward")
     parser.add_argument("--schedules", action="store_true", help="moec with each of its schedules")
     parser.add_argument("--no-inductor", action="store_true", help="leave Inductor's compilation out")
@@ -117,6 +118,15 @@ def ways(plain: MoE, shape: Shape, asked: argparse.Namespace) -> dict[str, Calla
     if not asked.no_inductor:
         found["Inductor, grouped_mm"] = block("grouped_mm", "inductor")
     return found | {"batched_mm": block("batched_mm"), "eager": block("eager")}
+
+
+def named(found: Mapping[str, Callable[[Tensor], Tensor]], names: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Those of the ways that `names` lists; all where it is empty. Ends the program for a name that there is not."""
+    wanted_ones = [name for name in names.split(",") if name]
+    for name in wanted_ones:
+        if name not in found:
+            raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(found)}")
+    return {name: way for name, way in found.items() if not wanted_ones or name in wanted_ones}
 
 
 def step(way: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
@@ -212,7 +222,7 @@ def run_layer(name: str, dtype: str, asked: argparse.Namespace, clock: EventCloc
     plain = gpu_layer(shape, DTYPES[dtype])
     plain.requires_grad_(asked.train)
     layer, cells, rows = shape.layer(DTYPES[dtype]), list[Cell](), dict[int, tuple[float, list[Cell]]]()
-    found = ways(plain, shape, asked)
+    found = named(ways(plain, shape, asked), asked.ways)
     for tokens in map(int, asked.tokens.split(",")):
         torch.manual_seed(1)
         x = torch.randn(tokens, shape.hidden, device="cuda", dtype=DTYPES[dtype])

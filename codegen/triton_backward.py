@@ -1,6 +1,6 @@
-"""The launches of one backward call: slopes, rows, tokens and parameters, over the row tiles of a new dispatch.
+"""The launches of one backward call: rows in the order of experts, slopes, rows, tokens and parameters.
 
-Nothing is kept from the forward pass: φ's inputs are computed anew. Gradients that nobody wants are not computed.
+φ's inputs are computed anew, over the row tiles of a new dispatch. Gradients that nobody wants are not computed.
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
 """
 
@@ -29,15 +29,13 @@ class Wanted:
 
 
 def backward_config(config: GpuConfig) -> GpuConfig:
-    """The configuration of a backward call whose forward call has `config`: three products a tile want smaller ones."""
+    """The configuration of a backward call whose forward call has `config`: the same tiles, read by pointers."""
     few = config.variant == "decode"
     return replace(
         config,
-        block_m=16 if few else min(config.block_m, 64),
-        block_n=64 if few else min(config.block_n, 64),
-        block_k=min(config.block_k, 32),
-        num_warps=8 if config.block_m >= 64 and not few else 4,  # 4 warps spill on sm_80: three sums of 64 × 64
-        num_stages=min(config.num_stages, 2),
+        block_n=64 if few else config.block_n,
+        block_k=min(config.block_k, 64),
+        num_stages=2 if few else config.num_stages,
         variant="sorted",
         combine="fused",
         weights="pointers",
@@ -47,11 +45,23 @@ def backward_config(config: GpuConfig) -> GpuConfig:
 
 
 @lru_cache(maxsize=4096)
-def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted) -> Program:
-    """The launches and buffers of one backward call. Buffers named d… and the tensors of `wanted` are its results."""
+def backward_program(
+    spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted, saved: bool = False
+) -> Program:
+    """The launches and buffers of one backward call. Buffers named d… and the tensors of `wanted` are its results.
+
+    `saved`: the call is given what φ read as `inputs`, a row a pair.
+    """
     at = forward.at(spec, sizes, config, operands)
-    columns = forward.ceil_div(sizes.F, config.block_n)
-    steps = [forward.dispatch(at), _hidden(at)]
+    hidden = _narrowed(at)
+    columns = forward.ceil_div(sizes.F, hidden.config.block_n)
+    x_wanted = not saved or any(g not in ("out", "bias_out") for g in wanted.groups)
+    steps = [forward.dispatch(at), _gather(at, "grad")]
+    if x_wanted:
+        steps.append(_gather(at, "x"))
+    if not saved:
+        steps += _inputs(at)
+    steps.append(_hidden(hidden, saved))
     if wanted.x or (wanted.weights and spec.experts.weight_on == "input"):
         steps.append(_rows(at))
     if wanted.x or wanted.weights:
@@ -60,63 +70,115 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
     dtype, pairs = spec.experts.dtype, at.pairs
     buffers = (
         *forward.tile_buffers(at),
-        *(Buffer(name, dtype, (pairs, sizes.F)) for name in ("h", *slope_names(spec))),
+        Buffer("grad_rows", dtype, (pairs, sizes.H)),
+        *((Buffer("x_rows", dtype, (pairs, sizes.H)),) if x_wanted else ()),
+        Buffer("h", dtype, (pairs, sizes.F)),
+        Buffer("dinputs", dtype, (pairs, at.columns)),
         Buffer("slots", dtype, (pairs, sizes.H)),
         Buffer("parts", "f32", (pairs, columns)),
     )
     return Program(tuple(steps), buffers)
 
 
-def slope_names(spec: KernelSpec) -> tuple[str, ...]:
-    """The gradients by φ's inputs."""
-    return ("da", "db")[: spec.experts.ab_views]
+def _narrowed(at: forward.At) -> forward.At:
+    """Tiles of at most 128 columns: a second and a third value for each of them are at hand when the sum is done."""
+    return replace(at, config=replace(at.config, block_n=min(at.config.block_n, 128)))
 
 
 def _groups(spec: KernelSpec, first: bool) -> list[str]:
     return [g for g in spec.experts.param_groups if (g in ("out", "bias_out")) != first]
 
 
-def _matrices(spec: KernelSpec) -> list[str]:
+def matrices(spec: KernelSpec) -> list[str]:
+    """The matrices of the first product, in the order of their columns among φ's inputs."""
     return [g for g in _groups(spec, True) if not g.startswith("bias_")]
 
 
-def _hidden(at: forward.At) -> Launch:
-    s, c, o = at.sizes, at.config, at.operands
-    first, strides = forward.param_arguments(at, True)
-    last, more = forward.param_arguments(at, False)
-    dtype = at.spec.experts.dtype
+def _gather(at: forward.At, source: str) -> Launch:
+    """Rows of x (weighted where experts read them so) or of the output's gradient, in the order of experts."""
+    s, o = at.sizes, at.operands
+    of_x, on_input = source == "x", at.spec.experts.weight_on == "input"
+    columns = min(256, forward.power_of_two(s.H))
+    rows = max(1, 4096 // columns)
+    strides = o.x_strides if of_x else (s.H, 1)
     consts = forward.constants(
-        H=s.H, F=s.F, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides, **more,
-        **forward.gemm_consts(at, s.H), WIDE_X=at.wide_x or s.T * s.H >= forward.WIDE,
-        WIDE_W=at.wide_w(*_matrices(at.spec), "out"),
+        COLUMNS=s.H, E=s.E, K=s.k, stride_t=strides[0], stride_c=strides[1], WEIGHTED=of_x and on_input,
+        BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
     )  # fmt: skip
-    results = (forward.pointer(name, dtype) for name in ("h", *slope_names(at.spec)))
     arguments = (
-        forward.pointer("grad", at.spec.y_dtype), forward.pointer("x", o.x_dtype),
-        forward.pointer("weights", o.weights_dtype), *first, *last, *forward.tile_pointers(at), *results,
-        forward.pointer("parts", "f32"), Argument("m_tiles", "i32", at.m_tiles), *consts,
+        replace(forward.pointer("source", o.x_dtype if of_x else at.spec.y_dtype), binding=source),
+        *((forward.pointer("weights", o.weights_dtype),) if on_input else ()),
+        forward.pointer("order", "i32"), forward.pointer("offsets", "i32"),
+        replace(forward.pointer("rows", at.spec.experts.dtype), binding=f"{source}_rows"), *consts,
     )  # fmt: skip
-    blocks = at.m_tiles * forward.ceil_div(s.F, c.block_n)
-    return Launch("backward_hidden", (blocks,), arguments, c.num_warps, c.num_stages)
+    grid = (forward.ceil_div(at.pairs, rows), forward.ceil_div(s.H, columns))
+    return Launch("backward_gather", grid, arguments, 4, 1)
+
+
+def _grouped(at: forward.At, kernel: str, columns: int, arguments: Sequence[Argument], **numbers: int) -> Launch:
+    """A product over row tiles with `columns` columns."""
+    c = at.config
+    consts = forward.constants(**numbers, EVEN_N=columns % c.block_n == 0)
+    grid = (at.m_tiles * forward.ceil_div(columns, c.block_n),)
+    return Launch(
+        kernel, grid, (*arguments, Argument("m_tiles", "i32", at.m_tiles), *consts), c.num_warps, c.num_stages
+    )
+
+
+def _inputs(at: forward.At) -> list[Launch]:
+    """What φ reads, anew: a launch a matrix."""
+    s, e = at.sizes, at.spec.experts
+    pointers, strides = forward.param_arguments(at, True)
+    named = {p.name: p for p in pointers}
+    steps: list[Launch] = []
+    for turn, matrix in enumerate(matrices(at.spec)):
+        width = at.columns // len(matrices(at.spec))
+        bias = f"bias_{matrix}"
+        own = {f"stride_matrix_{axis}": strides[f"stride_{matrix}_{axis}"] for axis in "enk"}
+        more = {f"stride_bias_in_{axis}": strides[f"stride_{bias}_{axis}"] for axis in "en"} if e.bias_in else {}
+        arguments = (
+            replace(forward.pointer("rows", e.dtype), binding="x_rows"),
+            replace(named[matrix], name="matrix", binding=matrix),
+            *((replace(named[bias], name="bias_in", binding=bias),) if e.bias_in else ()),
+            *forward.tile_pointers(at),
+            replace(forward.pointer("inputs", e.dtype), binding="dinputs"),
+        )
+        numbers = {"H": s.H, "N": width, "WIDTH": at.columns, "FROM": turn * width, **own, **more}
+        consts = {**numbers, **forward.gemm_consts(at, s.H), "WIDE_W": at.wide_w(matrix)}
+        steps.append(_grouped(at, "backward_inputs", width, arguments, **consts))
+    return steps
+
+
+def _hidden(at: forward.At, saved: bool) -> Launch:
+    s, e = at.sizes, at.spec.experts
+    last, strides = forward.param_arguments(at, False)
+    arguments = (
+        replace(forward.pointer("rows", e.dtype), binding="grad_rows"),
+        forward.pointer("weights", at.operands.weights_dtype), *last, *forward.tile_pointers(at),
+        replace(forward.pointer("inputs", e.dtype), binding="inputs" if saved else "dinputs"),
+        forward.pointer("dinputs", e.dtype), forward.pointer("h", e.dtype), forward.pointer("parts", "f32"),
+    )  # fmt: skip
+    consts = {
+        "H": s.H, "F": s.F, "WIDTH": at.columns, "SAVED": saved, **strides, **forward.gemm_consts(at, s.H),
+        "WIDE_W": at.wide_w("out"),
+    }  # fmt: skip
+    return _grouped(at, "backward_hidden", s.F, arguments, **consts)
 
 
 def _rows(at: forward.At) -> Launch:
-    s, c = at.sizes, at.config
-    dtype, matrices = at.spec.experts.dtype, _matrices(at.spec)
+    s, ours = at.sizes, matrices(at.spec)
     pointers, strides = forward.param_arguments(at, True)
-    slopes = (forward.pointer(name, dtype) for name in slope_names(at.spec))
-    kept = {n: v for n, v in strides.items() if not n.startswith("stride_bias_")}
-    consts = forward.constants(
-        H=s.H, F=s.F, **kept, **forward.gemm_consts(at, s.F), WIDE_W=at.wide_w(*matrices),
-    )  # fmt: skip
+    dtype = at.spec.experts.dtype
     arguments = (
-        *slopes, *(p for p in pointers if p.name in matrices), *forward.tile_pointers(at),
+        forward.pointer("dinputs", dtype), *(p for p in pointers if p.name in ours), *forward.tile_pointers(at),
         forward.pointer("slots", dtype),
-        Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
-    return Launch(
-        "backward_rows", (at.m_tiles * forward.ceil_div(s.H, c.block_n),), arguments, c.num_warps, c.num_stages
-    )
+    kept = {n: v for n, v in strides.items() if not n.startswith("stride_bias_")}
+    consts = {
+        "H": s.H, "WIDTH": at.columns, **kept, **forward.gemm_consts(at, at.columns // len(ours)),
+        "WIDE_W": at.wide_w(*ours),
+    }  # fmt: skip
+    return _grouped(at, "backward_rows", s.H, arguments, **consts)
 
 
 def _tokens(at: forward.At, parts: int, rows: bool) -> Launch:
@@ -137,62 +199,55 @@ def _tokens(at: forward.At, parts: int, rows: bool) -> Launch:
 
 
 def _params(at: forward.At, groups: Sequence[str]) -> list[Launch]:
-    """One launch for each of φ's inputs and one for the output's matrix, where they or their biases are wanted."""
-    steps: list[Launch] = []
-    for name, matrix, start, step in projections(at.spec):
-        bias = f"bias_{matrix}"
-        if matrix in groups or bias in groups:
-            steps.append(_outer(at, groups, name, matrix, bias, (start, step)))
+    """One launch for each matrix of which a gradient is wanted, or of its bias."""
+    ours = matrices(at.spec)
+    width = at.columns // len(ours)
+    steps = [
+        _outer(at, groups, matrix, (width, at.sizes.H), turn * width)
+        for turn, matrix in enumerate(ours)
+        if matrix in groups or f"bias_{matrix}" in groups
+    ]
     if "out" in groups or "bias_out" in groups:
-        steps.append(_outer(at, groups, "grad", "out", "bias_out", (0, 1)))
+        steps.append(_outer(at, groups, "out", (at.sizes.H, at.sizes.F), 0))
     return steps
 
 
-def projections(spec: KernelSpec) -> tuple[tuple[str, str, int | str, int], ...]:
-    """(slope, matrix, its first row, rows from one to the next) of each input of φ; a first row F is the width."""
-    gate = spec.experts.gate
-    if gate == "separate":
-        return (("da", "a", 0, 1), ("db", "b", 0, 1))
-    if gate == "concat":
-        return (("da", "ab", 0, 1), ("db", "ab", "F", 1))
-    if gate == "interleaved":
-        return (("da", "ab", 0, 2), ("db", "ab", 1, 2))
-    return (("da", "ab", 0, 1),)
+def _outer_tile(at: forward.At) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile of a gradient, depth of a step, warps: the matrix is large, rows may be few."""
+    c = at.config
+    if at.spec.experts.dtype == "f32":
+        return 64, 64, 16, 4
+    rows = -(-at.pairs // min(at.sizes.E, at.pairs))
+    return 128, max(128, c.block_n) if c.num_warps == 8 else 128, 64 if rows > 32 else 32, 8
 
 
-def _outer(
-    at: forward.At, groups: Sequence[str], left: str, matrix: str, bias: str, place: tuple[int | str, int]
-) -> Launch:
-    s, c, o, e = at.sizes, at.config, at.operands, at.spec.experts
+def _outer(at: forward.At, groups: Sequence[str], matrix: str, extent: tuple[int, int], start: int) -> Launch:
+    """The gradient of `matrix` [rows, columns], and of its bias."""
+    s, o, e = at.sizes, at.operands, at.spec.experts
     into = dict(ops.contiguous(at.spec, s).params)
-    of_out = matrix == "out"
-    rows, columns = (s.H, s.F) if of_out else (s.F, s.H)
-    right = "h" if of_out else "x"
-    right_strides = (s.F, 1) if of_out else o.x_strides
+    of_out, bias = matrix == "out", f"bias_{matrix}"
+    rows, columns = extent
+    block_m, block_n, block_k, warps = _outer_tile(at)
     has_bias = bias in groups
-    dtypes = {"grad": at.spec.y_dtype, "x": o.x_dtype}
     target = f"d_{bias}" if has_bias else f"d_{matrix}"
     consts = forward.constants(
-        K=s.k, ROWS=rows, COLUMNS=columns, stride_left_r=rows, stride_left_c=1,
-        stride_right_r=right_strides[0], stride_right_c=right_strides[1],
-        LEFT_TOKENS=of_out, RIGHT_TOKENS=not of_out,
-        LEFT_WEIGHTED=of_out and e.weight_on == "output", RIGHT_WEIGHTED=not of_out and e.weight_on == "input",
+        ROWS=rows, COLUMNS=columns, stride_left=s.H if of_out else at.columns, FROM=start,
+        BIAS_WEIGHTED=of_out and e.weight_on == "output",
         stride_dw_e=into[matrix][0], stride_dw_n=into[matrix][1], stride_dw_k=into[matrix][2],
-        stride_dbias_e=into[bias][0] if has_bias else 0, stride_dbias_n=1,
-        FROM=s.F if place[0] == "F" else int(place[0]), STEP=place[1], MATRIX=matrix in groups, BIAS=has_bias,
-        BLOCK_M=c.block_n, BLOCK_N=c.block_n, BLOCK_K=16 if e.dtype == "f32" else 32,
+        stride_dbias_e=into[bias][0] if has_bias else 0, stride_dbias_n=1, MATRIX=matrix in groups, BIAS=has_bias,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=8,
+        EVEN=rows % block_m == 0 and columns % block_n == 0,
     )  # fmt: skip
 
     def result(name: str, binding: str) -> Argument:
         kind = forward.pointer(name, e.dtype) if e.stacked else Argument(name, "*i64")
         return replace(kind, binding=binding)
 
-    matrix_into = f"d_{matrix}" if matrix in groups else target
     arguments = (
-        replace(forward.pointer("left", dtypes.get(left, e.dtype)), binding=left),
-        replace(forward.pointer("right", dtypes.get(right, e.dtype)), binding=right),
-        forward.pointer("weights", o.weights_dtype), result("dw", matrix_into), result("dbias", target),
-        forward.pointer("order", "i32"), forward.pointer("offsets", "i32"), *consts,
+        replace(forward.pointer("left", e.dtype), binding="grad_rows" if of_out else "dinputs"),
+        replace(forward.pointer("right", e.dtype), binding="h" if of_out else "x_rows"),
+        forward.pointer("weights", o.weights_dtype), result("dw", f"d_{matrix}" if matrix in groups else target),
+        result("dbias", target), forward.pointer("order", "i32"), forward.pointer("offsets", "i32"), *consts,
     )  # fmt: skip
-    tiles = forward.ceil_div(rows, c.block_n) * forward.ceil_div(columns, c.block_n)
-    return Launch("backward_params", (tiles, s.E), arguments, 4, 2)
+    tiles = forward.ceil_div(rows, block_m) * forward.ceil_div(columns, block_n)
+    return Launch("backward_params", (tiles, s.E), arguments, warps, at.config.num_stages)

@@ -245,11 +245,12 @@ def gemm_consts(at: At, depth: int) -> dict[str, int | bool]:
 def dispatch(at: At) -> Launch:
     s = at.sizes
     outputs = (pointer(name, "i32") for name in ("order", "offsets", "tile_expert", "tile_row", "counters"))
+    block = min(4096, max(32, power_of_two(at.pairs)))
     consts = constants(
         E=s.E,
         BLOCK_E=power_of_two(s.E + 1),
-        BLOCK_PAIRS=min(1024, max(32, power_of_two(at.pairs))),
+        BLOCK_PAIRS=block,
         BLOCK_M=at.config.block_m,
     )
     arguments = (pointer("experts", "i64"), *outputs, Argument("pairs", "i32", at.pairs), *consts)
-    return Launch("dispatch", (s.E,), arguments, 4, 1)
+    return Launch("dispatch", (s.E,), arguments, 8 if block > 1024 else 4, 1)

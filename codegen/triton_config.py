@@ -176,7 +176,7 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
         raise CodegenError(f"no Triton kernel multiplies in {dtype!r}; expected {', '.join(_BYTES)}")
     tf32 = tf32 and dtype == "f32" and has_tf32(target)
     if _few_pairs(sizes):
-        config = GpuConfig(16, 16, 128 if dtype == "f32" else 256, num_warps=4, num_stages=1, variant="decode")
+        config = GpuConfig(16, 16, 256 if dtype == "f32" else 512, num_warps=8, num_stages=1, variant="decode")
     else:
         rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
         config = _fitting(_by_rows(rows, "tf32" if tf32 else dtype, target), dtype, target)

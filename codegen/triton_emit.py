@@ -19,7 +19,6 @@ import jinja2
 
 from moec.codegen import triton_views
 from moec.codegen.cpp import check
-from moec.codegen.triton_backward import projections, slope_names
 from moec.codegen.triton_codes import TYPES, base, coded_context
 from moec.codegen.triton_phi import function, functions, number, used
 from moec.errors import BuildError, CodegenError
@@ -153,8 +152,7 @@ def _context(spec: KernelSpec) -> dict[str, Any]:
         "base": lambda group: base(s, group, s.stored(group)),
         "own_base": lambda name: base(s, name, s.dtype),
         **coded_context(s),
-        "slopes": slope_names(spec),
-        "outputs": projections(spec),
+        "slopes": [f"d{name}" for name in ("a", "b")[: s.ab_views]],
         "strides": _strides,
         "stride_names": _stride_names,
         **(_router_context(r) if r else {}),

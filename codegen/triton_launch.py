@@ -300,7 +300,10 @@ def _decode_logits(at: At) -> Launch:
 
 
 def _gemv_consts(at: At, depth: int) -> dict[str, int | bool]:
-    return {"BLOCK_N": at.config.block_n, "BLOCK_K": depth_of_step(at, depth)}
+    step = depth_of_step(at, depth)
+    while step > 128 and depth % step:  # lanes beyond the last column would load nothing
+        step //= 2
+    return {"BLOCK_N": at.config.block_n, "BLOCK_K": step}
 
 
 def _decode_gate_up(at: At) -> Launch:
@@ -326,7 +329,7 @@ def _decode_down(at: At) -> Launch:
     s, c = at.sizes, at.config
     pointers, strides = param_arguments(at, False)
     weights = (pointer("weights", at.operands.weights_dtype),) if at.spec.experts.weight_on == "output" else ()
-    block_n = max(16, c.block_n // 2)
+    block_n = min(c.block_n, max(4, power_of_two(s.H // 512 + 1) // 2))  # some 512 blocks a token, or few would load
     consts = constants(H=s.H, F=s.F, E=s.E, K=s.k, **strides, **_gemv_consts(at, s.F) | {"BLOCK_N": block_n})
     arguments = (
         pointer("h", at.spec.experts.dtype), *weights, pointer("experts", "i64"), *pointers,
