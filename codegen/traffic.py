@@ -77,6 +77,8 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
 def _times(launch: Launch, name: str) -> int:
     """How often a launch touches an argument: slots that its last blocks add twice; atomic sums ask for no expert."""
     values = launch.constexprs()
+    if name == "saved":
+        return int(values["SAVE"])
     if launch.kernel != "down":
         return 1
     return 0 if name == "experts" and values["ATOMIC"] else 2 if name == "slots" and values["FUSED"] else 1

@@ -14,29 +14,30 @@ from moec.codegen import triton_call as forward
 from moec.codegen import triton_operands as ops
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Argument, Buffer, Launch, Program
-from moec.codegen.triton_config import GpuConfig
+from moec.codegen.triton_config import GpuConfig, sorted_config
 from moec.codegen.triton_operands import Operands
 from moec.spec import KernelSpec
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which gradients are: by x, by the routing weights, by each parameter group."""
+    """Which gradients are: by x, by the routing weights, by each parameter group.
+
+    saved: the call is given what φ read as `inputs`, a row a pair.
+    """
 
     x: bool
     weights: bool
     groups: tuple[str, ...]
+    saved: bool = False
 
 
 def backward_config(config: GpuConfig) -> GpuConfig:
     """The configuration of a backward call whose forward call has `config`: the same tiles, read by pointers."""
-    few = config.variant == "decode"
+    config = sorted_config(config)
     return replace(
         config,
-        block_n=64 if few else config.block_n,
         block_k=min(config.block_k, 64),
-        num_stages=2 if few else config.num_stages,
-        variant="sorted",
         combine="fused",
         weights="pointers",
         programs=0,
@@ -45,23 +46,17 @@ def backward_config(config: GpuConfig) -> GpuConfig:
 
 
 @lru_cache(maxsize=4096)
-def backward_program(
-    spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted, saved: bool = False
-) -> Program:
-    """The launches and buffers of one backward call. Buffers named d… and the tensors of `wanted` are its results.
-
-    `saved`: the call is given what φ read as `inputs`, a row a pair.
-    """
+def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: Operands, wanted: Wanted) -> Program:
+    """The launches and buffers of one backward call. Buffers named d… and the tensors of `wanted` are its results."""
     at = forward.at(spec, sizes, config, operands)
-    hidden = _narrowed(at)
-    columns = forward.ceil_div(sizes.F, hidden.config.block_n)
-    x_wanted = not saved or any(g not in ("out", "bias_out") for g in wanted.groups)
+    columns = forward.ceil_div(sizes.F, config.block_n)
+    x_wanted = not wanted.saved or any(g not in ("out", "bias_out") for g in wanted.groups)
     steps = [forward.dispatch(at), _gather(at, "grad")]
     if x_wanted:
         steps.append(_gather(at, "x"))
-    if not saved:
+    if not wanted.saved:
         steps += _inputs(at)
-    steps.append(_hidden(hidden, saved))
+    steps.append(_hidden(at, wanted.saved))
     if wanted.x or (wanted.weights and spec.experts.weight_on == "input"):
         steps.append(_rows(at))
     if wanted.x or wanted.weights:
@@ -78,11 +73,6 @@ def backward_program(
         Buffer("parts", "f32", (pairs, columns)),
     )
     return Program(tuple(steps), buffers)
-
-
-def _narrowed(at: forward.At) -> forward.At:
-    """Tiles of at most 128 columns: a second and a third value for each of them are at hand when the sum is done."""
-    return replace(at, config=replace(at.config, block_n=min(at.config.block_n, 128)))
 
 
 def _groups(spec: KernelSpec, first: bool) -> list[str]:

@@ -102,6 +102,7 @@ class At:
     operands: Operands
     routed: bool
     capacity: Size | None = None
+    save: bool = False
 
     @property
     def pairs(self) -> int:
@@ -161,6 +162,7 @@ def at(
     operands: Operands | None = None,
     entry: str | None = "experts",
     capacity: int | None = None,
+    save: bool = False,
 ) -> At:
     """What the launches of one call are worked out from; raises CodegenError for sizes that no kernel takes."""
     entry = entry or ("moe" if spec.router else "experts")
@@ -170,7 +172,7 @@ def at(
         raise CodegenError(f"{sizes}: expected T, H, F, E, k ≥ 1, and k ≤ E where a router chooses")
     if sizes.T * sizes.k >= WIDE // 2:
         raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
-    return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", capacity)
+    return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", capacity, save)
 
 
 def pointer(name: str, dtype: str) -> Argument:

@@ -183,6 +183,13 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
     return replace(_of_codes(config, spec.experts.coding, target), tf32=tf32)
 
 
+def sorted_config(config: GpuConfig) -> GpuConfig:
+    """`config`, or, where it takes one token at a time, one that sorts the few pairs that there are."""
+    if config.variant != "decode":
+        return config
+    return replace(config, block_n=64, block_k=64, num_warps=4, num_stages=2, variant="sorted")
+
+
 def has_tf32(target: GpuFigures | None) -> bool:
     """Whether the target's tensor cores take fp32 numbers (the interpreter has none)."""
     return target is not None and target.name.startswith("sm_") and target.name != "sm_75"
@@ -213,26 +220,30 @@ def _few_pairs(sizes: Sizes) -> bool:
 
 
 def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
-    """By the mean number of rows of an expert that is hit."""
+    """By the mean number of rows of an expert that is hit.
+
+    A tile holds about twice the mean: an expert with one tile more reads its weights once more, and where rows are few
+    nothing else takes time. Tiles of sm_90 were measured (docs/kernels.md), the others are modelled on them.
+    """
     amd = target is not None and target.name.startswith("gfx")
     if dtype == "f32" or (target is not None and target.name == "sm_75"):  # no matrix instruction: sums are many
         return GpuConfig(32, 64, 32, 8, 4, 2) if rows > 16 else GpuConfig(16, 64, 32, 8, 4, 2)
     if dtype == "tf32":
-        few = GpuConfig(16, 128, 32, 1, 4, 4) if rows <= 16 else GpuConfig(32, 128, 32, 4, 4, 4)
-        many = GpuConfig(64, 128, 32, 8, 4, 3) if rows <= 128 else GpuConfig(128, 128, 32, 8, 8, 3)
-        return few if rows <= 48 else many
-    if rows <= 16:
-        return GpuConfig(16, 128, 64, 1, 4, 2 if amd else 4)
-    if rows <= 48:
-        return GpuConfig(32, 128, 64, 4, 4, 2 if amd else 4)
-    if rows <= 128:
-        return GpuConfig(64, 128, 64, 8, 4, 2 if amd else 3)
-    if amd:
-        if _wmma(target):
-            return GpuConfig(128, 128, 64, 8, 8, 2)
-        return GpuConfig(128, 256, 64, 8, 8, 2)
+        few = GpuConfig(16, 128, 32, 1, 4, 4) if rows <= 8 else GpuConfig(32, 128, 32, 4, 4, 4)
+        many = GpuConfig(64, 128, 32, 8, 4, 3) if rows <= 48 else GpuConfig(128, 128, 32, 8, 8, 3)
+        return few if rows <= 24 else many
     wide = target is not None and target.name in ("sm_90", "sm_100")
-    return GpuConfig(128, 256, 64, 8, 8, 3) if wide else GpuConfig(128, 128, 64, 8, 8, 3)
+    depth = 128 if wide else 64
+    if rows < 8:
+        return GpuConfig(16, 128, depth, 1, 4, 2 if amd else 4)
+    if rows <= 24:
+        return GpuConfig(32, 128, depth, 4, 4, 2 if amd else 4)
+    if rows <= 48:
+        return GpuConfig(64, 128, depth, 4, 4, 2 if amd else 3)
+    group = 8 if rows <= 192 else 32  # row tiles of an expert share its weights in the L2 cache
+    if amd:
+        return GpuConfig(128, 128 if _wmma(target) else 256, 64, group, 8, 2)
+    return GpuConfig(128, 256 if wide else 128, 64, group, 8, 3)
 
 
 def _fitting(config: GpuConfig, dtype: str, target: GpuFigures | None) -> GpuConfig:

@@ -69,12 +69,16 @@ def program(
     operands: Operands | None = None,
     entry: str | None = None,
     capacity: int | None = None,
+    save: bool = False,
 ) -> Program:
     """The launches and buffers of one forward call; `entry` is moe (router and experts) or experts.
 
     `capacity` bounds the rows that one expert gets, and with them grids and buffers: pairs beyond it have no expert.
+    `save`: the call is given a tensor `saved`[T·k, F or 2F] for what φ reads; only where pairs are sorted.
     """
-    made = at(spec, sizes, config, operands, entry, capacity)
+    made = at(spec, sizes, config, operands, entry, capacity, save)
+    if save and config.variant == "decode":
+        raise CodegenError("variant='decode' keeps nothing for a backward pass; use variant='sorted'")
     return _decode(made) if config.variant == "decode" else _sorted(made)
 
 
@@ -236,11 +240,12 @@ def _gate_up(at: At) -> Launch:
     consts = constants(
         H=s.H, F=s.F, E=s.E, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides,
         **gemm_consts(at, s.H), EVEN_N=at.columns % c.block_n == 0, WIDE_X=at.wide_x, WIDE_W=at.wide_w(*ours),
-        **_schedule(at),
+        SAVE=at.save, **_schedule(at),
     )  # fmt: skip
     x = replace(pointer("x", at.spec.experts.dtype), binding="rows") if c.specialized else pointer("x", o.x_dtype)
     arguments = (
         x, *weights, *pointers, *tile_pointers(at), pointer("h", at.spec.experts.dtype),
+        replace(pointer("saved", at.spec.experts.dtype), binding="saved" if at.save else "h"),
         Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
     return Launch("gate_up", (_blocks(at, at.m_tiles * n_tiles),), arguments, c.num_warps, c.num_stages)

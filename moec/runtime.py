@@ -226,6 +226,14 @@ def _experts_training(
     if isinstance(kernel, Kernel):
         ready = _ready(kernel, Engine.parse(engine), x, params, experts.shape[1])
         return ready.experts(x, weights, experts, params, saved), saved
+    if isinstance(kernel, TritonKernel):
+        mode = Engine.parse(engine)
+        y = _or_twin(
+            mode,
+            lambda: kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens, saved),
+            lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved),
+        )
+        return y, saved
     return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
 
 
@@ -250,7 +258,8 @@ def _experts_backward(
     if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
         return eager()
     if isinstance(kernel, TritonBackward):
-        return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs), eager)
+        kept = saved if saved.numel() else None
+        return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs, kept), eager)
     if mode.tokens and x.numel():
         most = most_tokens(mode, x.shape[0])
         sizes = replace(kernel.sizes(x, params, experts.shape[1]), T=most)

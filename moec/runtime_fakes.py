@@ -22,8 +22,8 @@ def saved_rows(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, 
     parsed = KernelSpec.parse(spec)
     s, k = parsed.experts, experts.shape[1]
     hidden, width = out_sizes(s, params)
-    cpp = Engine.parse(engine).kind in ("auto", "cpp")
-    has_kernel = x.device.type == "cpu" and cpp and params[0].dtype == DTYPES[s.dtype]
+    kinds = ("auto", "cpp", "triton") if x.device.type == "cpu" else ("auto", "triton")
+    has_kernel = Engine.parse(engine).kind in kinds and params[0].dtype == DTYPES[s.dtype]
     keep = save == "always" or (save == "auto" and saves_activations(parsed, hidden, width, k))
     rows, columns = (x.shape[0] * k, s.ab_views * width) if has_kernel and keep else (0, 0)
     return params[0].new_empty((rows, columns))

@@ -22,7 +22,7 @@ from moec.bounds import in_tokens
 from moec.capacity import capacity_at
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Program
-from moec.codegen.triton_config import GpuConfig, check_target, default_config
+from moec.codegen.triton_config import GpuConfig, check_target, default_config, sorted_config
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_launch import buffer_formula, program
 from moec.codegen.triton_operands import Operands
@@ -74,12 +74,16 @@ _MOST = 1024  # kinds of calls that one kernel remembers
 
 
 class _Call(NamedTuple):
-    """Which entry runs with k experts a token; its capacity as a formula of T, the range of T; empty: none."""
+    """Which entry runs with k experts a token; its capacity as a formula of T, the range of T; empty: none.
+
+    save: what φ reads is kept for a backward pass.
+    """
 
     entry: str
     k: int
     capacity: str
     tokens: str
+    save: bool = False
 
 
 class _Ready(NamedTuple):
@@ -117,10 +121,12 @@ class TritonKernel:
         params: Sequence[Tensor],
         capacity: str = "",
         tokens: str = "",
+        saved: Tensor | None = None,
     ) -> Tensor:
         """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H].
 
         `capacity`: the most rows of one expert, as a formula of T; `tokens`: the range of T that buffers are taken for.
+        `saved`[T·k, F or 2F] is given what φ reads of each pair: a, then b; rows without an expert stay as they are.
         """
         x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
         if x.numel() == 0 or experts.shape[1] == 0:
@@ -128,7 +134,8 @@ class TritonKernel:
         if weights.dtype not in DTYPE_NAMES:
             weights = weights.float()
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
-        self._run(x, y, self.bound(params), given, _Call("experts", experts.shape[1], capacity, tokens))
+        call = _Call("experts", experts.shape[1], capacity, tokens, saved is not None)
+        self._run(x, y, self.bound(params), given if saved is None else {**given, "saved": saved}, call)
         return y
 
     def moe(
@@ -221,12 +228,13 @@ class TritonKernel:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
         sizes, operands = Sizes(x.shape[0], hidden, width, count, call.k), self.operands(x, bound, given)
         capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
-        config = scheduled(self._usable(sizes, operands), self.schedule, self.spec, sizes, operands, self.figures)
+        usable = sorted_config(self._usable(sizes, operands)) if call.save else self._usable(sizes, operands)
+        config = scheduled(usable, self.schedule, self.spec, sizes, operands, self.figures)
         checked = check_target(config, self.figures)
         reserved = self._reserved(sizes, operands, call)
 
         def make(config: GpuConfig) -> Program:
-            return program(self.spec, sizes, config, operands, call.entry, capacity)
+            return program(self.spec, sizes, config, operands, call.entry, capacity, call.save)
 
         try:
             return _Ready(built(load(self.spec, tf32=checked.tf32), make, checked, tensors), reserved)

@@ -52,8 +52,12 @@ class TritonBackward:
         experts: Tensor,
         params: Sequence[Tensor],
         needs: Sequence[bool],
+        saved: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients by x, weights and each parameter, in their shapes and dtypes; empty where `needs` wants none."""
+        """Gradients by x, weights and each parameter, in their shapes and dtypes; empty where `needs` wants none.
+
+        `saved`: what the forward kept, [T·k, F or 2F]; None: computed again.
+        """
         x = rows_of(x)
         dparams = [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)]
         if x.numel() == 0 or experts.shape[1] == 0:
@@ -69,8 +73,10 @@ class TritonBackward:
         config = backward_config(self.forward.config_for(sizes))
         tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
         tensors |= {"experts": experts.to(torch.int64).contiguous(), **bound.tensors, **results}
+        tensors |= {} if saved is None else {"inputs": saved}
         operands = self.forward.operands(x, bound, tensors)
-        run(self._program(sizes, config, operands, Wanted(needs[0], needs[1], groups), tensors), tensors)
+        wanted = Wanted(needs[0], needs[1], groups, saved is not None)
+        run(self._program(sizes, config, operands, wanted, tensors), tensors)
         return (
             dx.to(x.dtype) if needs[0] else x.new_empty(0),
             dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),

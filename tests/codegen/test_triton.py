@@ -1,4 +1,7 @@
-"""Triton kernels in the interpreter. It must be switched on before Triton is imported, hence a process of its own."""
+"""Triton kernels in the interpreter, which must be on before Triton is imported, hence a process of its own.
+
+`-m gpu` runs the same cases on a GPU.
+"""
 
 import os
 import subprocess
@@ -16,7 +19,11 @@ HERE = Path(__file__).parent
 
 
 def interpreted(name, cache_dir, *arguments):
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MOEC_CACHE_DIR": str(cache_dir), "OMP_NUM_THREADS": "1"}
+    run_cases(name, cache_dir, {"TRITON_INTERPRET": "1"}, *arguments)
+
+
+def run_cases(name, cache_dir, changes, *arguments):
+    env = {**os.environ, "MOEC_CACHE_DIR": str(cache_dir), "OMP_NUM_THREADS": "1", **changes}
     command = [sys.executable, "-m", "pytest", str(HERE / name), "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -49,6 +56,15 @@ def test_models_equal_eager(cache_dir):
 @pytest.mark.parametrize("name", ["triton_cases.py", "triton_codes_cases.py", "triton_models.py"])
 def test_the_full_cross_product(name, cache_dir):
     interpreted(name, cache_dir, "-m", "slow", "-o", "addopts=--import-mode=importlib")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["triton_cases.py", "triton_codes_cases.py", "triton_capacity_cases.py", "triton_models.py"]
+)
+def test_on_a_gpu(name, cache_dir):
+    assert torch.cuda.is_available(), "torch sees no GPU"
+    run_cases(name, cache_dir, {"MOEC_TEST_DEVICE": "cuda"}, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")

@@ -8,18 +8,18 @@ import itertools
 
 import pytest
 import torch
-from elsewhere import DEVICE, There
+from elsewhere import DEVICE, There, moved
 from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
 
 import moec.runtime  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.plan import Sizes
-from moec.codegen.triton_config import GpuConfig, default_config
+from moec.codegen.triton_config import GpuConfig, default_config, sorted_config
 from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
 from moec.runtime_triton import TritonKernel, load_triton
-from moec.runtime_triton_backward import load_triton_backward
+from moec.runtime_triton_backward import TritonBackward, load_triton_backward
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
 LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
@@ -218,13 +218,20 @@ def test_separate_tensors_of_unlike_strides_and_bad_shapes():
 BACKWARD_FORMS = [FORMS[i] for i in (0, 1, 2, 5, 6, 8)]
 
 
-def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2):
+def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, save=False, config=None):
     spec = with_gate(*form, dtype)
     params = make_params(spec.experts, H, F, E)
     weights, experts = routing(kind, T, E, k)
     x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, H).to(params[0].dtype)
     needs = [True] * (2 + len(params))
-    dx, dweights, dparams = There(load_triton_backward(str(spec), DEVICE))(g, x, weights, experts, params, needs)
+    saved, forward = None, TritonKernel(spec, DEVICE)
+    if save:
+        saved = moved(torch.full((T * k, spec.experts.ab_views * F), torch.nan, dtype=params[0].dtype))
+        y = There(forward).experts(x, weights, experts, params, "", "", saved)
+        same = forward.with_config(sorted_config(forward.config_for(Sizes(T, H, F, E, k))))
+        assert torch.equal(y, There(same).experts(x, weights, experts, params))
+    backward = There(TritonBackward(forward.with_config(config) if config else forward))
+    dx, dweights, dparams = backward(g, x, weights, experts, params, needs, saved)
     wide = [p.double() for p in params]
     want = twin.experts_backward(g.double(), x.double(), weights.double(), experts, wide, spec, needs)
     there = (experts >= 0) & (experts < E)
@@ -245,8 +252,19 @@ def test_gradients(form):
     check_backward(form, "f32")
 
 
-def test_gradients_in_half_precision():
-    check_backward(FORMS[2], "bf16")
+@pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
+def test_gradients_from_what_forward_kept(form):
+    check_backward(form, "f32", save=True)
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_gradients_in_half_precision(save):
+    check_backward(FORMS[2], "bf16", save=save)
+
+
+@pytest.mark.parametrize("form", [FORMS[i] for i in (2, 5, 6)], ids=str)
+def test_gradients_in_tiles_that_end_in_quarters(form):
+    check_backward(form, "f32", F=136, config=dataclasses.replace(SORTED, block_n=128))
 
 
 @pytest.mark.slow
@@ -254,7 +272,7 @@ def test_gradients_in_half_precision():
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_all_gradients(form, dtype):
     for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (70, "random")):
-        check_backward(form, dtype, T, kind, 33, 70, 4, 2)
+        check_backward(form, dtype, T, kind, 33, 70, 4, 2, save=T in (7, 70))
 
 
 def test_gradients_that_are_not_wanted_are_empty():
