@@ -22,7 +22,7 @@ from moec.capture.settle import no_loops_left, settle
 from moec.capture.state import NotRolled
 from moec.choose_once import choose_once
 from moec.collector import no_collections
-from moec.describe import Sorted, describe, site_name, with_opaque
+from moec.describe import Sorted, describe, site_name, with_opaque, with_ranks
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
@@ -41,6 +41,7 @@ from moec.proof import Verdict, prove, prove_bodies
 from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.runtime_packed import pack_log
+from moec.spread import SITES, SPREAD, Spreading, spread
 from moec.text import dump
 from moec.verify import recording, verifying
 
@@ -115,6 +116,8 @@ class Backend:
                 with outside_autocast():
                     return self._rewrite(gm, nested, hidden)
         except Exception as error:  # whatever it is, the user's model still runs
+            if self.options.experts_over:  # but not on this rank alone: the others would wait for its rows
+                raise
             gm.graph = before.restored()
             note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
@@ -133,11 +136,15 @@ class Backend:
             choose_once(gm)
         # No real loop can run inside a higher-order operator; and fuel counts the rewrites of the passes.
         bodies = () if nested or self.options.fuel >= 0 else self._sort_bodies(gm)
+        spreading = Spreading.of(self.options)
+        over = spread(gm, spreading) if spreading else ()
         if self.report is None:
             return GraphReport((), (), nodes)
         groups = groups_of(raised, done.graph)
         proofs = {name: str(v) for root, v in done.verdicts.items() for i in groups[root] for name in i.results}
-        said = with_opaque(describe(raised, done.graph, done.misses, done.facts, proofs), bodies, raised)
+        said = describe(raised, done.graph, done.misses, done.facts, proofs)
+        said = with_opaque(said, bodies, raised)
+        said = with_ranks(said, over) if spreading else said
         records = (first, *done.records) if first is not None else ()
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
@@ -315,7 +322,7 @@ def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool)
 
 _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "size", "getitem"})
 
-_SITE_OPS = (torch.ops.moec.moe.default, torch.ops.moec.experts.default, torch.ops.moec.experts_training.default)
+_SITE_OPS = (*SITES, SPREAD)
 
 
 def nothing_to_compile(gm: fx.GraphModule) -> bool:

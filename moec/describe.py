@@ -239,6 +239,16 @@ def renamed(site: ir.Site, names: Mapping[str, str]) -> ir.Site:
     )
 
 
+def with_ranks(said: Described, over: Sequence[str]) -> Described:
+    """What is said, with the ranks of each layer whose rows moec's op exchanges, in order, and why others have none."""
+    left, sites = iter(over), list[report.Site]()
+    for site in said.sites:
+        why = "its experts run code of their own" if site.status == "fused" else "the layer is not fused"
+        kept = f"not spread: {why}; each rank computes its own tokens with all experts"
+        sites.append(replace(site, ranks=next(left) if site.status == "fused" and site.spec else kept))
+    return replace(said, sites=tuple(sites))
+
+
 @dataclass(frozen=True)
 class Sorted:
     """A loop over experts with code of their own, what its proof has shown, and why its rows are not sorted, if so."""

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from moec.engine import Engine, Schedule, check_weights
-from moec.errors import OptionError
+from moec.errors import OptionError, ParseError
+from moec.placement import read_placements
+from moec.process_groups import group_named
 from moec.token_range import TokenRange
 
 Kind = Literal["auto", "cpp", "triton", "eager"]
@@ -48,6 +50,11 @@ class Options:
     tokens   the range of T, the number of tokens of a call: `1..4096`, or one number. Buffers are taken once, for the
              most; a call with more takes larger ones, with one warning. Empty: as the model's symbolic sizes say
              (`mark_dynamic(…, max=)`), else buffers grow to the largest call
+    experts_over  the torch.distributed process group (`world`: all ranks) over whose ranks each layer's experts are spread:
+             every rank calls the model with its own tokens, rows travel to the rank of their expert and back. Results
+             are those of one rank; a rank's gradients are those of its own experts, from everyone's tokens
+    placement  with experts_over: a JSON file that says which rank computes which expert; empty: blocks in order
+    ranks_per_node  with experts_over: a row crosses nodes of that many ranks once a node; 0: straight to its rank
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer
     """
 
@@ -61,6 +68,9 @@ class Options:
     combine: Combine = "ordered"
     schedule: Schedule = "pointers"
     tokens: str = ""
+    experts_over: str = ""
+    placement: str = ""
+    ranks_per_node: int = 0
     fuel: int = -1
     save_activations: Save = "auto"
     keep_gradients: bool = True
@@ -86,7 +96,9 @@ class Options:
             _check(name, value, hints[name])
             if name in _CHECKS:
                 _CHECKS[name](value)
-        return Options(**(values or {}))
+        options = Options(**(values or {}))
+        _check_spread(options)
+        return options
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
@@ -105,6 +117,32 @@ def _check_tokens(text: str) -> None:
             TokenRange.parse(text)
         except ValueError as error:
             raise OptionError(f"option tokens={error}") from None
+
+
+def _check_spread(options: Options) -> None:
+    """What the options about ranks say together. Nothing is asked of the other ranks."""
+    over, size = options.experts_over, options.ranks_per_node
+    if not over:
+        lone = [name for name in ("placement", "ranks_per_node") if getattr(options, name)]
+        if lone:
+            raise OptionError(f"option {lone[0]}={getattr(options, lone[0])!r}: of no use without experts_over; add it")
+        return
+    ranks = group_named(over).size()
+    if size < 0 or (size and ranks % size):
+        raise OptionError(f"option ranks_per_node={size}: the {ranks} ranks of {over!r} are no nodes of {size}")
+    if options.proof == "strict":
+        raise OptionError("option proof='strict': ranks could decide differently with experts_over; use proof='on'")
+    if options.placement:
+        _check_placement(Path(options.placement), ranks)
+
+
+def _check_placement(path: Path, ranks: int) -> None:
+    try:
+        read = read_placements(path)
+    except ParseError as error:
+        raise OptionError(f"option placement={error}") from None
+    if read.ranks != ranks:
+        raise OptionError(f"option placement={str(path)!r}: made for {read.ranks} ranks, the group has {ranks}")
 
 
 _CHECKS: Mapping[str, Callable[[str], None]] = {"weights": check_weights, "tokens": _check_tokens}

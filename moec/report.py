@@ -55,6 +55,7 @@ class Site:
     checks   of a declined layer: the predicates in order; all but the last held
     choice   of a declined layer: the nodes of the captured graph that hold the chosen experts, where they can be seen
     tokens   the range of T that buffers are taken for, `1..4096`; empty where none is known
+    ranks    which ranks compute its experts, or why they are not spread; empty where that was not asked for
     """
 
     name: str
@@ -74,6 +75,7 @@ class Site:
     checks: tuple[Check, ...] = ()
     choice: tuple[str, ...] = ()
     tokens: str = ""
+    ranks: str = ""
 
     @property
     def held(self) -> int:

@@ -319,7 +319,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weights, experts, saved, *params = ctx.saved_tensors
     spec, engine = ctx.texts[:2]
     wants = ctx.needs_input_grad
-    needs = [wants[0], wants[1], *_param_needs(wants[3], ctx.count)]
+    needs = [wants[0], wants[1], *param_needs(wants[3], ctx.count)]
     dx, dweights, dparams = torch.ops.moec.experts_backward(
         grad, x, weights, experts, params, saved, spec, engine, needs
     )
@@ -332,7 +332,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _param_needs(wants: Any, count: int) -> list[bool]:
+def param_needs(wants: Any, count: int) -> list[bool]:
     """One flag a parameter; torch gives a list for a tensor list, or one flag for all of it."""
     return [bool(w) for w in wants] if isinstance(wants, (list, tuple)) else [bool(wants)] * count
 
@@ -345,7 +345,7 @@ _OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
 )
 
 
-def _outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
+def outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
     """`real`, which makes the casts that its spec names and no others; its first argument is a tensor."""
 
     @wraps(real)
@@ -360,7 +360,7 @@ def _outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
 
 
 for _name, _real, _fake in _OPS:
-    _LIB.impl(_name, _outside_autocast(_real), "CompositeExplicitAutograd")
+    _LIB.impl(_name, outside_autocast(_real), "CompositeExplicitAutograd")
     torch.library.register_fake(f"moec::{_name}", _fake, lib=_LIB)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

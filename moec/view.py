@@ -88,6 +88,7 @@ def report_view(report: Report, width: int) -> RenderableType:
         looked = [f"{what}: {r.why}  at {short_place(r.location)}" for what, r in seen if what != "–"]
         parts.extend(_bullets("looked at", _counted(looked)))
     parts.extend(_proofs(report, groups))
+    parts.extend(_bullets("experts over ranks", [f"{g.name}: {g.first.ranks}" for g in groups if g.first.ranks]))
     breaks = [f"{_brief(reason)}  at {short_place(where)}" for reason, where in report.graph_breaks]
     parts.extend(_bullets("graph breaks (one graph is the aim)", _counted(breaks)))
     parts.extend(_bullets("loops over experts that were not rolled", map(str, report.not_rolled)))
