@@ -20,6 +20,7 @@ from moec.cli_bisect import bisect_command
 from moec.cli_cache import cache_app
 from moec.cli_capacity import DropRate, Loads, Tokens
 from moec.cli_diff import diff_command
+from moec.cli_exchange import Exchange, Place
 from moec.cli_io import console as _console
 from moec.cli_io import print_json as _print_json
 from moec.cli_io import say as _say
@@ -109,6 +110,8 @@ def inspect(
     tokens: Tokens = None,
     loads: Loads = None,
     drop_rate: DropRate = None,
+    exchange: Exchange = None,
+    place: Place = None,
     html: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Write one self-contained page.", show_default=False)
     ] = None,
@@ -118,17 +121,21 @@ def inspect(
     debug: Debug = False,
 ) -> int:
     """Compile a model and show what was found, its IR, what each pass did and the kernels' source."""
-    from moec.cli_capacity import capacity_asked
+    from moec.cli_capacity import capacity_asked, loads_of
+    from moec.cli_exchange import exchange_asked
     from moec.cli_show import inspect_data, inspect_view
 
     if html is not None and not html.absolute().parent.is_dir():
         raise TargetError(f"--html {html}: the folder {html.absolute().parent} does not exist; create it first")
-    asked = capacity_asked(capacity, tokens, loads, drop_rate)
+    recorded = loads_of(loads, used=capacity or exchange is not None)
+    asked = capacity_asked(capacity, tokens, recorded, drop_rate)
+    spread = exchange_asked(exchange, recorded, place)
     report = report_of(target, options, no_grad, symbolic=asked is not None)
     if html is not None:
         _say(f"wrote {report.to_html(html)}")
     if json:
         extra = {"capacity": asked.data(report, options)} if asked else {}
+        extra |= {"exchange": spread.data(report)} if spread else {}
         _print_json({**inspect_data(report, passes, source), **extra})
         return OK
     console = _console()
@@ -136,6 +143,8 @@ def inspect(
         console.print(part, soft_wrap=isinstance(part, Text))
     if asked:
         console.print(asked.view(report, options))
+    if spread:
+        console.print(spread.view(report))
     return OK
 
 

@@ -27,7 +27,12 @@ Tokens = Annotated[
 ]
 Loads = Annotated[
     Path | None,
-    typer.Option("--loads", metavar="FILE", help="With --capacity: what `moec routes` recorded.", show_default=False),
+    typer.Option(
+        "--loads",
+        metavar="FILE",
+        help="With --capacity or --exchange: what `moec routes` recorded.",
+        show_default=False,
+    ),
 ]
 DropRate = Annotated[
     float | None,
@@ -66,23 +71,32 @@ class Asked:
         return [sizing_data(sizing) for sizing in self.sizings(report, options)]
 
 
-def capacity_asked(capacity: bool, tokens: str | None, loads: Path | None, rate: float | None) -> Asked | None:
-    """The options together; None without --capacity. Raises TargetError for what cannot be read or does not fit."""
-    from moec.loads import read_loads
+def capacity_asked(capacity: bool, tokens: str | None, loads: tuple[Load, ...], rate: float | None) -> Asked | None:
+    """The options together; None without --capacity. Raises TargetError for what does not fit."""
     from moec.sizing import parse_tokens
 
-    given = {"--tokens": tokens, "--loads": loads, "--drop-rate": rate}
+    given = {"--tokens": tokens, "--drop-rate": rate}
     lone = [name for name, value in given.items() if value is not None]
     if not capacity:
         if lone:
             raise TargetError(f"{', '.join(lone)}: of no use without --capacity; add it")
         return None
-    if rate is not None and (loads is None or not 0 <= rate < 1):
+    if rate is not None and (not loads or not 0 <= rate < 1):
         raise TargetError(f"--drop-rate {rate}: expected a share from 0 to less than 1, and --loads FILE to size for")
-    if loads is not None and not loads.is_file():
-        raise TargetError(f"--loads {loads}: no such file; `moec routes TARGET --out {loads}` writes it")
+    return Asked(parse_tokens(tokens) if tokens is not None else None, loads, RATE if rate is None else rate)
+
+
+def loads_of(path: Path | None, used: bool) -> tuple[Load, ...]:
+    """What --loads names; raises TargetError where it cannot be read, or no option uses it."""
+    from moec.loads import read_loads
+
+    if path is None:
+        return ()
+    if not used:
+        raise TargetError("--loads: of no use without --capacity or --exchange; add one of them")
+    if not path.is_file():
+        raise TargetError(f"--loads {path}: no such file; `moec routes TARGET --out {path}` writes it")
     try:
-        read = read_loads(loads) if loads is not None else ()
+        return read_loads(path)
     except (ParseError, UnicodeDecodeError) as error:
-        raise TargetError(f"--loads {loads}: {error}") from error
-    return Asked(parse_tokens(tokens) if tokens is not None else None, read, RATE if rate is None else rate)
+        raise TargetError(f"--loads {path}: {error}") from error

@@ -34,6 +34,10 @@ def routes_command(
             show_default=False,
         ),
     ] = None,
+    choices: Annotated[
+        int,
+        typer.Option("--choices", metavar="N", min=0, help="Also keep each layer's choices of experts for N tokens."),
+    ] = 0,
     options: OptionPairs = None,
     json: Json = False,
     debug: Debug = False,
@@ -55,7 +59,7 @@ def routes_command(
     if batches is not None:
         given = list(load_batches(batches))
     with console(stderr=True).status(f"running {target} on {len(given)} batches"):
-        loads, _ = record(loaded, given, wanted)
+        loads, _ = record(loaded, given, wanted, choices)
     if out is not None:
         write_loads(loads, out)
         say(f"wrote {out}")

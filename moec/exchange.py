@@ -54,4 +54,6 @@ def _parse(text: str) -> Exchange:
         layer, group, ranks, size, *owners = json.loads(text)
         return Exchange(layer, group, Placement(tuple(owners), ranks), size)
     except (ValueError, TypeError) as error:
-        raise ParseError(f"exchange {text!r}: expected [layer, group, ranks, ranks a node, owners…]: {error}") from error
+        raise ParseError(
+            f"exchange {text!r}: expected [layer, group, ranks, ranks a node, owners…]: {error}"
+        ) from error

@@ -2,7 +2,8 @@
 
 One line a layer: {"site": str, "tokens": int, "k": int, "experts": int, "batches": [[rows of expert 0, …], …]}.
 `tokens` counts the tokens of all batches together; a batch's own tokens are sum(batch) / k. Where the router's weight
-was seen, "angles" holds what `moec.angles.Angles` says of it.
+was seen, "angles" holds what `moec.angles.Angles` says of it. Where they were asked for, "choices" holds the experts
+of some tokens: [[expert, …], …].
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ class Load:
     experts: int
     batches: tuple[tuple[int, ...], ...]
     angles: Angles | None = None
+    choices: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.experts < 1:
             raise ParseError(f"load of {self.site!r}: k={self.k}, experts={self.experts}, expected at least 1")
         if any(len(batch) != self.experts for batch in self.batches):
             raise ParseError(f"load of {self.site!r}: a batch has not one count for each of {self.experts} experts")
+        if any(expert >= self.experts for chosen in self.choices for expert in chosen):
+            raise ParseError(f"load of {self.site!r}: a choice of an expert that is none of {self.experts}")
 
     @property
     def total(self) -> tuple[int, ...]:
@@ -67,8 +71,8 @@ def write_loads(loads: Iterable[Load], path: Path) -> None:
 
 
 def load_data(load: Load) -> dict[str, Any]:
-    """The fields of one line; no angles where none were measured."""
-    return {name: value for name, value in asdict(load).items() if value is not None}
+    """The fields of one line; no angles and no choices where none were recorded."""
+    return {name: value for name, value in asdict(load).items() if value is not None and value != ()}
 
 
 def read_loads(path: Path) -> tuple[Load, ...]:
@@ -87,4 +91,5 @@ def read_loads(path: Path) -> tuple[Load, ...]:
 def _load(data: dict[str, Any]) -> Load:
     batches = tuple(tuple(int(count) for count in batch) for batch in data["batches"])
     angles = Angles.parse(data["angles"]) if "angles" in data else None
-    return Load(str(data["site"]), int(data["tokens"]), int(data["k"]), int(data["experts"]), batches, angles)
+    choices = tuple(tuple(int(expert) for expert in chosen) for chosen in data.get("choices", ()))
+    return Load(str(data["site"]), int(data["tokens"]), int(data["k"]), int(data["experts"]), batches, angles, choices)

@@ -50,9 +50,9 @@ class Options:
     tokens   the range of T, the number of tokens of a call: `1..4096`, or one number. Buffers are taken once, for the
              most; a call with more takes larger ones, with one warning. Empty: as the model's symbolic sizes say
              (`mark_dynamic(…, max=)`), else buffers grow to the largest call
-    experts_over  the torch.distributed process group (`world`: all ranks) over whose ranks each layer's experts are spread:
-             every rank calls the model with its own tokens, rows travel to the rank of their expert and back. Results
-             are those of one rank; a rank's gradients are those of its own experts, from everyone's tokens
+    experts_over  a torch.distributed process group (`world`: all ranks) over whose ranks each layer's experts are
+             spread: every rank calls the model with its own tokens, rows travel to the rank of their expert and back.
+             Results are those of one rank; a rank's gradients are those of its own experts, from everyone's tokens
     placement  with experts_over: a JSON file that says which rank computes which expert; empty: blocks in order
     ranks_per_node  with experts_over: a row crosses nodes of that many ranks once a node; 0: straight to its rank
     fuel     stop after this many rewrites (-1: no limit); for finding the rewrite that changes an answer

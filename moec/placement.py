@@ -26,7 +26,9 @@ class Placement:
     def __post_init__(self) -> None:
         """Raises ParseError for a rank that is none."""
         if self.ranks < 1 or not self.owners:
-            raise ParseError(f"placement of {len(self.owners)} experts on {self.ranks} ranks: expected at least 1 of each")
+            raise ParseError(
+                f"placement of {len(self.owners)} experts on {self.ranks} ranks: expected at least 1 of each"
+            )
         wrong = [(e, rank) for e, rank in enumerate(self.owners) if not 0 <= rank < self.ranks]
         if wrong:
             raise ParseError(f"placement: expert {wrong[0][0]} on rank {wrong[0][1]}; ranks are 0 to {self.ranks - 1}")
@@ -94,7 +96,9 @@ def read_placements(path: Path) -> Placements:
         raise ParseError(f"{path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ParseError) as error:
         why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise ParseError(f'{path}: not a file of placements {{"ranks": R, "layers": {{name: [rank, …]}}}}: {why}') from error
+        raise ParseError(
+            f'{path}: not a file of placements {{"ranks": R, "layers": {{name: [rank, …]}}}}: {why}'
+        ) from error
     return Placements(ranks, found)
 
 

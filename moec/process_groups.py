@@ -23,7 +23,7 @@ def group_named(name: str) -> dist.ProcessGroup:
     world = dist.group.WORLD
     if name == WORLD and world is not None:
         return world
-    groups = [group for group in dist.distributed_c10d._world.pg_map if isinstance(group, dist.ProcessGroup)]
+    groups = list(dist.distributed_c10d._world.pg_map)
     named = [g for g in groups if g.group_name == name] or [g for g in groups if g.group_desc == name]
     if len(named) != 1:
         known = ", ".join([WORLD, *(f"{g.group_name} ({g.group_desc})" for g in groups if g is not world)])

@@ -40,15 +40,17 @@ def seen_angles(x: Tensor, router: Tensor, chosen: Tensor) -> Seen:
 
 @dataclass
 class Tally:
-    """What was recorded of one layer: a row of counts for each of its runs."""
+    """What was recorded of one layer: a row of counts for each of its runs, and what its first `keep` tokens chose."""
 
     site: str
     location: str
     experts: int
+    keep: int = 0
     tokens: int = 0
     k: int = 1
     batches: list[list[int]] = field(default_factory=list[list[int]])
     seen: list[Seen] = field(default_factory=list[Seen])
+    choices: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
 
     def add(self, chosen: Sequence[Tensor]) -> None:
         """chosen: i64[T, k], or k times i64[T]."""
@@ -58,6 +60,7 @@ class Tally:
         self.tokens += flat.shape[0]
         self.k = max(flat.shape[1], 1)
         self.batches.append([int(n) for n in counts[: self.experts]])
+        self.choices += map(tuple, flat[: max(self.keep - len(self.choices), 0)].tolist())
 
 
 def angles_of(seen: Sequence[Seen]) -> Angles | None:
@@ -75,6 +78,7 @@ class Recorder(Backend):
     """moec's backend with a tap on every choice of experts; what is not MoE runs eagerly."""
 
     tallies: list[Tally] = field(default_factory=list[Tally])
+    keep: int = 0
 
     __moec_backend__ = True
 
@@ -96,7 +100,7 @@ class Recorder(Backend):
         return done
 
     def _tally(self, site: Site, names: Mapping[int, str]) -> Tally:
-        self.tallies.append(Tally(names[id(site)], site.location, site.num_experts))
+        self.tallies.append(Tally(names[id(site)], site.location, site.num_experts, self.keep))
         return self.tallies[-1]
 
     def _tap_op(self, gm: fx.GraphModule, tally: Tally, node: fx.Node) -> None:
@@ -149,19 +153,25 @@ def _tap_ids(tally: Tally) -> Callable[..., Tensor]:
     return tap
 
 
-def record(target: Target, batches: Sequence[Batch], options: Options) -> tuple[tuple[Load, ...], Report]:
-    """Run the model once for each batch of (args, kwargs); loads by layer in execution order, and the report."""
+def record(
+    target: Target, batches: Sequence[Batch], options: Options, choices: int = 0
+) -> tuple[tuple[Load, ...], Report]:
+    """Run the model once for each batch of (args, kwargs); loads by layer in execution order, and the report.
+
+    choices: of how many tokens a layer's own choices are kept too. Experts run on this rank alone.
+    """
     report = Report()
-    recorder = Recorder(replace(options, rest="eager"), report=report)
+    alone = replace(options, rest="eager", experts_over="", placement="", ranks_per_node=0)
+    recorder = Recorder(alone, report=report, keep=choices)
     torch._dynamo.reset()
     compiled = torch.compile(target.model, backend=recorder)
     with torch.no_grad():
         for args, kwargs in batches:
             compiled(*args, **kwargs)
-    return tuple(_merged(recorder.tallies)), report
+    return tuple(_merged(recorder.tallies, choices)), report
 
 
-def _merged(tallies: Sequence[Tally]) -> list[Load]:
+def _merged(tallies: Sequence[Tally], keep: int) -> list[Load]:
     """One load a layer; another shape of input is another graph of the same layer."""
     found: dict[tuple[str, str, int, int], list[Tally]] = {}
     for tally in tallies:
@@ -175,6 +185,7 @@ def _merged(tallies: Sequence[Tally]) -> list[Load]:
             experts,
             tuple(tuple(batch) for tally in same for batch in tally.batches),
             angles_of([seen for tally in same for seen in tally.seen]),
+            tuple([chosen for tally in same for chosen in tally.choices][:keep]),
         )
         for (site, _, k, experts), same in found.items()
     ]

@@ -70,7 +70,9 @@ class _Arrived:
     c is the most choices that one of these rows has here; a choice of no expert is -1.
     """
 
-    def __init__(self, exchange: Exchange, weights: Tensor, experts: Tensor, values: Sequence[Tensor], asking: str):
+    def __init__(
+        self, exchange: Exchange, weights: Tensor, experts: Tensor, values: Sequence[Tensor], asking: str
+    ) -> None:
         group = group_named(exchange.group)
         here, ids = group.rank(), experts.masked_fill(_strange(experts, exchange), -1)
         self.hops: list[Hop] = []
@@ -190,9 +192,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weights, experts, *params = ctx.saved_tensors
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[1], *param_needs(wants[3], ctx.count)]
-    dx, dweights, dparams = torch.ops.moec.spread_experts_backward(
-        grad, x, weights, experts, params, *ctx.texts, needs
-    )
+    dx, dweights, dparams = torch.ops.moec.spread_experts_backward(grad, x, weights, experts, params, *ctx.texts, needs)
     return (
         dx if needs[0] else None,
         dweights if needs[1] else None,

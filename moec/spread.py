@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -104,7 +104,7 @@ def _alone(spec: str) -> str:
 
 
 def _call(graph: fx.Graph, like: fx.Node, target: object, args: tuple[object, ...]) -> fx.Node:
-    made = graph.call_function(target, cast("tuple[fx.node.Argument, ...]", args))  # pyright: ignore[reportArgumentType]
+    made = graph.create_node("call_function", cast(Any, target), cast(Any, args))
     made.meta.update({k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack")})
     return made
 
