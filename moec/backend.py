@@ -22,7 +22,7 @@ from moec.capture.settle import no_loops_left, settle
 from moec.capture.state import NotRolled
 from moec.choose_once import choose_once
 from moec.collector import no_collections
-from moec.describe import Sorted, describe, site_name, with_opaque, with_ranks
+from moec.describe import Sorted, describe, layers_of, site_name, with_opaque, with_ranks
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
 from moec.options import Environment, Options
@@ -137,7 +137,7 @@ class Backend:
         # No real loop can run inside a higher-order operator; and fuel counts the rewrites of the passes.
         bodies = () if nested or self.options.fuel >= 0 else self._sort_bodies(gm)
         spreading = Spreading.of(self.options)
-        over = spread(gm, spreading) if spreading else ()
+        over = spread(gm, spreading, layers_of(raised, done.graph)) if spreading else ()
         if self.report is None:
             return GraphReport((), (), nodes)
         groups = groups_of(raised, done.graph)

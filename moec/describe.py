@@ -191,6 +191,11 @@ def site_name(raised: Raised, root: str) -> str:
     return (module_path(node) if node is not None else "") or base
 
 
+def layers_of(raised: Raised, graph: Graph) -> tuple[str, ...]:
+    """The names of the layers that have ops of moec's, in execution order."""
+    return tuple(site_name(raised, i.results[0]) for i in graph.instrs if i.word in SITES)
+
+
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose code made the node, relative to what was compiled."""
     stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}

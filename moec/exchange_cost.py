@@ -19,6 +19,8 @@ from moec.placement import Placement
 Floats = NDArray[np.float64]
 NUMBER = 4
 """Bytes of an expert's number beside a row."""
+NEVER, ALWAYS = 1e-9, 1 - 1e-6
+"""The least and the largest chance of an expert, between which odds are numbers."""
 ROUNDS = 100
 """Steps of the fit of odds to loads."""
 
@@ -71,11 +73,11 @@ def chances_of(loads: Sequence[float], k: int) -> Floats:
 
 def odds_of(chances: Floats, k: int) -> Floats:
     """The odds of experts whose sets of k, as likely as the products of their odds, have these chances."""
-    wanted = np.minimum(chances, 1 - 1e-9)
+    wanted = np.clip(chances, NEVER, ALWAYS)
     odds = wanted / (1 - wanted)
     for _ in range(ROUNDS):
-        now = _chances(odds, k)
-        odds = odds * np.divide(wanted * (1 - now), now * (1 - wanted), out=np.zeros_like(now), where=now > 0)
+        now = np.minimum(_chances(odds, k), 1 - NEVER)
+        odds = odds * wanted * (1 - now) / (now * (1 - wanted))
         odds *= k / odds.sum()  # a common factor changes nothing but the size of numbers
         if np.allclose(now, wanted, rtol=1e-9, atol=0):
             break

@@ -37,7 +37,7 @@ class Cluster:
         ranks, nodes = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if ranks < 2 or nodes < 1 or ranks % nodes:
             raise TargetError(
-                f"--exchange {text!r}: expected RANKS or RANKSxNODES such as 64x8, 2 ranks or more, as many on each node"
+                f"--exchange {text!r}: expected RANKS or RANKSxNODES such as 64x8, 2 ranks or more, alike nodes"
             )
         return Cluster(ranks, ranks // nodes)
 

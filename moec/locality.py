@@ -33,16 +33,17 @@ def local_distribution(placement: Placement, rank: int, smoothing: float) -> Ten
 def locality_loss(
     probabilities: Tensor, placement: Placement, rank: int, *, mu: float, smoothing: float = 0.1
 ) -> Tensor:
-    """μ·KL(D_c ‖ D_l), a scalar in fp32; 0 for a batch without tokens.
+    """μ·KL(D_c ‖ D_l), a scalar in fp32 or fp64; 0 for a batch without tokens.
 
     probabilities[…, E] are the router's, summing to 1 over E; D_c is their mean over tokens. `rank` is where the tokens
     are. For locality in nodes give `placement.of_nodes(size)` and the node's number. smoothing is ε.
     """
     if probabilities.shape[-1] != placement.experts:
         raise OptionError(f"probabilities of {probabilities.shape[-1]} experts, a placement of {placement.experts}")
-    rows = probabilities.float().reshape(-1, placement.experts)
+    wide = torch.promote_types(probabilities.dtype, torch.float32)
+    rows = probabilities.to(wide).reshape(-1, placement.experts)
     if not rows.shape[0]:
         return rows.sum()
     current = rows.mean(0)
-    local = local_distribution(placement, rank, smoothing).to(rows.device)
+    local = local_distribution(placement, rank, smoothing).to(rows)
     return mu * (torch.special.xlogy(current, current) - current * local.log()).sum()

@@ -7,6 +7,7 @@ sees it: what is proved runs on one rank.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,6 @@ import torch
 from torch import fx
 
 import moec.runtime_spread  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops
-from moec.describe import module_path
 from moec.errors import OptionError, ParseError
 from moec.exchange import Exchange
 from moec.options import Options
@@ -55,11 +55,12 @@ class Spreading:
         return Exchange(layer, self.group, placement, self.ranks_per_node)
 
 
-def spread(gm: fx.GraphModule, spreading: Spreading) -> tuple[str, ...]:
-    """Rewrite the layers of `gm` in place; what is to be said of each, in execution order."""
+def spread(gm: fx.GraphModule, spreading: Spreading, layers: Sequence[str]) -> tuple[str, ...]:
+    """Rewrite the ops of `layers` in `gm`, named in execution order; what is to be said of each."""
     said: list[str] = []
-    for node in [n for n in gm.graph.nodes if n.target in SITES]:
-        exchange = spreading.exchange(module_path(node) or node.name, _experts(node))
+    ops = [node for node in gm.graph.nodes if node.target in SITES]
+    for node, layer in zip(ops, layers, strict=True):
+        exchange = spreading.exchange(layer, _experts(node))
         _replace(gm.graph, node, exchange)
         said.append(exchange.summary)
     if said:

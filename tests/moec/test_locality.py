@@ -1,0 +1,65 @@
+"""LocMoE's locality loss: its value by hand, its gradient, and what it does to a router."""
+
+import math
+
+import pytest
+import torch
+
+from moec.errors import OptionError
+from moec.locality import local_distribution, locality_loss
+from moec.placement import Placement
+
+PLACED = Placement((0, 0, 1, 1), 2)
+
+
+def test_the_value_by_hand():
+    probabilities = torch.tensor([[0.4, 0.2, 0.3, 0.1], [0.2, 0.2, 0.3, 0.3]])
+    current, local = (0.3, 0.2, 0.3, 0.2), (0.45, 0.45, 0.05, 0.05)
+    want = sum(c * math.log(c / d) for c, d in zip(current, local, strict=True))
+    got = locality_loss(probabilities, PLACED, 0, mu=0.5, smoothing=0.1)
+    assert got.item() == pytest.approx(0.5 * want, rel=1e-5)
+
+
+def test_zero_where_the_batch_is_as_local_as_it_can_be():
+    local = local_distribution(PLACED, 1, 0.2)
+    assert local.tolist() == pytest.approx([0.1, 0.1, 0.4, 0.4])
+    assert locality_loss(local.expand(3, 5, 4), PLACED, 1, mu=1, smoothing=0.2).item() == pytest.approx(0, abs=1e-6)
+    assert locality_loss(torch.full((3, 2), 0.5), Placement((0, 0), 1), 0, mu=1).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_gradient_and_zeros():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: locality_loss(x.softmax(-1), PLACED, 0, mu=0.3), (logits,))
+    zeros = torch.tensor([[1.0, 0, 0, 0]], requires_grad=True)
+    locality_loss(zeros, PLACED, 1, mu=1).backward()
+    assert zeros.grad is not None
+    assert not torch.isnan(zeros.grad).any()
+
+
+def test_no_tokens():
+    empty = torch.zeros(0, 4, requires_grad=True)
+    loss = locality_loss(empty, PLACED, 0, mu=1)
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_descending_it_sends_tokens_to_experts_of_their_rank():
+    torch.manual_seed(0)
+    x, gate = torch.randn(64, 8), torch.randn(4, 8, requires_grad=True)
+    near = []
+    for _ in range(60):
+        probabilities = (x @ gate.t()).softmax(-1)
+        near.append((probabilities.argmax(-1) < 2).float().mean().item())
+        (step,) = torch.autograd.grad(locality_loss(probabilities, PLACED, 0, mu=1), gate)
+        gate = (gate - 0.5 * step).detach().requires_grad_()
+    assert near[-1] > near[0] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("experts", "rank", "smoothing", "part"),
+    [(4, 0, 0.0, "smoothing=0.0"), (4, 0, 1.0, "smoothing=1.0"), (4, 2, 0.1, "has no experts"), (5, 0, 0.1, "of 5")],
+)
+def test_what_makes_no_sense(experts, rank, smoothing, part):
+    with pytest.raises(OptionError, match=part):
+        locality_loss(torch.full((2, experts), 0.2), PLACED, rank, mu=1, smoothing=smoothing)
