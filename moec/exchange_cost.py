@@ -78,7 +78,7 @@ def odds_of(chances: Floats, k: int) -> Floats:
     for _ in range(ROUNDS):
         now = np.minimum(_chances(odds, k), 1 - NEVER)
         odds = odds * wanted * (1 - now) / (now * (1 - wanted))
-        odds *= k / odds.sum()  # a common factor changes nothing but the size of numbers
+        odds = np.maximum(odds * (k / odds.sum()), NEVER**2)  # a common factor changes nothing but the size of numbers
         if np.allclose(now, wanted, rtol=1e-9, atol=0):
             break
     return odds

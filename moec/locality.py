@@ -46,4 +46,5 @@ def locality_loss(
         return rows.sum()
     current = rows.mean(0)
     local = local_distribution(placement, rank, smoothing).to(rows)
-    return mu * (torch.special.xlogy(current, current) - current * local.log()).sum()
+    least = torch.finfo(wide).tiny  # of an expert that nobody can choose: its term is 0, with a finite slope
+    return mu * (current * (current.clamp_min(least).log() - local.log())).sum()
