@@ -36,9 +36,8 @@ class Cluster:
         found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
         ranks, nodes = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if ranks < 2 or nodes < 1 or ranks % nodes:
-            raise TargetError(
-                f"--exchange {text!r}: expected RANKS or RANKSxNODES such as 64x8, 2 ranks or more, alike nodes"
-            )
+            wanted = "RANKS or RANKSxNODES such as 64x8: 2 ranks or more, the same number on each node"
+            raise TargetError(f"--exchange {text!r}: expected {wanted}")
         return Cluster(ranks, ranks // nodes)
 
 

@@ -92,11 +92,12 @@ def test_moec_command(command, tmp_path, monkeypatch, capsys):
     if command.startswith(("moec cache", "moec tune")):  # never the user's own results
         monkeypatch.setenv("MOEC_CACHE_DIR", str(tmp_path))
         (tmp_path / "tuned.jsonl").touch()
-    for name in ("report.html", "tuned.jsonl", "both.jsonl", "tuned.png", "repro.py", "loads.jsonl"):
+    for name in ("report.html", "tuned.jsonl", "both.jsonl", "tuned.png", "repro.py", "loads.jsonl", "placed.json"):
         command = command.replace(name, str(tmp_path / name))
     words = shlex.split(command)
     if "--loads" in words:  # what the command before it on that page writes
-        assert cli.run(["routes", words[2], "--out", words[words.index("--loads") + 1]]) == cli.OK
+        recorded = words[words.index("--loads") + 1]
+        assert cli.run(["routes", words[2], "--choices", "4096", "--out", recorded]) == cli.OK
         capsys.readouterr()
     assert cli.run(words[1:]) == cli.OK, capsys.readouterr().err
     assert capsys.readouterr().out

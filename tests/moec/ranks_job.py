@@ -24,6 +24,7 @@ import moec.runtime_spread
 from moec.backend import explain_call
 from moec.errors import OptionError
 from moec.exchange import Exchange
+from moec.exchange_cost import RowBytes, recorded_reach, rows_of
 from moec.options import Options
 from moec.placement import Placement, Placements, write_placements
 from moec.spec import ExpertsSpec, KernelSpec
@@ -194,6 +195,43 @@ def check_the_same_bits_every_time(rank):
     x = torch.randn(50, H, generator=torch.Generator().manual_seed(rank))
     runs = [spread_op(x, weights, ids, stacks(6), SPEC, "eager", (0, 1, 2, 3, 0, 1), 2) for _ in range(3)]
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def check_bytes_are_those_of_the_model(rank):
+    """Every rank has the same tokens, so that a token is on all ranks alike; bytes that leave a rank are counted."""
+    tokens, experts, k = 30, 8, 3
+    weights, ids = drawn("mixed", tokens, experts, k, 0)
+    x, owners = torch.randn(tokens, H), (0, 3, 1, 3, 0, 2, 2, 1)
+    params = [p.requires_grad_() for p in stacks(experts)]
+    real, counted = dist.all_to_all_single, {}
+
+    def counting(out, given, received=None, sent=None, group=None):
+        for there, rows in enumerate(sent or []):
+            for kind in ("ranks",) * (there != rank) + ("nodes",) * (there // 2 != rank // 2):
+                counted[kind] = counted.get(kind, 0) + rows * given.shape[1]
+        real(out, given, received, sent, group=group)
+
+    found = {}
+    dist.all_to_all_single = counting
+    try:
+        for name, size in (("per rank", 0), ("per node", 2)):
+            leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+            y = spread_op(*leaves, ids, params, SPEC, "eager", owners, size)
+            forward, counted = counted, {}
+            y.sum().backward()
+            found[name] = summed([torch.tensor([d[n] for d in (forward, counted) for n in ("ranks", "nodes")])])[0]
+            counted = {}
+    finally:
+        dist.all_to_all_single = real
+    reach = recorded_reach(ids.tolist(), Placement(owners, RANKS), 2)
+    size = RowBytes.of(H, 4, 4, 4, k)
+    for name, rows in rows_of(reach, k, RANKS, 2).items():
+        if name in found:
+            each = [
+                bytes_ * way for bytes_ in (size.forward, size.step - size.forward) for way in (rows.ranks, rows.nodes)
+            ]
+            assert found[name].tolist() == [round(tokens * RANKS * n) for n in each], name
+    assert len(found) == 2
 
 
 def check_a_rank_at_another_layer_is_an_error(rank):
