@@ -122,14 +122,15 @@ def _local(engine: str) -> str:
     return str(replace(Engine.parse(engine), tokens="", capacity=""))
 
 
-def _sizes(x: Tensor, params: Sequence[Tensor], spec: str) -> str:
-    return f"{spec} {x.shape[1]} {x.dtype} {[tuple(p.shape) for p in params[:1]]}"
+def _sizes(x: Tensor, weights: Tensor, params: Sequence[Tensor], spec: str) -> str:
+    """What decides how many bytes a row has, and which layer it is of."""
+    return f"{spec} {x.shape[1]} {x.dtype} {weights.dtype} {tuple(params[0].shape)}"
 
 
 def _spread_experts(
     x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, exchange: str
 ) -> Tensor:
-    arrived = _Arrived(Exchange.parse(exchange), weights, experts, [x], _sizes(x, params, spec))
+    arrived = _Arrived(Exchange.parse(exchange), weights, experts, [x], _sizes(x, weights, params, spec))
     (rows,) = arrived.values
     y = torch.ops.moec.experts(rows, arrived.weights, arrived.experts, params, spec, _local(engine))
     return arrived.home(y)[0]
@@ -152,7 +153,7 @@ def _spread_backward(
     exchange: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    asking = f"backward {_sizes(x, params, spec)}"
+    asking = f"backward {list(needs)} {_sizes(x, weights, params, spec)}"
     arrived = _Arrived(Exchange.parse(exchange), weights, experts, [x, grad], asking)
     rows, grads = arrived.values
     dx, dweights, dparams = torch.ops.moec.experts_backward(

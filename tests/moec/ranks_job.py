@@ -14,12 +14,13 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch._inductor.compile_fx  # before there are four processes
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks_models import WIDTH, Deep, H, Layer, Own
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-import moec.runtime_spread
 from moec.backend import explain_call
 from moec.errors import OptionError
 from moec.exchange import Exchange
@@ -246,8 +247,9 @@ def report_of(model, tokens=4, **options):
 
 def check_the_report_names_ranks(rank):
     report = report_of(seeded(Layer), experts_over="world", ranks_per_node=2)
-    own = report_of(seeded(Own), experts_over="world")
-    alone = report_of(seeded(Layer))
+    if rank:
+        return
+    own = report_of(seeded(Own), experts_over="world")  # sends nothing
     (site,) = report.sites
     assert site.ranks == (
         "over 'world': 6 experts on 4 ranks, 1 to 2 a rank, in blocks; rows cross nodes of 2 ranks once"
@@ -255,27 +257,26 @@ def check_the_report_names_ranks(rank):
     assert site.ranks in str(report).replace("\n", " ")
     assert own.sites[0].status == "fused"
     assert "not spread: its experts run code of their own" in own.sites[0].ranks
-    assert alone.sites[0].ranks == ""
+    assert report_of(seeded(Layer)).sites[0].ranks == ""
 
 
 def check_placements_of_a_file(rank):
-    folder = Path(sys.argv[1])
-    path, other = folder / f"placed{rank}.json", folder / f"other{rank}.json"
-    name = report_of(seeded(Layer)).sites[0].name
-    write_placements(Placements(RANKS, {name: Placement((3, 2, 1, 0, 3, 3), RANKS)}), path)
-    write_placements(Placements(RANKS, {name: Placement((0, 1, 2, 3), RANKS)}), other)
-    model = seeded(Layer)
-    report = report_of(model, experts_over="world", placement=str(path))
+    folder, model, said = Path(sys.argv[1]), seeded(Layer), ""
+    path, other = folder / "placed.json", folder / "other.json"
+    if rank == 0:
+        (site,) = report_of(model).sites
+        write_placements(Placements(RANKS, {site.name: Placement((3, 2, 1, 0, 3, 3), RANKS)}), path)
+        write_placements(Placements(RANKS, {site.name: Placement((0, 1, 2, 3), RANKS)}), other)
+    dist.barrier()
     compiled = torch.compile(model, backend="moec", options={**QUICK, "experts_over": "world", "placement": str(path)})
     got = gradients(model, compiled, torch.randn(20, H, generator=torch.Generator().manual_seed(rank)))
-    said = ""
-    try:
-        report_of(model, experts_over="world", placement=str(other))
-    except Exception as error:
-        said = str(error)
-    assert "6 experts on 4 ranks, 1 to 3 a rank, as placed" in report.sites[0].ranks
+    if rank == 0:
+        try:
+            report_of(model, experts_over="world", placement=str(other))
+        except Exception as error:
+            said = str(error)
     assert [e for e in range(6) if got[3][e].any()] == {0: [3], 1: [2], 2: [1], 3: [0, 4, 5]}[rank]
-    assert "has 4 experts, the layer 6" in said
+    assert rank or "has 4 experts, the layer 6" in said
 
 
 def refusal(options):
@@ -287,14 +288,18 @@ def refusal(options):
 
 
 def check_groups_by_name(rank):
-    """Two ranks of four, by the group's description and, with Inductor and C++, by its name; the others run alone."""
+    """Two ranks of four, by the group's description and, with Inductor and C++, by its name; and the rows of a mesh."""
     pair = dist.new_group([1, 3], group_desc="pair")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = seeded(Layer)
     x, found = torch.randn(9, H, generator=torch.Generator().manual_seed(rank)), []
     if rank in (1, 3):
         for options in ({**QUICK, "experts_over": "pair"}, {"proof": "off", "experts_over": pair.group_name}):
             torch._dynamo.reset()
             found.append(gradients(model, torch.compile(model, backend="moec", options=options), x))
+    torch._dynamo.reset()
+    named = {**QUICK, "experts_over": mesh["ep"].get_group().group_name}
+    meshed = gradients(model, torch.compile(model, backend="moec", options=named), x)
     want = gradients(model, model, x)
     refused = [
         refusal({"experts_over": "pairs"}),
@@ -302,6 +307,8 @@ def check_groups_by_name(rank):
         refusal({"experts_over": "world", "proof": "strict"}),
         refusal({"experts_over": "world", "placement": "/nowhere/x.json"}),
     ]
+    same(meshed[0], want[0])
+    assert [e for e in range(6) if meshed[3][e].any()] == ([3, 4, 5] if rank % 2 else [0, 1, 2])
     for got in found:
         same(got[0], want[0])
         same(got[1], want[1], atol=2e-4, rtol=1e-3)
@@ -356,7 +363,8 @@ def run(rank, port):
 if __name__ == "__main__":
     import socket
 
-    assert moec.runtime_spread is not None
+    torch.set_num_threads(1)
+    report_of(seeded(Layer))  # what a compile imports is imported once, before there are four processes
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
