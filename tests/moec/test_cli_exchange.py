@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from moec import cli
 from moec.loads import read_loads
 from moec.placement import read_placements
 
-MODEL = "examples/05_ranks.py:make"
+MODEL = f"{Path(__file__).resolve().parents[2]}/examples/05_ranks.py:make"
 QUICK = ("--no-grad", "--options", "rest=eager,kernels=eager,proof=off")
 
 
