@@ -122,7 +122,7 @@ struct Codes<Coded<S, P, rows, columns>> {
         for (int64_t p = 0; p < passes; p++) {
           const int64_t r0 = m * p / passes, count = m * (p + 1) / passes - r0;
           const float* const rows_w = w;
-          dot_rows<Float, 0>(count, a + r0, k0, rows_w, wide, int(cols), rows_w, wide, kb, c + r0 * ldc + j, ldc,
+          dot_rows<Float, 1, DM, 4, 0>(count, a + r0, k0, rows_w, wide, int(cols), rows_w, wide, kb, c + r0 * ldc + j, ldc,
                              k0 > 0);
         }
       }

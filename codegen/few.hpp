@@ -3,6 +3,8 @@
 // A is a table of row pointers. W is nk (row n holds K numbers) or kn (row k holds the columns), `ld` elements apart.
 // An Op says how a word of A meets a word of W: one number a lane (Fma), or a pair of bf16 (DotPairs).
 #pragma once
+#include <algorithm>
+
 #include "vec.hpp"
 
 namespace moec {
@@ -59,14 +61,14 @@ struct DotPairs {
   }
 };
 
-// --- few rows, nk: 4 rows of W times M rows of A, vectors along K -----------------------------------------------
+// --- few rows, nk: N rows of W times M rows of A, vectors along K -----------------------------------------------
 // `next` are rows of weights that will be needed soon: PF of them are fetched into cache at the pace of the arithmetic.
-template <class Op, int M, int PF, class Next>
+template <class Op, int M, int N, int PF, class Next>
 __attribute__((noinline)) void dot(const typename Op::A* const* a, int64_t k0, const typename Op::W* w, int64_t ld,
                                    int n, const Next* next, int64_t next_ld, int64_t k, float* c, int64_t ldc,
                                    bool add) {
   using W = typename Op::W;
-  constexpr int step = L * Op::per, unroll = 64 / (step * int(sizeof(W))) > 0 ? 64 / (step * int(sizeof(W))) : 1;
+  constexpr int step = L * Op::per, line = 64 / int(sizeof(W)), unroll = line > step ? line / step : 1;
   const W* const w0 = w;
   const W* const w1 = w + (n > 1 ? 1 : 0) * ld;
   const W* const w2 = w + (n > 2 ? 2 : n - 1) * ld;
@@ -74,16 +76,23 @@ __attribute__((noinline)) void dot(const typename Op::A* const* a, int64_t k0, c
   const typename Op::A* x[M];
   for (int m = 0; m < M; m++) x[m] = a[m] + k0;
   vf acc[M][4] = {};
-  auto body = [&](int64_t i) MOEC_INLINE_LAMBDA {
-    const auto v0 = Op::w(w0 + i), v1 = Op::w(w1 + i), v2 = Op::w(w2 + i), v3 = Op::w(w3 + i);
+  auto add_step = [&](auto&& of_a, auto&& of_w) MOEC_INLINE_LAMBDA {
+    const auto v0 = of_w(w0), v1 = of_w(w1);
+    typename Op::Word v2{}, v3{};
+    if constexpr (N > 2) v2 = of_w(w2);
+    if constexpr (N > 3) v3 = of_w(w3);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      const auto v = Op::a(x[m] + i);
+      const auto v = of_a(x[m]);
       acc[m][0] = Op::mac(acc[m][0], v, v0);
       acc[m][1] = Op::mac(acc[m][1], v, v1);
-      acc[m][2] = Op::mac(acc[m][2], v, v2);
-      acc[m][3] = Op::mac(acc[m][3], v, v3);
+      if constexpr (N > 2) acc[m][2] = Op::mac(acc[m][2], v, v2);
+      if constexpr (N > 3) acc[m][3] = Op::mac(acc[m][3], v, v3);
     }
+  };
+  auto body = [&](int64_t i) MOEC_INLINE_LAMBDA {
+    add_step([=](const auto* p) MOEC_INLINE_LAMBDA { return Op::a(p + i); },
+             [=](const auto* p) MOEC_INLINE_LAMBDA { return Op::w(p + i); });
   };
   int64_t i = 0;
   for (; i + unroll * step <= k; i += unroll * step) {
@@ -93,18 +102,9 @@ __attribute__((noinline)) void dot(const typename Op::A* const* a, int64_t k0, c
     for (int u = 0; u < unroll; u++) body(i + u * step);
   }
   for (; i + step <= k; i += step) body(i);
-  if (i < k) {
-    const auto v0 = Op::w_n(w0 + i, k - i), v1 = Op::w_n(w1 + i, k - i), v2 = Op::w_n(w2 + i, k - i),
-               v3 = Op::w_n(w3 + i, k - i);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      const auto v = Op::a_n(x[m] + i, k - i);
-      acc[m][0] = Op::mac(acc[m][0], v, v0);
-      acc[m][1] = Op::mac(acc[m][1], v, v1);
-      acc[m][2] = Op::mac(acc[m][2], v, v2);
-      acc[m][3] = Op::mac(acc[m][3], v, v3);
-    }
-  }
+  if (i < k)
+    add_step([=](const auto* p) MOEC_INLINE_LAMBDA { return Op::a_n(p + i, k - i); },
+             [=](const auto* p) MOEC_INLINE_LAMBDA { return Op::w_n(p + i, k - i); });
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     const v4 s = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
@@ -118,13 +118,17 @@ __attribute__((noinline)) void dot(const typename Op::A* const* a, int64_t k0, c
   }
 }
 
-template <class Op, int PF, int M = DM, class... Args>
+// LEAST to M rows of A.
+template <class Op, int LEAST, int M, int N, int PF, class... Args>
 MOEC_INLINE void dot_rows(int64_t m, Args... args) {
-  if constexpr (M > 1) {
-    if (m < M) return dot_rows<Op, PF, M - 1>(m, args...);
+  if constexpr (M > LEAST) {
+    if (m < M) return dot_rows<Op, LEAST, M - 1, N, PF>(m, args...);
   }
-  dot<Op, M, PF>(args...);
+  dot<Op, M, N, PF>(args...);
 }
+
+// How few rows of A a pass can have where more than M are cut into `passes` or more of at most M.
+constexpr int least_rows(int M, int passes) { return ((passes - 1) * M + 1) / passes; }
 
 template <class W>
 __attribute__((noinline)) void widen_row(const W* from, int64_t n, float* to) {
@@ -133,43 +137,70 @@ __attribute__((noinline)) void widen_row(const W* from, int64_t n, float* to) {
   if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
 }
 
-// `after`: the rows of W that are wanted after these. `room`: for 4 rows of k_block + L floats, where numbers of two
-// bytes are widened once for all rows of A from the fourth pass on: before, it costs more than widening them again.
-template <class Op>
-void few_nk(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
-            float* c, int64_t ldc, int64_t k_block, const typename Op::W* after, float* room) {
-  constexpr bool widens = sizeof(typename Op::W) == 2 && Op::per == 1;
-  const int64_t passes = (m + DM - 1) / DM, ld_room = k_block + L;
+// LEAST rows of A or more, M at a time, and where `once` no more than M. `after`: the rows of W wanted after these.
+template <class Op, int LEAST, int M, int N, bool once>
+void few_by(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
+            float* c, int64_t ldc, int64_t k_block, const typename Op::W* after) {
+  const int64_t passes = once ? 1 : (m + M - 1) / M;
+  for (int64_t j = 0; j < n; j += N) {
+    const int cols = int(n - j < N ? n - j : N);
+    for (int64_t k0 = 0; k0 < k; k0 += k_block) {
+      const int64_t kb = k - k0 < k_block ? k - k0 : k_block;
+      const auto* at = w + j * ld + k0;
+      const auto* next = j + N < n ? at + N * ld : after + k0;
+      for (int64_t p = 0; p < passes; p++) {
+        const int64_t r0 = m * p / passes, rows = m * (p + 1) / passes - r0;
+        float* out = c + r0 * ldc + j;
+        const bool add = k0 > 0;
+        // A pass that finds all of the next rows fetched asks again for some, which costs less than more kernels.
+        const auto ahead = [=](int64_t each) { return next + std::min(p * each, N - each) * ld; };
+        if (passes == 1) dot_rows<Op, LEAST, M, N, N>(rows, a + r0, k0, at, ld, cols, next, ld, kb, out, ldc, add);
+        else if constexpr (!once) {
+          if (passes < N)
+            dot_rows<Op, least_rows(M, 2), M, N, 2>(rows, a + r0, k0, at, ld, cols, ahead(2), ld, kb, out, ldc, add);
+          else
+            dot_rows<Op, least_rows(M, N), M, N, 1>(rows, a + r0, k0, at, ld, cols, ahead(1), ld, kb, out, ldc, add);
+        }
+      }
+    }
+  }
+}
+
+// The same where numbers of W are widened once for all rows of A, into `room` for 4 rows of k_block + L floats.
+template <class W>
+void few_wide(const float* const* a, int64_t m, int64_t k, const W* w, int64_t ld, int64_t n, float* c, int64_t ldc,
+              int64_t k_block, const W* after, float* room) {
+  const int64_t passes = (m + DM - 1) / DM, wide = k_block + L;
   for (int64_t j = 0; j < n; j += 4) {
     const int cols = int(n - j < 4 ? n - j : 4);
     for (int64_t k0 = 0; k0 < k; k0 += k_block) {
       const int64_t kb = k - k0 < k_block ? k - k0 : k_block;
       const auto* at = w + j * ld + k0;
       const auto* next = j + 4 < n ? at + 4 * ld : after + k0;
-      const bool wide = widens && passes > 3;
-      if (wide)
-        for (int r = 0; r < cols; r++) widen_row(at + r * ld, kb, room + r * ld_room);
+      for (int r = 0; r < cols; r++) widen_row(at + r * ld, kb, room + r * wide);
       for (int64_t p = 0; p < passes; p++) {
         const int64_t r0 = m * p / passes, rows = m * (p + 1) / passes - r0;
-        float* out = c + r0 * ldc + j;
-        const bool add = k0 > 0;
-        if (passes == 1) {
-          dot_rows<Op, 4>(rows, a + r0, k0, at, ld, cols, next, ld, kb, out, ldc, add);
-        } else if (passes == 2) {
-          dot_rows<Op, 2>(rows, a + r0, k0, at, ld, cols, next + 2 * p * ld, ld, kb, out, ldc, add);
-        } else {
-          // From the fifth pass on the next rows are in cache already; asking again costs less than another kernel.
-          const auto* one = next + (p & 3) * ld;
-          if constexpr (widens)
-            if (wide) {
-              const float* const from = room;
-              dot_rows<Fma<float>, 1>(rows, a + r0, k0, from, ld_room, cols, one, ld, kb, out, ldc, add);
-              continue;
-            }
-          dot_rows<Op, 1>(rows, a + r0, k0, at, ld, cols, one, ld, kb, out, ldc, add);
-        }
+        const float* const from = room;
+        dot_rows<Fma<float>, least_rows(DM, 4), DM, 4, 1>(rows, a + r0, k0, from, wide, cols, next + std::min<int64_t>(p, 3) * ld, ld,
+                                          kb, c + r0 * ldc + j, ldc, k0 > 0);
       }
     }
+  }
+}
+
+constexpr int64_t WIDE = 20;  // from more rows of A on widening numbers of W once pays
+
+// Numbers of two bytes are widened for each kernel's rows of A anew: three rows of W meet four of A rather than four
+// three, which takes a fifth less time in cache. One to three rows wait for memory, which likes four streams.
+template <class Op>
+void few_nk(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
+            float* c, int64_t ldc, int64_t k_block, const typename Op::W* after, float* room) {
+  if constexpr (sizeof(typename Op::W) == 2 && Op::per == 1) {
+    if (m > WIDE) return few_wide(a, m, k, w, ld, n, c, ldc, k_block, after, room);
+    if (m > DM) few_by<Op, DM < 4 ? DM + 1 : 1, 4, DM, false>(a, m, k, w, ld, n, c, ldc, k_block, after);
+    else few_by<Op, 1, DM, 4, true>(a, m, k, w, ld, n, c, ldc, k_block, after);
+  } else {
+    few_by<Op, 1, DM, 4, false>(a, m, k, w, ld, n, c, ldc, k_block, after);
   }
 }
 

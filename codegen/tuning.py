@@ -104,7 +104,7 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
         few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.H, threads)),
         many_cols=(64 if into == "nk" else 128, 64 if out == "nk" else 128),
         row_block=192,
-        k_few=1024,
+        k_few=1024 if e.dtype == "f32" else 2048,
         k_many=(256 if into == "nk" else 128, 256 if out == "nk" else 128),
         chunk=_chunk(sizes),
     )
