@@ -181,8 +181,9 @@ void few_wide(const float* const* a, int64_t m, int64_t k, const W* w, int64_t l
       for (int64_t p = 0; p < passes; p++) {
         const int64_t r0 = m * p / passes, rows = m * (p + 1) / passes - r0;
         const float* const from = room;
-        dot_rows<Fma<float>, least_rows(DM, 4), DM, 4, 1>(rows, a + r0, k0, from, wide, cols, next + std::min<int64_t>(p, 3) * ld, ld,
-                                          kb, c + r0 * ldc + j, ldc, k0 > 0);
+        const W* const ahead = next + std::min<int64_t>(p, 3) * ld;
+        dot_rows<Fma<float>, least_rows(DM, 4), DM, 4, 1>(rows, a + r0, k0, from, wide, cols, ahead, ld, kb,
+                                                          c + r0 * ldc + j, ldc, k0 > 0);
       }
     }
   }

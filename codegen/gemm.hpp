@@ -70,29 +70,43 @@ MOEC_INLINE void micro_rows(int64_t m, Args... args) {
 }
 
 // n rows of W, k numbers each, into [words][NR]; columns past n repeat the last row, numbers past k are zero.
+// Four bytes at a time are transposed: numbers, or pairs of bf16, which are widened behind the shuffles if at all.
 template <class Op>
 __attribute__((noinline)) void pack_nk(const typename Op::W* w, int64_t ld, int64_t n, int64_t k,
                                        typename Op::Word* to) {
+  using W = typename Op::W;
+  using Word = typename Op::Word;
+  constexpr bool pairs = std::is_same_v<W, bf16>, wide = pairs && Op::per == 1;
   constexpr int step = L * Op::per;
-  for (int64_t i = 0; i < k; i += step) {
-    const int64_t part = k - i < step ? k - i : step, words = (part + Op::per - 1) / Op::per;
-    typename Op::Word* out = to + i / Op::per * NV;
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) {
-      vf r[L];
+  for (int v = 0; v < NV; v++) {
+    const W* row[L];
+    for (int j = 0; j < L; j++) row[j] = w + (v * L + j < n ? v * L + j : n - 1) * ld;
+    Word* const out = to + v;
+    int64_t i = 0;
+    vf r[L];
+    if constexpr (pairs || sizeof(W) == 4) {
+      constexpr int whole = pairs ? 2 * L : L;
+      for (; i + whole <= k; i += whole) {
+        const void* from[L];
+        for (int j = 0; j < L; j++) from[j] = row[j] + i;
+        load_transposed(from, r);
 #pragma GCC unroll 16
-      for (int j = 0; j < L; j++) {
-        const int64_t row = v * L + j < n ? v * L + j : n - 1;
-        const auto* p = w + row * ld + i;
-        r[j] = (vf)(part == step ? Op::w(p) : Op::w_n(p, part));
+        for (int j = 0; j < L; j++) {
+          if constexpr (wide) {
+            out[(i + 2 * j) * NV] = (vf)((vu)r[j] << 16);
+            out[(i + 2 * j + 1) * NV] = (vf)((vu)r[j] & 0xffff0000u);
+          } else {
+            out[(i / Op::per + j) * NV] = (Word)r[j];
+          }
+        }
       }
+    }
+    for (; i < k; i += step) {
+      const int64_t part = k - i < step ? k - i : step, words = (part + Op::per - 1) / Op::per;
+#pragma GCC unroll 16
+      for (int j = 0; j < L; j++) r[j] = (vf)(part == step ? Op::w(row[j] + i) : Op::w_n(row[j] + i, part));
       transpose(r);
-      if (words == L) {
-#pragma GCC unroll 16
-        for (int j = 0; j < L; j++) out[j * NV + v] = (typename Op::Word)r[j];
-      } else {
-        for (int j = 0; j < words; j++) out[j * NV + v] = (typename Op::Word)r[j];
-      }
+      for (int j = 0; j < words; j++) out[(i / Op::per + j) * NV] = (Word)r[j];
     }
   }
 }

@@ -29,9 +29,14 @@ __attribute__((noinline)) inline void transpose_columns(const float* const* rows
     for (int64_t c = 0; c < n; c += L) {
       const int64_t part = n - c < L ? n - c : L;
       vf v[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; i++) v[i] = r + i < k ? some(rows[r + i] + j + c, part) : vf{};
-      transpose(v);
+      if (part == L && r + L <= k) {
+        const void* from[L];
+        for (int i = 0; i < L; i++) from[i] = rows[r + i] + j + c;
+        load_transposed(from, v);
+      } else {
+        for (int i = 0; i < L; i++) v[i] = r + i < k ? some(rows[r + i] + j + c, part) : vf{};
+        transpose(v);
+      }
       float* const out = to + c * ld + r;
       if (part == L) {
 #pragma GCC unroll 16
