@@ -28,8 +28,6 @@ __attribute__((noinline)) void micro(const typename Op::A* const* a, int64_t k0,
                                      int64_t words, float* c, int64_t ldc, int64_t n, bool add, Next next) {
   const typename Op::A* x[M];
   for (int m = 0; m < M; m++) x[m] = a[m] + k0;
-  if (add)  // what is added to has left the cache where C is large, and would be waited for in the end
-    for (int m = 0; m < M; m++) prefetch(c + m * ldc);
   vf acc[M][NV] = {};
 #pragma GCC unroll 2
   for (int64_t i = 0; i < words; i++) {
