@@ -186,6 +186,21 @@ def test_tuning_changes_no_result(name, text):
         close(tuned.experts(x, weights, experts, params), want, spec.experts.dtype)
 
 
+@pytest.mark.parametrize("name", ["swiglu", "swiglu_bf16", "grouped_f16"])
+def test_any_number_of_rows_of_one_expert(name):
+    """Up to 45 rows: each way to stream weights, with full and partial passes of rows, and packing beyond."""
+    spec = SPECS[name]
+    kernel, params = kernel_for(spec), make_params(spec.experts, 67, 37, 2)
+    for T in range(1, 46):
+        weights, experts = routing("same", T, 2, 1)
+        x = torch.randn(T, 67).to(DTYPES[spec.experts.dtype])
+        close(
+            kernel.experts(x, weights, experts, params),
+            twin.experts(x, weights, experts, params, spec),
+            spec.experts.dtype,
+        )
+
+
 def test_x_of_another_dtype_and_wide_experts_ids():
     spec = SPECS["swiglu_bf16"]
     kernel, params = kernel_for(spec), make_params(spec.experts, 48, 20, 4)
