@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.fx.passes.split_module import split_module
 
 from moec.capture.lower import RegionLoop, lower_regions
@@ -29,6 +30,7 @@ def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
     if not regions(gm):
         return compile_fn(gm, _examples(gm))
     gm = lower_regions(gm)
+    _fill_in(gm)
     _open_shapes(gm)
     try:
         split = split_module(gm, gm, _partition(gm), keep_original_order=True)
@@ -41,6 +43,21 @@ def compile_parts(gm: GraphModule, compile_fn: Compile) -> Callable[..., Any]:
         with _own_context():
             setattr(split, name, _Compiled(compile_fn(part, _examples(part)), single))
     return split
+
+
+def _fill_in(gm: GraphModule) -> None:
+    """Fake values of the nodes that lowering made: what one part hands to another needs one."""
+    known = {node: node.meta["example_value"] for node in gm.graph.nodes if "example_value" in node.meta}
+    mode = next((value.fake_mode for value in known.values() if isinstance(value, FakeTensor)), None)
+    for node in gm.graph.nodes:
+        given = node.all_input_nodes
+        if node in known or mode is None or not node.op.startswith("call_") or not all(each in known for each in given):
+            continue
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+        target = getattr(args[0], node.target) if node.op == "call_method" else node.target
+        with mode:
+            known[node] = target(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        node.meta["example_value"] = known[node]
 
 
 def _open_shapes(gm: GraphModule) -> None:

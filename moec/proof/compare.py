@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from moec.capture.lower import lower_regions
+from moec.passes.raise_graph import fake
 from moec.passes.words import key_of
 from moec.proof.copying import Fails, Unprovable
 from moec.proof.region import Half, Pair
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 UNINITIALISED = frozenset({"empty", "empty_like", "new_empty"})
 """What gives memory as it is: both graphs get NaN there, which whatever they return must not depend on."""
 
+_FACTORIES = frozenset({"zeros", "ones", "empty", "full", "eye", "linspace", "tensor", "rand", "randn"})
 _WIDE_METHODS = frozenset({"float", "half", "bfloat16"})
 _DEVICE_METHODS = frozenset({"cuda", "xpu", "cpu"})
 _DEVICE = re.compile(r"(cpu|cuda|hip|xpu|mps)(:\d+)?")
@@ -173,6 +175,8 @@ def executable(half: Half, sizes: Sizes, exact: bool, engine: str, device: torch
             made.target, args, kwargs = "to", (args[0], device), {}
         if exact:
             args, kwargs = map_aggregate((args, kwargs), _widened)
+            if key_of(node) in _FACTORIES and "dtype" not in kwargs and fake(node).dtype in WIDENED:
+                kwargs = {**kwargs, "dtype": torch.float64}  # it would make numbers of torch's default dtype
             if made.op == "call_method" and made.target in _WIDE_METHODS:
                 made.target = "double"
         if engine and made.target in (torch.ops.moec.moe.default, torch.ops.moec.experts.default):
