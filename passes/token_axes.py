@@ -41,7 +41,7 @@ def _one_a_token(graph: Graph, choice: str) -> bool:
     """Whether an argmax took the axis of experts away."""
     found = graph.behind(Ref(choice), ("cast", "same", "detach"))
     made = graph.defs.get(found.name) if isinstance(found, Ref) else None
-    if made is None or not made.uses or not (made.word == "max" or dict(made.attrs).get("target") == "argmax"):
+    if made is None or not made.uses or made.word not in ("max", "argmax"):
         return False
     return made.types[-1].rank < graph.types[made.uses[0]].rank
 

@@ -35,6 +35,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("softmax", words.raise_softmax),
     **_each("sum mean amax amin any all prod", words.raise_reduce),
     **_each("max", words.raise_max),
+    **_each("argmax", words.raise_argmax),
     **_each("topk", words.raise_topk),
     **_each("sort argsort", words.raise_sort),
     **_each("unique", words.raise_unique),

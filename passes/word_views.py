@@ -283,12 +283,20 @@ def raise_index(build: Builder, node: fx.Node) -> Arg | None:
         return None
     kind = build.type_of(basic)
     tensors = spread(build, tensors)
-    lead = build.type_of(tensors[0])
-    if any(build.type_of(t).shape != lead.shape for t in tensors):
-        return None
-    shape = (*kind.shape[:dim], *lead.shape, *kind.shape[dim + len(tensors) :])
+    lead = build.type_of(tensors[0]).shape
+    if any(build.type_of(t).shape != lead for t in tensors):
+        if not _counted_apart(build, tensors):
+            return None
+        lead = to.shape[dim : dim + 1]
+    shape = (*kind.shape[:dim], *lead, *kind.shape[dim + len(tensors) :])
     rows = build.emit("index", (basic, *tensors), Type(kind.dtype, shape), dim=dim)
     return rows if len(shape) == to.rank else build.emit("reshape", (rows,), to)
+
+
+def _counted_apart(build: Builder, tensors: tuple[Arg, ...]) -> bool:
+    """Whether indices are vectors whose lengths data decides: torch takes them as equal, by whatever name."""
+    shapes = [build.type_of(t).shape for t in tensors]
+    return all(len(shape) == 1 and bool(shape[0].free_symbols) for shape in shapes)
 
 
 def spread(build: Builder, tensors: tuple[Arg, ...]) -> tuple[Arg, ...]:

@@ -221,6 +221,16 @@ def raise_max(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit_many("max", (x,), types, dim=dim, keepdim=bool(args.get("keepdim", False)))
 
 
+def raise_argmax(build: Builder, node: fx.Node) -> Arg | None:
+    """argmax(x, dim): the indices of max along an axis."""
+    args = named(node, "input dim keepdim")
+    x = build.value(args["input"])
+    if not isinstance(args.get("dim"), int) or not isinstance(x, Ref):
+        return None
+    dim = args["dim"] % max(build.type_of(x).rank, 1)
+    return build.emit("argmax", (x,), type_of_fake(fake(node)), dim=dim, keepdim=bool(args.get("keepdim", False)))
+
+
 def raise_topk(build: Builder, node: fx.Node) -> Arg | None:
     """topk(x, k, dim) → values, indices; k as the text of its expression where it is symbolic."""
     args = named(node, "input k dim largest sorted")
