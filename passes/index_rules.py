@@ -101,10 +101,10 @@ def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
     chosen = lifter.graph.types.get(choice)
     if chosen is None:
         return False
-    if kind.rank == axes and "s" not in choice_axes(lifter.graph, choice):
+    narrow = kind.rank >= axes and all(size == 1 for size in kind.shape[axes:])
+    if narrow and "s" not in choice_axes(lifter.graph, choice):
         return True
-    one = axes == 1 and all(size == 1 for size in chosen.shape[1:])
-    return one and kind.rank >= 1 and all(size == 1 for size in kind.shape[1:])
+    return narrow and axes == 1 and all(size == 1 for size in chosen.shape[1:])
 
 
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:

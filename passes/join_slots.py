@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moec.graph import Graph, Instr, Ref, Type, sweep
+import sympy
+
+from moec.graph import Graph, Instr, Ref, sweep
 from moec.passes.pairs import Writer, joined
+from moec.passes.token_axes import shaped_like
 from moec.pipeline import Facts, Outcome
 
 
@@ -63,31 +66,61 @@ def _alike(graph: Graph, leaves: Sequence[str]) -> list[list[Instr]]:
         return []
     groups: dict[tuple[object, ...], list[Instr]] = {}
     for name in leaves:
-        site = graph.defs.get(name)
-        alone = len(graph.users.get(name, ())) == 1 and name not in graph.outputs
-        if site is None or site.word != "experts" or not alone:
+        site = _site(graph, name)
+        if site is None:
             continue
-        weights, choice = (graph.types[ref.name] for ref in site.args[1:3] if isinstance(ref, Ref))
+        rows, weights, choice = (ref.name for ref in site.args[:3] if isinstance(ref, Ref))
         attrs = tuple(item for item in site.attrs if item[0] != "form")
         if "capacity" not in dict(attrs):
-            groups.setdefault((site.args[0], site.args[3], attrs, weights.dtype, choice.dtype), []).append(site)
+            kinds = (graph.types[weights].dtype, graph.types[choice].dtype)
+            groups.setdefault((_seen(graph, rows), graph.types[rows], site.args[3], attrs, kinds), []).append(site)
     return [sites for sites in groups.values() if len(sites) > 1]
+
+
+def _site(graph: Graph, name: str) -> Instr | None:
+    """The experts whose result, on whatever axes of tokens, a leaf is and nothing else reads."""
+    made = graph.defs.get(name)
+    while made is not None and len(graph.users.get(name, ())) == 1 and name not in graph.outputs:
+        if made.word == "experts":
+            return made
+        if made.word != "reshape":
+            return None
+        name = made.uses[0]
+        made = graph.defs.get(name)
+    return None
+
+
+def _seen(graph: Graph, name: str) -> str:
+    """What a value is a view of: the same numbers in the same order."""
+    made = graph.defs.get(name)
+    while made is not None and made.word in ("reshape", "same"):
+        name = made.uses[0]
+        made = graph.defs.get(name)
+    return name
 
 
 def _joined(graph: Graph, root: Instr, leaves: Sequence[str], groups: Sequence[Sequence[Instr]]) -> tuple[Instr, ...]:
     """The instructions that make `root`: a site for each group, added to what is left."""
     out = Writer(graph, root)
     gone = {site.results[0] for sites in groups for site in sites}
-    rest = [name for name in leaves if name not in gone]
+    places = {name: site.results[0] for name in leaves if (site := _site(graph, name)) is not None}
+    rest = [name for name in leaves if places.get(name) not in gone]
     for sites in groups:
         weights, choices = ([_of(site, at) for site in sites] for at in (1, 2))
         w, e = _whole(graph, weights), _whole(graph, choices)
         same = w is not None and e is not None and w[1] == e[1]
-        names = (w[0], e[0]) if w and e and same else (joined(out, weights), joined(out, choices))
+        names = (joined(out, weights), joined(out, choices))
+        if w and e and same:
+            names = (_pairs(out, w[0]), _pairs(out, e[0]))
         first = sites[0]
         args = (first.args[0], *map(Ref, names), first.args[3])
         name = f"{root.results[0]}.slots{len(rest)}"
-        out.instrs.append(Instr((name,), "experts", args, first.types, first.attrs, first.loc or root.loc))
+        rows = name if first.types == root.types else f"{name}.rows"
+        out.instrs.append(Instr((rows,), "experts", args, first.types, first.attrs, first.loc or root.loc))
+        if rows != name:
+            shaped = shaped_like(graph, _seen(graph, first.uses[0]), root.types[0].shape)
+            like = [Ref(shaped)] if shaped else []
+            out.instrs.append(Instr((name,), "reshape", (Ref(rows), *like), root.types, (), root.loc))
         rest.append(name)
     return (*out.instrs, *_added(root, rest)) if len(rest) > 1 else _renamed(out.instrs, root)
 
@@ -113,30 +146,28 @@ def _added(root: Instr, names: Sequence[str]) -> Iterator[Instr]:
         total = result
 
 
+def _pairs(out: Writer, source: str) -> str:
+    """A […, k] tensor as [T, k]."""
+    shape = out.type(source).shape
+    return out.reshape(source, (sympy.Mul(*shape[:-1]), shape[-1]))
+
+
 def _whole(graph: Graph, names: Sequence[str]) -> tuple[str, tuple[int, ...]] | None:
-    """The [T, k] tensor that [T, 1] tensors are all the columns of, and which column each is."""
+    """The […, k] tensor that [T, 1] tensors are all the columns of, and which column each is."""
     found = [_column(graph, name) for name in names]
     columns = tuple(column[1] for column in found if column is not None)
     sources = {column[0] for column in found if column is not None}
     if len(columns) != len(names) or len(sources) != 1:
         return None
     source = sources.pop()
-    return (source, columns) if graph.types[source].shape[1] == len(names) == len(set(columns)) else None
+    return (source, columns) if graph.types[source].shape[-1] == len(names) == len(set(columns)) else None
 
 
 def _column(graph: Graph, name: str) -> tuple[str, int] | None:
-    """(source[T, k], j) of a value that is source[:, j] in any shape."""
-    made = graph.defs.get(name)
-    while made is not None and made.word in ("reshape", "same") and _same_numbers(graph, made):
-        made = graph.defs.get(made.uses[0])
-    if made is None or made.word not in ("slice", "narrow") or made.attr("dim") != 1:
+    """(source[…, k], j) of a value that is source[…, j] in any shape."""
+    made = graph.defs.get(_seen(graph, name))
+    if made is None or made.word not in ("slice", "narrow"):
         return None
-    source, start = made.uses[0], made.attr("start")
-    one = made.types[0].shape[1:] == (1,) and graph.types[source].rank == 2
+    source, start, last = made.uses[0], made.attr("start"), made.types[0].rank - 1
+    one = made.attr("dim") == last >= 1 and made.types[0].shape[-1] == 1
     return (source, start) if one and isinstance(start, int) else None
-
-
-def _same_numbers(graph: Graph, made: Instr) -> bool:
-    """Whether a reshape is between [T] and [T, 1]."""
-    kinds: tuple[Type, ...] = (graph.types[made.uses[0]], made.types[0])
-    return all(kind.rank in (1, 2) and all(d == 1 for d in kind.shape[1:]) for kind in kinds)

@@ -31,6 +31,8 @@ class Writer:
     def emit(self, word: str, args: tuple[Arg, ...], kind: Type, **attrs: Attr) -> str:
         """Append an instruction; the name of its result."""
         name = f"{self.root.results[0]}.{word}{len(self.instrs)}"
+        while name in self.graph.types:  # another pass wrote before the same root
+            name += "_"
         self.instrs.append(Instr((name,), word, args, (kind,), tuple(attrs.items()), self.root.loc))
         self.types[name] = kind
         return name

@@ -197,8 +197,10 @@ def write_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """y[rows of e] = f(rows of e) for every e: all rows, in the order of y; y[perm] = sorted rows: in slot order."""
     if instr.word == "index_put":
         _base, source, *ids = instr.args
-        if instr.attr("accumulate") or len(ids) != 1 or instr.attr("dim") != 0:
+        if instr.attr("accumulate") or instr.attr("dim") != 0:
             return None
+        if len(ids) != 1:
+            return _write_pairs(lifter, instr, source, ids)
         place = ids[0]
     else:
         _base, place, source = instr.args
@@ -216,6 +218,21 @@ def write_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         return NoMatch("rows are written to places in another order", instr.results[0])
     anchor = b.key if b.kind == "loop" else rows.anchor
     return replace(rows, space=Space("slots", a.k), choice=at.choice, via="sorted", anchor=anchor)
+
+
+def _write_pairs(lifter: Lifter, instr: Instr, source: Arg, ids: list[Arg]) -> Lift | None:
+    """y[token, slot] = f(rows of e) for every e: all rows, y being [T, k, …]."""
+    rows, *places = (lifter.lift(arg) for arg in (source, *ids))
+    known = [at for at in places if isinstance(at, Ids) and at.layout == "flat"]
+    if [at.what for at in known] != ["token", "slot"] or not isinstance(rows, Rows) or rows.layout != "flat":
+        return None
+    k = instr.types[0].shape[1]
+    if any(at.space != rows.space for at in known) or rows.space.kind != "loop" or not k.is_Integer:
+        return None
+    choice, chosen = known[0].choice, lifter.graph.types.get(known[0].choice)
+    if chosen is None or chosen.shape != instr.types[0].shape[:2]:
+        return None
+    return replace(rows, space=Space("slots", int(k)), layout="tk", choice=choice, via="sorted", anchor=rows.space.key)
 
 
 def _multi_hot(lifter: Lifter, instr: Instr) -> Lift | None:

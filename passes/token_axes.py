@@ -38,12 +38,27 @@ def token_letters(count: int) -> tuple[str, ...]:
 
 
 def _one_a_token(graph: Graph, choice: str) -> bool:
-    """Whether an argmax took the axis of experts away."""
+    """Whether an argmax took the axis of experts away, or one slot of a top-k's was taken, as in ids[:, :, 0]."""
     found = graph.behind(Ref(choice), ("cast", "same", "detach"))
     made = graph.defs.get(found.name) if isinstance(found, Ref) else None
-    if made is None or not made.uses or made.word not in ("max", "argmax"):
+    if made is None or not made.uses:
         return False
-    return made.types[-1].rank < graph.types[made.uses[0]].rank
+    source = graph.types[made.uses[0]]
+    if made.word in ("max", "argmax"):
+        return made.types[-1].rank < source.rank
+    column = graph.defs.get(made.uses[0])
+    if made.word != "reshape" or column is None or source.shape != (*made.types[0].shape, 1):
+        return False
+    if column.word == "slice":
+        return column.attr("dim") == source.rank - 1 and _is_top(graph, column.uses[0])
+    return _is_top(graph, made.uses[0])
+
+
+def _is_top(graph: Graph, name: str) -> bool:
+    """Whether a value is what a top-k along its last axis chose."""
+    found = graph.behind(Ref(name), ("cast", "same", "detach"))
+    made = graph.defs.get(found.name) if isinstance(found, Ref) else None
+    return made is not None and made.word in ("topk", "sort") and made.attr("dim") == made.types[0].rank - 1
 
 
 def token_axes(graph: Graph, choice: str) -> tuple[str, ...]:
