@@ -9,6 +9,7 @@ from moec.match import NoMatch
 from moec.passes.index_rules import row_ids
 from moec.passes.lift import Lift, Lifter
 from moec.passes.rows import Apply, Ids, Rows, Slot, Space
+from moec.passes.thresholds import table_axes
 from moec.passes.token_axes import choice_axes, is_token
 
 
@@ -126,7 +127,9 @@ def _token_ids(lifter: Lifter, ids: tuple[Arg, ...]) -> Lift:
     if misses or len(ids) == 1 or not isinstance(first, Ids):
         return misses[0] if misses else first
     rows = [f for f in found if isinstance(f, Ids) and (f.space, f.choice) == (first.space, first.choice)]
-    if len(rows) != len(found) or not is_token(lifter.graph, first.choice, [f.what for f in rows]):
+    what = tuple(f.what for f in rows)
+    known = is_token(lifter.graph, first.choice, what) or what == table_axes(lifter, first.choice)
+    if len(rows) != len(found) or not known:
         return NoMatch("writes at more than one index")
     return replace(first, what="token")
 

@@ -22,6 +22,7 @@ from moec.passes.rows import (
     Space,
     Token,
 )
+from moec.passes.thresholds import table_axes
 from moec.passes.token_axes import choice_axes, is_token
 
 
@@ -55,7 +56,7 @@ def _index_many(lifter: Lifter, instr: Instr, table: Ref, ids: list[Ids]) -> Lif
     if pairs is not None:
         return pairs
     tokens = what[:-1] if what[-1] == "slot" else what
-    if not is_token(lifter.graph, first.choice, tokens):
+    if not is_token(lifter.graph, first.choice, tokens) and tokens != table_axes(lifter, first.choice):
         return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])
     if what[-1] == "slot":
         return Rows(first.space, Slot(table.name), first.layout, first.choice)

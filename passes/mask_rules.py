@@ -12,6 +12,7 @@ from moec.passes.mapped import pairs_of
 from moec.passes.partial import side_of
 from moec.passes.rows import (
     Anchor,
+    Column,
     Idle,
     Ids,
     Masked,
@@ -20,7 +21,7 @@ from moec.passes.rows import (
     Side,
     Space,
 )
-from moec.passes.thresholds import compared
+from moec.passes.thresholds import compared, table_axes
 from moec.passes.token_axes import choice_axes, names_once, order_of, token_axes
 
 
@@ -131,6 +132,8 @@ def rule_invert(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     """The places where a loop's mask is true: tokens and slots. Of hit experts: the list of them."""
     mask = lifter.lift(instr.args[0])
+    if isinstance(mask, Column):
+        mask = compared(lifter, "ne", instr.args[0], 0.0) or mask
     if isinstance(mask, PerExpert) and mask.what in ("hit", "counts"):
         return replace(mask, what="hits")
     pairs = pairs_of(mask, instr.args[0], which) if isinstance(mask, OneHot) and instr.word != "nonzero" else None
@@ -151,7 +154,7 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
 def _places(lifter: Lifter, mask: OneHot, which: int) -> Ids | None:
     """Along one axis, the places where a mask over tokens, and perhaps slots, is true."""
     known = mask.choice in lifter.graph.types
-    tokens = token_axes(lifter.graph, mask.choice) if known else ("t",)
+    tokens = token_axes(lifter.graph, mask.choice) if known else table_axes(lifter, mask.choice) or ("t",)
     if not 1 <= len(mask.axes) <= len(tokens) + 1:
         return None
     if set(mask.axes) - {"s"} not in ({"t"}, set(tokens)) or len(set(mask.axes)) != len(mask.axes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from moec.graph import Dim, Instr, Ref
+from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes.lift import Lift, Lifter, Rule
 from moec.passes.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from moec.graph import Arg, Instr, Ref
 from moec.match import NoMatch
-from moec.passes.lift import Lift, Lifter, Rule
-from moec.passes.rows import Anchor, Ids, Masked, OneHot, Rows, Slot, Space, Special, Token
+from moec.passes.lift import FLOATS, Lift, Lifter, Rule
+from moec.passes.rows import Anchor, Gate, Ids, Masked, OneHot, Rows, Slot, Space, Special, Token
 from moec.passes.token_axes import choice_axes, names_once
 
 
@@ -136,6 +136,19 @@ def _largest(lifter: Lifter, instr: Instr) -> Lift | None:
     return Ids(mine.space, "slot", mine.choice)
 
 
+def _column(lifter: Lifter, instr: Instr) -> Lift | None:
+    """g[rows][:, e]: the gate of the loop's expert for each of its rows."""
+    table, item = instr.args
+    made, anchor = lifter.instr(table), lifter.lift(item)
+    if made is None or made.word != "permute" or made.attr("dims") != (1, 0) or not isinstance(anchor, Anchor):
+        return None
+    rows = _vectors(lifter, made.args[0])
+    if rows is None or rows.space.key != anchor.name or lifter.type(made.args[0]).dtype not in FLOATS:
+        return None
+    assert isinstance(rows.row, Token)
+    return replace(rows, row=Gate(rows.row.value))
+
+
 def _slot_place(lifter: Lifter, instr: Instr, which: int) -> Lift | None:
     found = _places(lifter, instr)
     return replace(found, what="slot") if isinstance(found, Ids) and which == 1 else found
@@ -151,6 +164,7 @@ _FIRST: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
     "where_indices": _slot_place,
     "index": lambda lifter, instr, which: _picked(lifter, instr),
     "gather": lambda lifter, instr, which: _gathered(lifter, instr),
+    "take": lambda lifter, instr, which: _column(lifter, instr),
     "max": lambda lifter, instr, which: _largest(lifter, instr) if which == 1 else None,
     "argmax": lambda lifter, instr, which: _largest(lifter, instr),
 }

@@ -17,6 +17,7 @@ from moec.passes.lift import FLOATS, Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Anchor, Column, Gates, OneHot
 from moec.passes.say_experts import say_experts
+from moec.passes.token_axes import MOST, token_letters
 from moec.spec import DTYPES
 
 _COMPARISONS = frozenset({"gt", "ge", "lt", "le", "ne", "eq"})
@@ -24,7 +25,7 @@ _COMPARISONS = frozenset({"gt", "ge", "lt", "le", "ne", "eq"})
 
 @dataclass(frozen=True)
 class Table:
-    """Who chooses whom, [T, E]: the mask `value`, or where `value` compares so with a number."""
+    """Who chooses whom, […, E]: the mask `value`, or where `value` compares so with a number."""
 
     value: str
     word: str = ""
@@ -47,7 +48,7 @@ def column(lifter: Lifter, held: Gates, item: Anchor) -> Lift:
     kind = lifter.graph.types[held.value]
     if kind.dtype in FLOATS:
         return Column(held.value, item.name)
-    if kind.rank != 2 or kind.dtype != "bool":
+    if kind.rank < 2 or kind.dtype != "bool":
         return NoMatch(f"a column of {kind} taken at the loop's expert", held.value)
     return _mask(lifter, Table(held.value), item.name)
 
@@ -58,7 +59,7 @@ def compared(lifter: Lifter, word: str, left: Arg, right: Arg) -> OneHot | None:
     number = isinstance(right, (int, float)) and not isinstance(right, bool)
     if not isinstance(held, Column) or word not in _COMPARISONS or not number:
         return None
-    if lifter.graph.types[held.value].rank != 2:
+    if not 2 <= lifter.graph.types[held.value].rank <= MOST + 1:
         return None
     assert isinstance(right, (int, float))
     return _mask(lifter, Table(held.value, word, float(right)), held.key)
@@ -66,23 +67,30 @@ def compared(lifter: Lifter, word: str, left: Arg, right: Arg) -> OneHot | None:
 
 def _mask(lifter: Lifter, table: Table, anchor: str) -> OneHot:
     lifter.tables[table.name] = table
-    return OneHot(table.name, ("t",), anchor)
+    return OneHot(table.name, table_axes(lifter, table.name), anchor)
+
+
+def table_axes(lifter: Lifter, choice: str) -> tuple[str, ...]:
+    """The axes of the tokens of a table of `lifter.tables`; () where `choice` is none."""
+    table = lifter.tables.get(choice)
+    return token_letters(lifter.graph.types[table.value].rank - 1) if isinstance(table, Table) else ()
 
 
 def table_choice(
     lifter: Lifter, root: Instr, choice: str, weight: str, by_expert: bool, experts: int
 ) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
-    """Instructions, w[T, E] and e[T, E] of a choice that is a table of `lifter.tables`."""
+    """Instructions, w[…, E] and e[T, E] of a choice that is a table of `lifter.tables`."""
     table = lifter.tables[choice]
     assert isinstance(table, Table)
     kind = lifter.graph.types[table.value]
-    if kind.shape[1] != experts or (weight and not by_expert):
+    if kind.shape[-1] != experts or (weight and not by_expert):
         return NoMatch(f"choices are {kind} for {experts} experts, weighted by %{weight}", table.value)
     given = lifter.graph.types[weight] if weight else kind
-    if given.rank != 2 or not all(same(a, b) for a, b in zip(given.shape, kind.shape, strict=True)):
+    if given.rank != kind.rank or not all(same(a, b) for a, b in zip(given.shape, kind.shape, strict=True)):
         return NoMatch(f"gates are {given} for choices {kind}", weight)
     out = Writer(lifter.graph, root)
-    chosen = out.emit("experts_where", (Ref(table.mask(out)),), Type("i64", kind.shape))
+    pairs = (sympy.Mul(*kind.shape[:-1]), kind.shape[-1])
+    chosen = out.emit("experts_where", (Ref(out.reshape(table.mask(out), pairs)),), Type("i64", pairs))
     return tuple(out.instrs), weight, chosen
 
 

@@ -77,10 +77,8 @@ class Carver:
         choices = self._choices(roles, root)
         roles |= {name: "choice" for name in roles if self.old(name) in choices}
         later = self._computed_from(choices, root)
-        if any(
-            instr.word == "experts_where" for instr in instrs
-        ):  # gates are zero where the mask that they come from is
-            later |= self._computed_from(tuple(n for n in map(self.old, roles) if roles.get(n) == "given"), root)
+        # Gates are zero where the mask that they come from is.
+        later |= self._computed_from(tuple(n for n in map(self.old, _masked(instrs)) if roles.get(n) == "given"), root)
         derived = [n for n in map(self.old, roles) if (n in later or self._constant(n)) and n not in choices]
         cut = self._cut(roles, derived)
         original, replacement = Copy(self.source, cut), Copy(self.source, cut)
@@ -203,6 +201,15 @@ def replaced_by(site: Instr) -> tuple[str, ...]:
     """The router's values that a fused site returns too."""
     value = dict(site.attrs).get("replaces")
     return tuple(map(str, value)) if isinstance(value, tuple) else ()
+
+
+def _masked(instrs: list[Instr]) -> set[str]:
+    """What new instructions read to make a choice of a mask."""
+    wanted = {name for instr in instrs if instr.word == "experts_where" for name in instr.uses}
+    for instr in reversed(instrs):
+        if not wanted.isdisjoint(instr.results):
+            wanted = (wanted - set(instr.results)) | set(instr.uses)
+    return wanted
 
 
 def _roles(site: Instr, instrs: list[Instr]) -> dict[str, str]:
