@@ -26,7 +26,7 @@ from moec.passes.hot_products import distinct
 from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.priority import queued_as
-from moec.passes.rows import Apply, Gate, Row, Rows, strip
+from moec.passes.rows import Apply, Cast, Gate, Row, Rows, Special, strip
 from moec.passes.say_experts import say_experts
 from moec.spec import DTYPES
 
@@ -132,8 +132,9 @@ def _summed(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
 
 
 def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
-    """0 + rows of expert 0 + rows of expert 1 + …, in any order of addition."""
-    found: dict[int, Rows] = {}
+    """0 + rows of expert 0 + rows of expert 1 + …, in any order of addition; with several columns of gates an expert,
+    one for each slot, each column's sum is over all experts."""
+    found: dict[str, dict[int, Rows]] = {}
     for leaf in _added(lifter, instr):
         made = lifter.instr(leaf)
         if leaf in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0.0):
@@ -143,17 +144,41 @@ def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
         rows = lifter.lift(leaf)
         if not isinstance(rows, Rows) or not on_grid(rows):
             return rows if isinstance(rows, NoMatch) else NoMatch("not a sum of experts' gated rows")
-        at = _expert_of(rows.row)
-        if at < 0 or at in found:
+        gate = _gate_in(rows.row)
+        if gate is None or gate.at < 0 or gate.at in found.setdefault(gate.value, {}):
             return NoMatch("experts' rows are added without a column of gates each", depth=2)
-        found[at] = rows
-    if len(found) < 2 or sorted(found) != list(range(len(found))):
-        return NoMatch(f"the experts {sorted(found)} are added", depth=2)
-    ordered = [found[i] for i in range(len(found))]
-    if any(replace(r, row=ordered[0].row) != ordered[0] for r in ordered):
+        found[gate.value][gate.at] = replace(rows, row=_gated_by(rows.row, ""))
+    first, *others = found.values()
+    if len(first) < 2 or sorted(first) != list(range(len(first))):
+        return NoMatch(f"the experts {sorted(first)} are added", depth=2)
+    ordered = [first[i] for i in range(len(first))]
+    if any(replace(r, row=ordered[0].row) != ordered[0] for r in ordered) or any(other != first for other in others):
         return NoMatch("experts' rows are of other tokens", depth=2)
     row = merged([r.row for r in ordered])
-    return row if isinstance(row, NoMatch) else (replace(ordered[0], row=row), None)
+    if isinstance(row, NoMatch):
+        return row
+    gates = _together(lifter, list(found))
+    return gates if isinstance(gates, NoMatch) else (replace(ordered[0], row=_gated_by(row, gates)), None)
+
+
+@dataclass(frozen=True)
+class Slots(Special):
+    """Gates that are a sum of masked numbers, one for each slot of a token."""
+
+    parts: tuple[Hot, ...]
+
+
+def _together(lifter: Lifter, names: list[str]) -> str | NoMatch:
+    """One name for gates that are added up."""
+    if len(names) == 1 or lifter.masks is None:
+        return names[0]
+    parts = [lifter.masks.lift(Ref(name)) for name in names]
+    known = tuple(part for part in parts if isinstance(part, Hot) and part.place is None)
+    if len(known) != len(parts):
+        return NoMatch("experts' rows are added with several columns of gates each", depth=2)
+    name = " + ".join(names)
+    lifter.masks.memo[name] = Slots(known)
+    return name
 
 
 def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
@@ -181,14 +206,25 @@ def _one_number(lifter: Lifter, mul: Instr) -> bool:
     return any(k.rank >= 2 and k.shape[-1] == 1 for k in kinds) and len(mul.uses) == 2
 
 
-def _expert_of(row: Row) -> int:
-    """The expert whose column of gates multiplies a row; −1 when none does."""
+def _gate_in(row: Row) -> Gate | None:
+    """The column of gates that multiplies a row; None when none does."""
     row = strip(row)
     if isinstance(row, Gate):
-        return row.at
+        return row
+    parts = [_gate_in(arg) for arg in row.args] if isinstance(row, Apply) and row.fn == "mul" else []
+    return next((part for part in parts if part is not None), None)
+
+
+def _gated_by(row: Row, value: str) -> Row:
+    """The row with its column of gates by another name."""
+    if isinstance(row, Gate):
+        return replace(row, value=value)
+    if isinstance(row, Cast):
+        return replace(row, row=_gated_by(row.row, value))
     if isinstance(row, Apply) and row.fn == "mul":
-        return max(_expert_of(arg) for arg in row.args)
-    return -1
+        at = next((i for i, arg in enumerate(row.args) if _gate_in(arg) is not None), -1)
+        return replace(row, args=tuple(_gated_by(arg, value) if i == at else arg for i, arg in enumerate(row.args)))
+    return row
 
 
 def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch) -> Routing | NoMatch:
@@ -200,19 +236,7 @@ def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch)
             return NoMatch("seats are summed without a combine table", depth=3)
         if not body.by_expert:
             return NoMatch("every expert runs on every token with no gate", depth=3)
-        gates = masks.lift(Ref(body.weight))
-        if not isinstance(gates, Hot) or gates.place is not None:
-            why = gates.reason if isinstance(gates, NoMatch) else "they are no mask of choices"
-            return NoMatch(f"every expert counts for every token: gates %{body.weight}: {why}", body.weight, 3)
-        slots = gates.summed
-        order = flat(tuple(a for a in gates.axes if a != "e"))
-        if order != "".join(sorted(order)):
-            return NoMatch("gates have the tokens in another order than the choices", body.weight, 3)
-        if slots and not distinct(masks, gates.base, slots):
-            return NoMatch("a token may choose an expert twice", body.weight, 3)
-        term = Term(gates.base, Place((), 0, frozenset()), sympy.S.Zero, gates.only, gates.factors, slots)
-        kind = lifter.graph.types.get(body.weight)
-        return Routing((term,), kind.dtype if kind is not None else body.weight.partition(" ")[0])
+        return _gates_of(lifter, masks, body.weight)
     if not rows.space.key or body.weight:
         return NoMatch("rows on seats are weighted before they are combined", depth=3)
     sent = masks.lift(Ref(rows.space.key))
@@ -221,6 +245,25 @@ def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch)
     if wrong:
         return NoMatch(wrong, rows.space.key, 5)
     return Routing(tuple(_needed(masks, t) for t in seats.terms), "", seats.terms[0].seats)
+
+
+def _gates_of(lifter: Lifter, masks: Lifter, name: str) -> Routing | NoMatch:
+    """The pairs of gates that are masks of choices times numbers."""
+    held = masks.lift(Ref(name))
+    terms: list[Term] = []
+    for gates in held.parts if isinstance(held, Slots) else (held,):
+        if not isinstance(gates, Hot) or gates.place is not None:
+            why = gates.reason if isinstance(gates, NoMatch) else "they are no mask of choices"
+            return NoMatch(f"every expert counts for every token: gates %{name}: {why}", name, 3)
+        order = flat(tuple(a for a in gates.axes if a != "e"))
+        if order != "".join(sorted(order)):
+            return NoMatch("gates have the tokens in another order than the choices", name, 3)
+        if gates.summed and not distinct(masks, gates.base, gates.summed):
+            return NoMatch("a token may choose an expert twice", name, 3)
+        none = Place((), 0, frozenset())
+        terms.append(Term(gates.base, none, sympy.S.Zero, gates.only, gates.factors, gates.summed))
+    kind = lifter.graph.types.get(name)
+    return Routing(tuple(terms), kind.dtype if kind is not None else name.partition(" ")[0])
 
 
 def _needed(masks: Lifter, term: Term) -> Term:
