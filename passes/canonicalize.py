@@ -64,7 +64,7 @@ def _folded(defs: Mapping[str, Instr], instr: Instr) -> Instr:
     args: list[Arg] = []
     for i, arg in enumerate(instr.args):
         made = defs.get(arg.name) if isinstance(arg, Ref) else None
-        if made is None or made.word != "permute":
+        if made is None or made.word != "permute" or _is_rows(letters, i, out):
             args.append(arg)
             continue
         dims = made.attr("dims")
@@ -79,6 +79,12 @@ def _folded(defs: Mapping[str, Instr], instr: Instr) -> Instr:
         return instr
     eq = normal_equation(f"{','.join(letters)}->{out}")
     return replace(instr, args=tuple(args), attrs=(("eq", eq),))
+
+
+def _is_rows(letters: list[str], i: int, out: str) -> bool:
+    """Whether an operand is tokens with their features last, [B, S, H] times [H, F]: as stored they may not be."""
+    mine, other = letters[i], letters[1 - i]
+    return len(mine) > 2 and mine[:-1] == out[:-1] and set(mine) & set(other) == {mine[-1]} and len(other) == 2
 
 
 @dataclass(frozen=True)
