@@ -274,3 +274,9 @@ def broadcast(left: Labels, right: Labels) -> Labels | None:
     if any(a != b and "1" not in (a, b) for a, b in zip(left, right, strict=True)):
         return None
     return tuple(b if a == "1" else a for a, b in zip(left, right, strict=True))
+
+
+def sinks(fill: object, dtype: str) -> bool:
+    """Whether a softmax gives 0 to a score of this value: no score of a router comes near it."""
+    least = -6e4 if dtype == "f16" else -1e9
+    return isinstance(fill, int | float) and not isinstance(fill, bool) and fill <= least

@@ -21,6 +21,7 @@ from moec.passes.hot import (
     Sunk,
     Totals,
     letters_of,
+    sinks,
     whose,
 )
 from moec.passes.hot_choice import chosen
@@ -147,9 +148,9 @@ def _filled(lifter: Lifter, instr: Instr, hot: Hot, value: Arg, fill: Arg) -> Li
         return products.product(
             lifter, hot, NoMatch("numbers"), (Ref("mask"), value), Source(instr.results[0], hot.axes)
         )
-    if fill == float("-inf") and hot.at < 0:
+    if sinks(fill, instr.types[0].dtype) and hot.at < 0:
         return Sunk(hot)
-    return NoMatch(f"unchosen experts get {fill}, expected 0 or -inf", instr.results[0], 3)
+    return NoMatch(f"unchosen experts get {fill}, expected 0, -1e9 or less, or -inf", instr.results[0], 3)
 
 
 def rule_where(lifter: Lifter, instr: Instr, _which: int) -> Lift:

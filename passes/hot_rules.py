@@ -25,6 +25,7 @@ from moec.passes.hot import (
     Totals,
     flat,
     relabel,
+    sinks,
 )
 from moec.passes.hot_choice import chosen
 from moec.passes.hot_masks import (
@@ -156,7 +157,7 @@ def rule_scatter(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         if lifter.type(source).shape != lifter.type(index).shape:
             return NoMatch("a scatter of part of its source", name)
         return replace(hot, factors=(Source(source.name, found.axes),))
-    if value == float("-inf") and instr.word == "scatter":
+    if instr.word == "scatter" and sinks(value, instr.types[0].dtype):
         return Sunk(hot)
     return hot if value == 0.0 and source in (1, 1.0) else NoMatch(f"a scatter of {source} into {value}", name, 3)
 

@@ -102,7 +102,7 @@ def support(graph: Graph, gates: str) -> Table | None:
     shape = graph.types[gates].shape
     if made.word == "relu":
         return Table(gates, "gt", 0.0)
-    if made.word == "where" and made.args[2] in (0, 0.0) and isinstance(made.args[0], Ref):
+    if made.word == "where" and _is_zero(graph, made.args[2]) and isinstance(made.args[0], Ref):
         mask = graph.types[made.args[0].name]
         return Table(made.args[0].name) if mask.dtype == "bool" and mask.shape == shape else None
     factors = made.args if made.word == "mul" else made.args[:1] if made.word in ("div", "cast", "same") else ()
@@ -116,6 +116,11 @@ def support(graph: Graph, gates: str) -> Table | None:
         if found is not None:
             return found
     return None
+
+
+def _is_zero(graph: Graph, arg: Arg) -> bool:
+    made = graph.defs.get(arg.name) if isinstance(arg, Ref) else None
+    return arg in (0, 0.0) if made is None else made.word == "full" and made.attr("value") in (0, 0.0)
 
 
 def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> tuple[Instr, ...] | NoMatch:

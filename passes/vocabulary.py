@@ -28,6 +28,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("hardswish", word_activations.raise_hardswish),
     **_each("relu6", word_activations.raise_relu6),
     **_each("glu", word_activations.raise_glu),
+    **_each("normalize", word_activations.raise_normalize),
     **_each("leaky_relu", word_activations.raise_leaky_relu),
     **_each("to type type_as float half bfloat16 double int long bool _to_copy", words.raise_cast),
     **_each("clone contiguous", words.raise_same),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sympy
 from torch import fx
 
-from moec.graph import Arg
+from moec.graph import Arg, Type
 from moec.passes.raise_graph import Builder, fake, type_of_fake
 from moec.passes.word_views import slice_dim
 from moec.passes.words import named
@@ -56,3 +57,19 @@ def raise_glu(build: Builder, node: fx.Node) -> Arg | None:
     if a is None or b is None:
         return None
     return build.emit("mul", (a, build.emit("sigmoid", (b,), kind)), kind)
+
+
+def raise_normalize(build: Builder, node: fx.Node) -> Arg | None:
+    """normalize(x, p, dim) → x / max(Σ|x|, ε) or x / max(√Σx², ε)."""
+    args = named(node, "input p dim eps")
+    p, x, kind = args.get("p", 2.0), build.value(args["input"]), type_of_fake(fake(node))
+    dim = args.get("dim", 1)
+    if p not in (1, 2) or not isinstance(dim, int) or kind.rank == 0:
+        return None
+    dim %= kind.rank
+    norm = Type(kind.dtype, tuple(sympy.S.One if i == dim else d for i, d in enumerate(kind.shape)))
+    parts = build.emit("abs", (x,), kind) if p == 1 else build.emit("mul", (x, x), kind)
+    total = build.emit("reduce_sum", (parts,), norm, dims=(dim,), keepdim=True)
+    if p == 2:
+        total = build.emit("sqrt", (total,), norm)
+    return build.emit("div", (x, build.emit("clamp_min", (total, float(args.get("eps", 1e-12))), norm)), kind)
