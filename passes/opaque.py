@@ -12,7 +12,7 @@ import sympy
 
 from moec.graph import Graph, Instr
 from moec.match import NoMatch
-from moec.passes.body import match_body
+from moec.passes.body import BodyMatch, match_body
 from moec.passes.combine import COMBINING, combined
 from moec.passes.lift import Lifter
 from moec.passes.opaque_rows import opaque_rows, varying
@@ -22,6 +22,7 @@ from moec.passes.row_rules import RULES
 from moec.passes.rows import Anchor, Expert, Opaque, Row
 from moec.passes.runs import full_run
 from moec.passes.skips import asked_of_others, only_idle_skipped
+from moec.passes.token_axes import choice_axes
 
 _IS_MLP = 6  # how deep a miss of `match_body` is when only the parameters are not what kernels take
 _ORDERS = {"ts": False, "t": False, "st": True}
@@ -34,6 +35,7 @@ class OpaqueSite:
     root     the value that the experts' rows come together in
     anchor   the loop
     form     loop | hit_loop: rows by masks, to be sorted; grouped: the user sorts
+    axes     how many axes the tokens have
     body     the words between an expert's rows and its results
     """
 
@@ -46,6 +48,7 @@ class OpaqueSite:
     order: str
     body: tuple[str, ...]
     loc: str = ""
+    axes: int = 1
 
 
 def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
@@ -77,11 +80,11 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     ):
         return NoMatch("no loop over experts with a body of its own")
     body = match_body(graph, rows.row)
-    if not isinstance(body, NoMatch) or body.depth >= _IS_MLP:
+    if _for_kernels(graph, body, instr):
         return NoMatch("the experts are MLPs, which were left as they are for another reason")
-    experts = _experts(lifter, anchor)
-    chosen = graph.types[rows.choice]
-    if experts is None or chosen.rank > 2 or (chosen.rank == 2 and not chosen.shape[1].is_Integer):
+    experts, letters = _experts(lifter, anchor), choice_axes(graph, rows.choice)
+    slots = graph.types[rows.choice].shape[-1] if "s" in letters else sympy.S.One
+    if experts is None or not letters or not slots.is_Integer:
         return NoMatch("the number of experts is not known")
     skipped = only_idle_skipped(lifter, anchor) or full_run(lifter, anchor, sympy.Integer(experts), rows.choice)
     skipped = skipped or asked_of_others(lifter, anchor, rows.choice) or reread(graph, anchor, instr)
@@ -89,7 +92,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     if skipped is not None or (beyond is not None and beyond < experts):
         return skipped or NoMatch(f"the loop skips expert {beyond}")
     form = {"anchor": "hit_loop"}.get(graph.defs[anchor].word, "loop")
-    k = int(chosen.shape[1]) if chosen.rank == 2 else 1
+    k = int(slots)
     order = rows.space.order if total.form in ("loop", "hit_loop") else ""
     sorts = order in graph.defs or rows.anchor
     if not sorts and (order not in _ORDERS or (order == "t" and k > 1 and not _distinct(graph, rows.choice))):
@@ -104,7 +107,15 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         "" if sorts else order,
         _body_words(graph, anchor),
         instr.loc,
+        len(letters) - ("s" in letters),
     )
+
+
+def _for_kernels(graph: Graph, body: BodyMatch | NoMatch, root: Instr) -> bool:
+    """Whether experts are MLPs as kernels take them: as wide behind as before."""
+    if isinstance(body, NoMatch):
+        return body.depth >= _IS_MLP
+    return graph.types[body.token].shape[-1] == root.types[0].shape[-1]
 
 
 def _holds_opaque(row: Row) -> bool:

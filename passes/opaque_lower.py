@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -25,15 +26,14 @@ _M = torch.ops.moec
 _SKIPS = (_M.skip.default, _M.skip_size.default)
 
 
-def dispatch(choice: Tensor, experts: int, slots_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dispatch(choice: Tensor, experts: int, k: int, slots_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows in expert order: token[R] and flat slot[R] of each, start[E] and end[E] of each expert's rows.
 
-    choice [T] or [T, k], R = T·k; rows of one expert are ordered by (token, slot), or by (slot, token). Choices below 0
+    choice [T…, k], R = T·k; rows of one expert are ordered by (token, slot), or by (slot, token). Choices below 0
     or from `experts` on are no expert's and come last.
     """
-    k = choice.shape[1] if choice.dim() == 2 else 1
-    choice = torch.where(choice < 0, experts, choice)
-    flat = choice.t().reshape(-1) if slots_first and choice.dim() == 2 else choice.reshape(-1)
+    choice = torch.where(choice < 0, experts, choice).reshape(-1, k)
+    flat = choice.t().reshape(-1) if slots_first else choice.reshape(-1)
     ordered, place = torch.sort(flat, stable=True)
     ids = torch.arange(experts, device=choice.device, dtype=choice.dtype)
     start = torch.searchsorted(ordered, ids)
@@ -44,9 +44,15 @@ def dispatch(choice: Tensor, experts: int, slots_first: bool) -> tuple[Tensor, T
     return place // k, place, start, end
 
 
-def combine(base: Tensor, token: Tensor, rows: Tensor) -> Tensor:
-    """base[t] + the sum of token t's rows; base [T, …], token [R], rows [n ≤ R, …], in expert order."""
-    return base.index_add(0, token[: rows.shape[0]], rows.to(base.dtype))
+def combine(base: Tensor, token: Tensor, rows: Tensor, axes: int) -> Tensor:
+    """base[t] + the sum of token t's rows; base [T…, …], token [R], rows [n ≤ R, …], in expert order."""
+    total = base.flatten(0, axes - 1).index_add(0, token[: rows.shape[0]], rows.to(base.dtype))
+    return total.view(base.shape)
+
+
+def tokens(source: Tensor, token: Tensor, axes: int) -> Tensor:
+    """The rows of tokens that lie on so many axes."""
+    return source.flatten(0, axes - 1).index_select(0, token)
 
 
 def slots(weights: Tensor, place: Tensor) -> Tensor:
@@ -137,13 +143,22 @@ class _Loop:
                 node = by_name.get(instr.results[0].partition(".")[0])
                 source = self.before_or_none(held.row.value)
                 if node is not None and source is not None:
-                    found.append((node, source, isinstance(held.row, Slot)))
+                    found.append((node, source, isinstance(held.row, Slot) and self.a_slot(source)))
         return found
+
+    def a_slot(self, source: fx.Node) -> bool:
+        """Whether a value has one number for each slot; a choice [B, S] alone does not tell slots from tokens."""
+        left = fake(source).shape[self.site.axes :]
+        return all(isinstance(size, int) for size in left) and prod(left) == self.site.top_k
 
     def dispatch(self, choice: fx.Node) -> list[fx.Node]:
         """token, place, start, end, before the loop."""
         with self.graph.inserting_before(self.anchor):
-            made = _known(self.graph.call_function(dispatch, (choice, self.site.experts, self.site.order == "st")))
+            made = _known(
+                self.graph.call_function(
+                    dispatch, (choice, self.site.experts, self.site.top_k, self.site.order == "st")
+                )
+            )
             return [_known(self.graph.call_function(operator.getitem, (made, i))) for i in range(4)]
 
     def cut(self, gathers: list[tuple[fx.Node, fx.Node, bool]], dispatched: list[fx.Node]) -> None:
@@ -153,8 +168,8 @@ class _Loop:
         for node, source, of_slots in gathers:
             value = fake(node)
             with self.graph.inserting_before(self.anchor):
-                fn: Callable[..., Any] = slots if of_slots else torch.index_select
-                args = (source, place) if of_slots else (source, 0, token)
+                fn: Callable[..., Any] = slots if of_slots else tokens
+                args = (source, place) if of_slots else (source, token, self.site.axes)
                 gathered = _known(self.graph.call_function(fn, args))
             with self.graph.inserting_before(node):
                 piece: fx.Node = self.graph.call_function(operator.getitem, (gathered, span))
@@ -180,7 +195,7 @@ class _Loop:
             collected = self.graph.call_function(_M.collect.default, (rows, self.anchor))
         collected.meta = dict(rows.meta)
         with self.graph.inserting_after(self.end):
-            total = self.graph.call_function(combine, (base, token, collected))
+            total = self.graph.call_function(combine, (base, token, collected, self.site.axes))
         total.meta = {**origin.meta, "example_value": fake(base)}
         self.state.made[self.site.root] = total  # a loop behind this one may add to it
         yields = [u for u in origin.users if u.target is _M.yield_.default]
