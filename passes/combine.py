@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moec.graph import Arg, Graph, Instr, Ref
+from moec.graph import Arg, Dim, Graph, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.index_rules import row_ids
 from moec.passes.lift import Lift, Lifter
@@ -19,12 +19,14 @@ class Combined:
 
     row    what each (token, slot) contributes          base  a value that the sum is added to; '' when it starts at 0
     form   the spelling: loop | hit_loop | grouped | gathered | dense
+    over   what tokens that no expert writes keep, where rows are written over it
     """
 
     root: str
     rows: Rows
     form: str
     base: str = ""
+    over: str = ""
 
 
 COMBINING = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
@@ -116,7 +118,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
         return NoMatch("the last of a token's rows overwrites the others", instr.results[0])
     added = replace(added, choice=added.choice or index.choice)
-    return Combined(instr.results[0], added, form_of(lifter.graph, added), _start(lifter, base, once))
+    start, form = _start(lifter, base, once), form_of(lifter.graph, added)
+    return Combined(instr.results[0], added, form, "" if once else start, start if once else "")
 
 
 def _token_ids(lifter: Lifter, ids: tuple[Arg, ...]) -> Lift:
@@ -147,13 +150,22 @@ def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -
 
 
 def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
-    """Whether a loop writes each token's row once, into zeros or nothing: each token has one expert."""
+    """Whether a loop writes each token's row once: each token has one expert."""
     if not isinstance(index, Ids) or index.space.kind != "loop" or index.what != "token":
         return False
     chosen = lifter.graph.types.get(index.choice)
     slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)
-    one = chosen is not None and (not slots or chosen.shape[-1] == 1)
-    return one and _start(lifter, base, empty=True) == ""
+    return chosen is not None and (not slots or chosen.shape[-1] == 1)
+
+
+def chosen_of(graph: Graph, choice: str) -> Dim | None:
+    """Of how many experts each token has one for certain; None where that cannot be seen."""
+    found = graph.behind(Ref(choice), ("cast", "same", "detach", "reshape", "slice"))
+    made = graph.defs.get(found.name) if isinstance(found, Ref) else None
+    if made is None or made.word not in ("max", "argmax", "topk"):
+        return None
+    axis = made.attr("dim")
+    return graph.types[made.uses[0]].shape[axis] if isinstance(axis, int) else None
 
 
 def _start(lifter: Lifter, base: object, empty: bool = False) -> str:

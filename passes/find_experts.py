@@ -16,7 +16,8 @@ from moec.match import NoMatch, nearest
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.cell_rules import cell_lifter
 from moec.passes.cell_sums import LAST
-from moec.passes.combine import COMBINING, Combined, combined
+from moec.passes.chains import part_of_sum
+from moec.passes.combine import COMBINING, Combined, chosen_of, combined
 from moec.passes.find_cells import find_summed, find_unsummed
 from moec.passes.found import Found, idle_is_zero, maps_zero_to_zero, obstacle, say_sum
 from moec.passes.grid_rules import with_grids
@@ -30,7 +31,7 @@ from moec.passes.rereads import body_as_before
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Part
 from moec.passes.runs import full_run
-from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
+from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, routing_of, say
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
 from moec.passes.token_axes import at_choice, names_once, token_axes
@@ -164,7 +165,9 @@ def _body(lifter: Lifter, root: Instr, total: Combined, part: Part | None) -> Bo
 
 
 def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> NoMatch | None:
-    """Why a loop may leave out an expert that has rows, or None."""
+    """Why a loop may leave out an expert that has rows, or None; or a token that has no expert and keeps its row."""
+    if total.over and chosen_of(lifter.graph, total.rows.choice) != body.num_experts:
+        return NoMatch(f"a token without an expert keeps what is in %{total.over}", total.over)
     if loop in total.rows.earlier and part_of(lifter, loop) is not None:
         return NoMatch("a loop whose rows are cut again runs some experts alone", loop)
     skipped = only_idle_skipped(lifter, loop)

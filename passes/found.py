@@ -90,6 +90,12 @@ def _vectors(out: Writer, name: str, body: BodyMatch) -> str:
     return out.cast(name, body.spec.dtype)
 
 
+def other_width(x: Type, to: Type, root: Instr) -> NoMatch:
+    """Experts whose results are not as wide as their tokens."""
+    hint = "kernels give rows as wide as the tokens; project them to another width behind the sum"
+    return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7, hint=hint)
+
+
 def say_sum(
     graph: Graph, root: Instr, total: Combined, body: BodyMatch, prelude: tuple[Instr, ...], weights: str, choice: str
 ) -> Found | NoMatch:
@@ -98,7 +104,7 @@ def say_sum(
     x = graph.types[body.token]
     tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.Mul(*x.shape[:-1]), sympy.Mul(*to.shape[:-1]))
     if not tokens or to.shape[-1] != x.shape[-1]:
-        return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
+        return other_width(x, to, root)
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
     made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}

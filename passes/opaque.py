@@ -75,6 +75,7 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         not anchor
         or part_of(lifter, anchor) is not None
         or rows.earlier
+        or total.over
         or rows.choice not in graph.types
         or not _holds_opaque(rows.row)
     ):

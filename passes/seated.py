@@ -7,7 +7,6 @@ The same pairs are kept as by the masks; a pair that is dropped gets expert −1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import sympy
@@ -18,15 +17,16 @@ from moec.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.match import NoMatch
 from moec.passes.body import BodyMatch, match_body
 from moec.passes.capacity import always, longest
+from moec.passes.chains import Slots, chained
 from moec.passes.flat_seats import returned
+from moec.passes.found import other_width
 from moec.passes.grid import Grid, labels, on_grid, seats_of
-from moec.passes.grid_stack import merged
 from moec.passes.hot import Cond, Hot, Pairs, Place, Seats, Term, flat, letters_of, whose
 from moec.passes.hot_products import distinct
 from moec.passes.lift import Lifter, same
 from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.priority import queued_as
-from moec.passes.rows import Apply, Cast, Gate, Row, Rows, Special, strip
+from moec.passes.rows import Apply, Gate, Rows
 from moec.passes.say_experts import say_experts
 from moec.spec import DTYPES
 
@@ -52,7 +52,7 @@ def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] 
     if instr.word == "reduce_sum":
         return _summed(lifter, instr)
     if instr.word == "add":
-        return _chain(lifter, instr)
+        return chained(lifter, instr)
     if instr.word != "contract":
         return NoMatch("not a sum over experts")
     letters, out = str(instr.attr("eq")).split("->")
@@ -129,102 +129,6 @@ def _summed(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
     if int(str(dims[0])) >= rows.lead or labels(rows)[int(str(dims[0]))] != "e":
         return NoMatch("not a sum over experts")
     return rows, None
-
-
-def _chain(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
-    """0 + rows of expert 0 + rows of expert 1 + …, in any order of addition; with several columns of gates an expert,
-    one for each slot, each column's sum is over all experts."""
-    found: dict[str, dict[int, Rows]] = {}
-    for leaf in _added(lifter, instr):
-        made = lifter.instr(leaf)
-        if leaf in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0.0):
-            continue
-        if made is None or made.word != "mul" or not _one_number(lifter, made):
-            return NoMatch("not a sum of experts' gated rows")
-        rows = lifter.lift(leaf)
-        if not isinstance(rows, Rows) or not on_grid(rows):
-            return rows if isinstance(rows, NoMatch) else NoMatch("not a sum of experts' gated rows")
-        gate = _gate_in(rows.row)
-        if gate is None or gate.at < 0 or gate.at in found.setdefault(gate.value, {}):
-            return NoMatch("experts' rows are added without a column of gates each", depth=2)
-        found[gate.value][gate.at] = replace(rows, row=_gated_by(rows.row, ""))
-    first, *others = found.values()
-    if len(first) < 2 or sorted(first) != list(range(len(first))):
-        return NoMatch(f"the experts {sorted(first)} are added", depth=2)
-    ordered = [first[i] for i in range(len(first))]
-    if any(replace(r, row=ordered[0].row) != ordered[0] for r in ordered) or any(other != first for other in others):
-        return NoMatch("experts' rows are of other tokens", depth=2)
-    row = merged([r.row for r in ordered])
-    if isinstance(row, NoMatch):
-        return row
-    gates = _together(lifter, list(found))
-    return gates if isinstance(gates, NoMatch) else (replace(ordered[0], row=_gated_by(row, gates)), None)
-
-
-@dataclass(frozen=True)
-class Slots(Special):
-    """Gates that are a sum of masked numbers, one for each slot of a token."""
-
-    parts: tuple[Hot, ...]
-
-
-def _together(lifter: Lifter, names: list[str]) -> str | NoMatch:
-    """One name for gates that are added up."""
-    if len(names) == 1 or lifter.masks is None:
-        return names[0]
-    parts = [lifter.masks.lift(Ref(name)) for name in names]
-    known = tuple(part for part in parts if isinstance(part, Hot) and part.place is None)
-    if len(known) != len(parts):
-        return NoMatch("experts' rows are added with several columns of gates each", depth=2)
-    name = " + ".join(names)
-    lifter.masks.memo[name] = Slots(known)
-    return name
-
-
-def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
-    """What a chain of additions adds, the last first, so that a residual stream is left at its first layer."""
-    pending = [instr]
-    while pending:
-        for arg in pending.pop().args:
-            made = lifter.instr(arg)
-            if made is not None and made.word == "add" and made.types[0] == instr.types[0]:
-                pending.append(made)
-            else:
-                yield arg
-
-
-def part_of_sum(graph: Graph, instr: Instr) -> bool:
-    """Whether an addition is only a step of a longer one."""
-    users = graph.users.get(instr.results[0], ())
-    one = len(users) == 1 and instr.results[0] not in graph.outputs
-    return instr.word == "add" and one and users[0].word == "add" and users[0].types == instr.types
-
-
-def _one_number(lifter: Lifter, mul: Instr) -> bool:
-    """Whether one factor is a number a row."""
-    kinds = [lifter.type(a) for a in mul.args]
-    return any(k.rank >= 2 and k.shape[-1] == 1 for k in kinds) and len(mul.uses) == 2
-
-
-def _gate_in(row: Row) -> Gate | None:
-    """The column of gates that multiplies a row; None when none does."""
-    row = strip(row)
-    if isinstance(row, Gate):
-        return row
-    parts = [_gate_in(arg) for arg in row.args] if isinstance(row, Apply) and row.fn == "mul" else []
-    return next((part for part in parts if part is not None), None)
-
-
-def _gated_by(row: Row, value: str) -> Row:
-    """The row with its column of gates by another name."""
-    if isinstance(row, Gate):
-        return replace(row, value=value)
-    if isinstance(row, Cast):
-        return replace(row, row=_gated_by(row.row, value))
-    if isinstance(row, Apply) and row.fn == "mul":
-        at = next((i for i, arg in enumerate(row.args) if _gate_in(arg) is not None), -1)
-        return replace(row, args=tuple(_gated_by(arg, value) if i == at else arg for i, arg in enumerate(row.args)))
-    return row
 
 
 def routing_of(lifter: Lifter, rows: Rows, seats: Seats | None, body: BodyMatch) -> Routing | NoMatch:
@@ -350,6 +254,8 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
     out = Writer(graph, root)
     to, x = root.types[0], graph.types[body.token]
     if x.rank < 2 or _real(to) != _real(x) or x.dtype not in DTYPES or to.dtype not in DTYPES:
+        if to.shape[-1:] != x.shape[-1:]:
+            return other_width(x, to, root)
         return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
     dtype = routing.dtype or to.dtype
     weights: list[str] = []

@@ -121,10 +121,11 @@ def _picked(lifter: Lifter, instr: Instr) -> Lift | None:
 def _gathered(lifter: Lifter, instr: Instr) -> Lift | None:
     """w[rows].gather(1, slot[:, None])."""
     numbers, slot = _vectors(lifter, instr.args[0]), lifter.lift(instr.args[1])
-    alike = numbers is not None and isinstance(slot, Ids) and slot.what == "slot" and slot.space == numbers.space
-    if not alike or instr.attr("dim") != 1 or lifter.type(instr.args[1]).shape[1:] != (1,):
+    if instr.attr("dim") != 1 or lifter.type(instr.args[1]).shape[1:] != (1,) or numbers is None:
         return None
-    assert numbers is not None and isinstance(numbers.row, Token) and isinstance(slot, Ids)
+    if not isinstance(slot, Ids) or slot.what != "slot" or slot.space != numbers.space:
+        return None
+    assert isinstance(numbers.row, Token)
     return Rows(numbers.space, Slot(numbers.row.value), "flat", slot.choice)
 
 
