@@ -156,14 +156,17 @@ class Normalized(Dense):
         return F.normalize(p * torch.zeros_like(p).scatter(-1, p.topk(K, -1).indices, 1.0), p=1, dim=-1)
 
 
+def best_of(logits: torch.Tensor, low: float) -> torch.Tensor:
+    """The softmax of a token's K best scores, the others being `low`."""
+    best, chosen = logits.topk(K, -1)
+    return torch.full_like(logits, low).scatter(-1, chosen, best).softmax(-1)
+
+
 class Sunk(Dense):
     """Scores of the others are so low that a softmax gives 0."""
 
-    low = -1e9
-
     def gates(self, logits):
-        best, chosen = logits.topk(K, -1)
-        return torch.full_like(logits, self.low).scatter(-1, chosen, best).softmax(-1)
+        return best_of(logits, -1e9)
 
 
 class KthScore(Dense):
@@ -178,8 +181,8 @@ class KthScore(Dense):
 class Pixels(Dense):
     """Images [B, H, …] whose channels are made the last axis."""
 
-    gates = Sunk.gates
-    low = float("-inf")
+    def gates(self, logits):
+        return best_of(logits, float("-inf"))
 
     def forward(self, x):
         seen = x.flatten(2).transpose(1, 2)
@@ -263,10 +266,11 @@ class ColumnMissing(ColumnsOfSlots):
     last = E - 1
 
 
-class NotSunk(Sunk):
+class NotSunk(Dense):
     """Near miss: the others' scores still count."""
 
-    low = -3.0
+    def gates(self, logits):
+        return best_of(logits, -3.0)
 
 
 class CopyKept(CopiedStart):
