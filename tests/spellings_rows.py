@@ -207,6 +207,21 @@ class CopiedStart(Chosen):
         return best.unsqueeze(-1) * y
 
 
+class Counted(Chosen):
+    """The loop also writes down how often each expert was chosen: the experts leave it, that stays a loop."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y, used = torch.zeros_like(x), torch.zeros(E)
+        for e in range(E):
+            mine = chosen == e
+            used[e] = mine.float().mean()
+            rows = mine.any(-1)
+            if rows.any():
+                y[rows] += self.experts[e](x[rows]) * (w * mine).sum(-1)[rows].unsqueeze(-1)
+        return y + used.sum()
+
+
 def images(count: int) -> tuple[torch.Tensor, ...]:
     """x[2, H, T, 3]."""
     return (torch.randn(2, H, count, 3, generator=torch.Generator().manual_seed(count)),)
@@ -229,9 +244,10 @@ SPELLINGS: tuple[Spelling, ...] = (
     Spelling("kth-score", "P6", KthScore, tokens),
     Spelling("pixels", "P6", Pixels, images),
     Spelling("copied-start", "P1", CopiedStart, batches),
+    Spelling("counted", "P1", Counted, tokens),
 )
 
-TRAINED = ("where-in-rows", "column-of-rows", "columns-of-slots", "kth-score")
+TRAINED = ("where-in-rows", "column-of-rows", "columns-of-slots", "kth-score", "counted")
 """Those whose gradients are tried too."""
 
 

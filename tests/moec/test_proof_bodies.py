@@ -132,21 +132,20 @@ def test_the_verdict_is_remembered_on_disk(monkeypatch):
     assert explained(*made(Layer)).proof.startswith("proved remembered: 3 routings")
 
 
-def backwards(choice, experts, slots_first):
+def backwards(choice, experts, k, slots_first):
     """Rows of one expert in another order than the loop has."""
-    token, place, start, end = dispatch(choice, experts, slots_first)
+    token, place, start, end = dispatch(choice, experts, k, slots_first)
     return token.flip(0), place.flip(0), token.shape[0] - end, token.shape[0] - start
 
 
-def nobody_first(choice, experts, slots_first):
+def nobody_first(choice, experts, k, slots_first):
     """Choices of no expert are sorted before the others, and taken for them."""
     ordered, place = torch.sort(choice.reshape(-1), stable=True)
     ids = torch.arange(experts)
-    k = choice.shape[1]
     return place // k, place, torch.searchsorted(ordered, ids), torch.searchsorted(ordered, ids, right=True)
 
 
-def forgets(base, token, rows):
+def forgets(base, token, rows, axes):
     return rows.new_zeros(base.shape).index_add(0, token[: rows.shape[0]], rows)
 
 
