@@ -290,10 +290,11 @@ class LastWins(Chosen):
 
 
 class KeepsOthers(Chosen):
-    """Near miss: one expert a token, but its row replaces what was there before."""
+    """Near miss: at most one expert a token, whose row replaces what was there before; others keep that."""
 
     def forward(self, x):
         w, chosen = F.softmax(self.router(x), dim=-1).max(-1)
+        chosen = torch.where(w > 0.3, chosen, -1)
         y = x.clone()
         for e, expert in enumerate(self.experts):
             mine = chosen == e
