@@ -4,6 +4,7 @@
 %t = permute(%w) dims=(1, 0); contract(%x, %t)  →   contract(%x, %w) with the letters of %w swapped
 %a = slice(%w[e]); contract(%x, %a)             →   slice(contract(%x, %w[e])), see `moec.passes.slices`
 %j = add(%i, 0); take(%w, %j)                   →   take(%w, %i)
+masked_fill(%x, ge(%i, E), 0), 0 ≤ i < E        →   %x, see `moec.passes.ranges`
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from moec.graph import Arg, Graph, Instr, Ref, Type, substitute, sweep
+from moec.passes.ranges import Ranges, decided
 from moec.passes.slices import behind_products
 from moec.passes.word_contract import normal_equation
 from moec.pipeline import Facts, Outcome
@@ -45,7 +47,7 @@ class Canonicalize:
         """The canonical graph; rewrites counts removed and changed instructions."""
         folded = tuple(_fold_permutes(graph))
         sunk = tuple(behind_products(folded))
-        once = _number(sunk, graph.types, facts.grad)
+        once = _number(sunk, graph, facts.grad)
         outputs = tuple(once.names.get(name, name) for name in graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
@@ -98,14 +100,25 @@ class Numbered:
 def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
     """The other values that are the same as a value, in the graph before this pass."""
     found: dict[str, list[str]] = {}
-    for name, kept in _number(tuple(_fold_permutes(graph)), graph.types, grad).names.items():
+    for name, kept in _number(tuple(_fold_permutes(graph)), graph, grad).names.items():
         found.setdefault(kept, []).append(name)
     return {name: tuple(others) for name, others in found.items()}
 
 
-def _unchanged(instr: Instr, types: Mapping[str, Type], grad: frozenset[str]) -> str | None:
-    """The value that an instruction gives back as it is: plus 0 of whole numbers, times 1 of any; else None."""
-    if instr.word not in _NEUTRAL or len(instr.args) != 2:
+def _unchanged(instr: Instr, ranges: Ranges, grad: frozenset[str]) -> str | None:
+    """The value that an instruction gives back as it is, or None.
+
+    Plus 0 of whole numbers, times 1 of any; what ranges decide; a view of what an update left as it was.
+    """
+    same = _neutral(instr, ranges.graph.types) if instr.word in _NEUTRAL else decided(ranges, instr)
+    if instr.word == "changed_view" and instr.args[1] == instr.args[2] and isinstance(instr.args[0], Ref):
+        same = instr.args[0].name
+    return same if same is not None and (same in grad) == (instr.results[0] in grad) else None
+
+
+def _neutral(instr: Instr, types: Mapping[str, Type]) -> str | None:
+    """x of x + 0, x · 1."""
+    if len(instr.args) != 2:
         return None
     left, right = instr.args
     if instr.word in ("add", "mul") and not isinstance(left, Ref):
@@ -116,21 +129,22 @@ def _unchanged(instr: Instr, types: Mapping[str, Type], grad: frozenset[str]) ->
     kind = instr.types[0]
     if kind != types.get(left.name) or (neutral == 0 and kind.dtype not in ("i64", "i32")):
         return None  # −0.0 + 0 is another number
-    return left.name if (left.name in grad) == (instr.results[0] in grad) else None
+    return left.name
 
 
 _NEUTRAL: Mapping[str, int] = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 """By what number nothing is changed."""
 
 
-def _number(instrs: tuple[Instr, ...], types: Mapping[str, Type], grad: frozenset[str]) -> Numbered:
+def _number(instrs: tuple[Instr, ...], graph: Graph, grad: frozenset[str]) -> Numbered:
     """Value numbering; a value that carries a gradient is not the same as its copy under no_grad."""
+    ranges = Ranges(graph)
     seen: dict[tuple[object, ...], tuple[str, ...]] = {}
     names: dict[str, str] = {}
     kept: list[Instr] = []
     for instr in instrs:
         (instr,) = substitute((instr,), names)
-        same = _unchanged(instr, types, grad)
+        same = _unchanged(instr, ranges, grad)
         if same is not None:
             names[instr.results[0]] = same
             continue

@@ -209,7 +209,7 @@ def rule_repeat_interleave(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """[T, 1, H] → [T, k, H]: each token in each of its slots."""
+    """[T, 1, H] → [T, k, H]: each token in each of its slots; arange(T)[:, None] → [T, k]: the token of every slot."""
     inner, to = lifter.lift(instr.args[0]), instr.types[0]
     if (
         isinstance(inner, Rows)
@@ -219,17 +219,24 @@ def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         and to.shape[1].is_Integer
     ):
         return replace(inner, space=Space("slots", int(to.shape[1])))
-    if _counts_tokens(lifter, instr):
-        return Ids(Space("dense", int(to.shape[0])), "token", layout="et")
+    counted = _counted(lifter, instr)
+    if counted is not None:
+        return counted
     return inner if isinstance(inner, NoMatch) else NoMatch(f"expanded to {to}", instr.results[0])
 
 
-def _counts_tokens(lifter: Lifter, instr: Instr) -> bool:
-    """arange(T)[None].expand(E, T), its `repeat`: the token of every pair of expert and token."""
+def _counted(lifter: Lifter, instr: Instr) -> Ids | None:
+    """arange(T)[None].expand(E, T): the token of every pair of expert and token; arange(T)[:, None].expand(T, k): of
+    every slot. Or their `repeat`."""
     to, source = instr.types[0], lifter.type(instr.args[0])
     made = lifter.instr(lifter.graph.behind(instr.args[0], ("reshape", "cast", "same")))
-    alike = to.rank == 2 and source.shape in (to.shape[1:], (sympy.S.One, *to.shape[1:]))
-    return alike and made is not None and made.word == "arange" and to.shape[0].is_Integer and to.shape[0] != 1
+    if made is None or made.word != "arange" or to.rank != 2:
+        return None
+    if source.shape in (to.shape[1:], (sympy.S.One, *to.shape[1:])) and to.shape[0].is_Integer and to.shape[0] != 1:
+        return Ids(Space("dense", int(to.shape[0])), "token", layout="et")
+    if source.shape == (to.shape[0], sympy.S.One) and to.shape[1].is_Integer:
+        return Ids(Space("slots", int(to.shape[1])), "token", layout="tk")
+    return None
 
 
 def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -246,6 +253,7 @@ def rule_repeat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         and reps[1] == 1
     ) and isinstance(reps[0], int):
         return Rows(Space("dense", reps[0]), Token(arg.name))
-    if _counts_tokens(lifter, instr):
-        return Ids(Space("dense", int(instr.types[0].shape[0])), "token", layout="et")
+    counted = _counted(lifter, instr)
+    if counted is not None:
+        return counted
     return NoMatch(f"repeat{reps} is not every token for every expert", instr.results[0])

@@ -111,7 +111,10 @@ class Builder:
             self.carriers.setdefault(value.name, []).append((node, self.position))
 
     def mutate(self, node: fx.Node, value: Ref) -> None:
-        """`node`'s storage now holds `value`; its other views hold something that only torch can say."""
+        """`node`'s storage now holds `value`; its other views hold something that only torch can say.
+
+        It is what they held if `value` turns out to be the value before.
+        """
         key = storage_key(node)
         before = self.env[node]
         for alias in dict.fromkeys([node, *self.aliases.get(key, ())]) if key is not None else [node]:
@@ -119,7 +122,7 @@ class Builder:
             if held == before:
                 self.hold(alias, value)
             elif isinstance(held, Ref):
-                self.hold(alias, self.emit("changed_view", (held, value), self.type_of(held)))
+                self.hold(alias, self.emit("changed_view", (held, value, before), self.type_of(held)))
 
 
 def location(node: fx.Node) -> str:

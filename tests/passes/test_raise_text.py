@@ -33,7 +33,7 @@ def test_updated_input_is_an_output_and_its_views_change(meaning):
 
     text = meaning.raised_text(fn, X)
     assert "%v.1" not in text
-    assert "= changed_view(%v, %add_) : f32[24]" in text
+    assert "= changed_view(%v, %add_, %l_x_) : f32[24]" in text
     assert text.endswith("return %mul, %add_\n}\n")
 
 
