@@ -14,6 +14,8 @@ from moec.graph import Arg, Graph, Instr, Ref, Type
 from moec.passes.choices import dependence, is_choice
 
 ANCHORS = frozenset({"anchor", "anchor_range"})
+SAME_ITEM = frozenset({"skip", "skip_size", "reshape", "slice", "cast", "same"})
+"""Words that give a loop's item back: e[0] of a list of one, say."""
 SITES = frozenset({"experts", "moe"})
 VIEWS = frozenset({"reshape", "permute", "expand", "slice", "cast", "same", "detach", "repeat"})
 
@@ -123,7 +125,10 @@ def _loops(graph: Graph) -> Iterator[Bank]:
     """Rolled loops whose item takes or picks parameters."""
     for anchor in (i for i in graph.instrs if i.word in ANCHORS):
         members = _dependent(graph, anchor)
-        items = {anchor.results[0], *(r for i in members if i.word in ("skip", "skip_size") for r in i.results)}
+        items = {anchor.results[0]}
+        for instr in members:
+            if instr.word in SAME_ITEM and instr.uses[0] in items:
+                items.update(instr.results)
         chosen = [i for i in members if i.word in ("take", "pick") and not items.isdisjoint(i.uses)]
         tables = [i for i in chosen if i.types[0].rank >= 1 and not is_choice(i.types[0].dtype)]
         if not tables:
