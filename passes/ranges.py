@@ -222,7 +222,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("clamp_min", "clamp_max"), _clamp),
     **dict.fromkeys(("add", "sub"), _sum),
     **dict.fromkeys(("where", "masked_fill"), _where),
-    "remainder": _remainder,
+    **dict.fromkeys(("remainder", "mod"), _remainder),
     **dict.fromkeys(("floor_divide", "truncate_divide"), _divide),
     "cast": _cast,
     "where_indices": _places,
