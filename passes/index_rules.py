@@ -46,15 +46,18 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def _index_many(lifter: Lifter, instr: Instr, table: Ref, ids: list[Ids]) -> Lift:
-    """w[t, s] and w[a, b, s]: one number a slot; x[a, b]: the rows of tokens on several axes."""
-    first, what = ids[0], tuple(i.what for i in ids)
-    if any((i.space, i.layout, i.choice) != (first.space, first.layout, first.choice) for i in ids):
+    """w[t, s], w[a, b, s]: one number a slot; g[t, e]: the gate of its expert; x[a, b]: rows of tokens on several axes."""
+    chosen = {i.choice for i in ids} - {""}
+    first, what = replace(ids[0], choice=next(iter(chosen), "")), tuple(i.what for i in ids)
+    if len(chosen) > 1 or any((i.space, i.layout) != (first.space, first.layout) for i in ids):
         return NoMatch("indexed by the places of different masks", instr.results[0])
     if what == ("token", "slot"):
         return Rows(first.space, Slot(table.name), first.layout, first.choice)
     pairs = at_pairs(lifter, instr, table, ids) if len(ids) == 2 else None
     if pairs is not None:
         return pairs
+    if what == ("token", "expert") and lifter.type(table).rank == 2:
+        return Rows(first.space, Gate(table.name), first.layout, first.choice)
     tokens = what[:-1] if what[-1] == "slot" else what
     if not is_token(lifter.graph, first.choice, tokens) and tokens != table_axes(lifter, first.choice):
         return NoMatch(f"indexed by {what}, expected (token, slot)", instr.results[0])

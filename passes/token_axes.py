@@ -121,6 +121,10 @@ def slots_of(graph: Graph, choice: str) -> Dim | None:
     return graph.types[choice].shape[-1] if "s" in choice_axes(graph, choice) else sympy.S.One
 
 
+def _more(columns: Dim, slots: Dim) -> bool:
+    return columns.is_Integer and slots.is_Integer and int(columns) > int(slots)
+
+
 def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: str) -> tuple[str, str] | NoMatch:
     """w[T, k] and e[T, k] of tokens on any axes, k = `slots` (None: as `choice` has); w is 1 where none is named."""
     choice = out.column(choice)
@@ -131,6 +135,9 @@ def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: s
         weights = out.cast(out.emit("ge", (Ref(choice), 0), Type("bool", kind.shape)), dtype)
     weights = out.column(weights)
     given, count = out.type(weights), sympy.Mul(*kind.shape)
+    if given.rank == kind.rank > 1 and given.shape[:-1] == kind.shape[:-1] and _more(given.shape[-1], slots):
+        given = Type(given.dtype, (*given.shape[:-1], slots))  # w[t, s] of more columns than there are slots
+        weights = out.emit("narrow", (Ref(weights),), given, dim=given.rank - 1, start=0, length=int(slots))
     if not same(sympy.Mul(*given.shape), count) or (slots != 1 and given.shape[-1] != slots):
         return NoMatch(f"routing weights are {given} for choices {kind}", weights)
     pair = (count / slots, slots)

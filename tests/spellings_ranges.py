@@ -170,6 +170,31 @@ class ExpandedGroups(Guarded):
         return y[torch.argsort(order)].view(-1, K, H).sum(dim=1)
 
 
+class GatesOfPairs(Guarded):
+    """Gates of all experts, read at the expert of every slot."""
+
+    def route(self, x):
+        scores = torch.sigmoid(self.router(x))
+        return scores, scores.topk(K, dim=-1)[1]
+
+    def experts(self, x, w, chosen):
+        token = torch.arange(x.size(0)).unsqueeze(1).expand(-1, K).reshape(-1)
+        ids = chosen.reshape(-1)
+        gates = w[token, ids].reshape(-1, 1)
+        order = torch.argsort(ids)
+        ends = torch.cumsum(torch.histc(ids[order].float(), bins=E, min=0, max=E - 1), dim=0, dtype=torch.int32)
+        y = groups(glu(groups(x[token][order], self.up, ends)), self.down, ends) * gates[order]
+        return y[torch.argsort(order)].view(-1, K, H).sum(dim=1)
+
+
+class WideWeights(SkippedSentinel):
+    """Weights that are a table of more columns than slots, read by slot."""
+
+    def route(self, x):
+        scores = F.softmax(self.router(x), dim=-1)
+        return scores.sqrt(), scores.topk(K, dim=-1)[1]
+
+
 class WhereDead(Guarded):
     """Gathered weights, with `where` and a conjunction that change nothing."""
 
@@ -228,7 +253,17 @@ def choices(count, most=E + 1):
     return torch.randn(count, H, generator=seed), torch.rand(count, K, generator=seed), ids
 
 
-KINDS = (SkippedSentinel, SkippedRange, MaskedGroups, FilledAfterwards, ClampedInPlace, ExpandedGroups, WhereDead)
+KINDS = (
+    SkippedSentinel,
+    SkippedRange,
+    MaskedGroups,
+    FilledAfterwards,
+    ClampedInPlace,
+    ExpandedGroups,
+    GatesOfPairs,
+    WideWeights,
+    WhereDead,
+)
 SPELLINGS = (
     *(Spelling(kind.__name__, "P4", kind, tokens) for kind in KINDS),
     Spelling("MaskedGroups-bias", "P4", lambda: MaskedGroups(bias=True), tokens),
