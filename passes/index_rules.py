@@ -46,7 +46,7 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def _index_many(lifter: Lifter, instr: Instr, table: Ref, ids: list[Ids]) -> Lift:
-    """w[t, s], w[a, b, s]: one number a slot; g[t, e]: the gate of its expert; x[a, b]: rows of tokens on several axes."""
+    """w[t, s], w[a, b, s]: one number a slot; g[t, e]: a gate of its expert; x[a, b]: rows of tokens on more axes."""
     chosen = {i.choice for i in ids} - {""}
     first, what = replace(ids[0], choice=next(iter(chosen), "")), tuple(i.what for i in ids)
     if len(chosen) > 1 or any((i.space, i.layout) != (first.space, first.layout) for i in ids):
