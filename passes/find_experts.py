@@ -31,7 +31,8 @@ from moec.passes.rereads import body_as_before
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Part
 from moec.passes.runs import full_run
-from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, routing_of, say
+from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
+from moec.passes.served import meets_an_expert, unguarded
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
 from moec.passes.token_axes import at_choice, names_once, token_axes
@@ -160,8 +161,12 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
 
 def _body(lifter: Lifter, root: Instr, total: Combined, part: Part | None) -> BodyMatch | NoMatch:
     """An expert's function of its rows as they were before the loop."""
-    body = match_body(lifter.graph, total.rows.row, None if part is None or part.above else part.limit)
-    return body.deeper(2) if isinstance(body, NoMatch) else body_as_before(lifter.graph, body, total, root)
+    row, *_ = unguarded(total.rows.row)
+    body = match_body(lifter.graph, row, None if part is None or part.above else part.limit)
+    if isinstance(body, NoMatch):
+        return body.deeper(2)
+    meets = meets_an_expert(lifter, total.rows, body.num_experts)
+    return meets.deeper(5) if meets is not None else body_as_before(lifter.graph, body, total, root)
 
 
 def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> NoMatch | None:

@@ -21,6 +21,7 @@ from moec.passes.rows import (
     Side,
     Space,
 )
+from moec.passes.served import lost_pairs
 from moec.passes.thresholds import compared, table_axes
 from moec.passes.token_axes import choice_axes, names_once, order_of, token_axes
 
@@ -82,6 +83,9 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     by_number = compared(lifter, instr.word, left, right)
     if by_number is not None:
         return by_number
+    lost = lost_pairs(lifter, instr)
+    if lost is not None:
+        return lost
     every = _every_expert(lifter, instr)
     if every is not None:
         return every

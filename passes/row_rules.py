@@ -45,6 +45,7 @@ from moec.passes.rows import (
     merged,
 )
 from moec.passes.runs import with_runs
+from moec.passes.served import rule_masked_fill
 from moec.passes.slot_rows import with_slots
 from moec.passes.thresholds import column, compared
 
@@ -253,6 +254,7 @@ RULES: Mapping[str, Rule] = with_slots(
             "le": rule_compare,
             "invert": rule_invert,
             **dict.fromkeys(("bitwise_and", "logical_and"), rule_and),
+            "masked_fill": rule_masked_fill,
             "unique": lambda lifter, instr, which: _unique(lifter, instr),
             "anchor": rule_anchor,
             "anchor_range": rule_anchor,

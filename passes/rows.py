@@ -114,13 +114,21 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Served:
+    """The row, or zeros where the slot's expert id is `limit` or more (`moec.passes.served`)."""
+
+    row: Row
+    limit: int
+
+
+@dataclass(frozen=True)
 class Opaque:
     """What an expert's own code makes of its rows; only the code says what."""
 
     value: str
 
 
-Row = Opaque | Token | Slot | Gate | Expert | Dot | Slice | Cast | Apply | Number
+Row = Opaque | Token | Slot | Gate | Expert | Dot | Slice | Cast | Apply | Number | Served
 
 
 # What a value of the graph can be lifted to, besides rows:
@@ -174,6 +182,16 @@ class Ids:
     what: str
     choice: str = ""
     layout: str = "flat"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Whether each row's expert id is `limit` or more."""
+
+    space: Space
+    layout: str
+    choice: str
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -291,6 +309,7 @@ Lifted = (
     Rows
     | Body
     | Ids
+    | Lost
     | Anchor
     | Shifted
     | Edge
@@ -337,6 +356,8 @@ def text(row: Row) -> str:
             return f"{fn}({', '.join(map(text, args))})"
         case Number(value):
             return repr(value)
+        case Served(inner, limit):
+            return f"served({text(inner)}, {limit})"
 
 
 def compatible(a: Space, b: Space) -> bool:

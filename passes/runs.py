@@ -13,6 +13,7 @@ from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch, nearest
 from moec.passes.lift import Lift, Lifter, Rule
 from moec.passes.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span
+from moec.passes.served import clamped_ids
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,7 @@ NEW: Mapping[str, Rule] = {
 
 BEFORE: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
     "take": take_run,
+    "clamp_max": clamped_ids,
     "add": number_sum,
     "sub": number_sum,
     **dict.fromkeys(("eq", "ne", "gt", "ge"), compare_run),

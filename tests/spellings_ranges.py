@@ -109,14 +109,14 @@ class MaskedGroups(Guarded):
         ends = torch.cumsum(torch.histc(ids.float(), bins=E, min=0, max=E - 1), dim=0, dtype=torch.int32)
         lost = (ids >= self.limit).unsqueeze(-1)
         ids.clamp_(max=self.limit - 1)
-        rows.masked_fill_(lost, self.fill)
+        rows.masked_fill_(lost, 0.0)
         h = groups_of_some(rows, self.up, ends)
         if self.up_bias is not None:
             h = h + self.up_bias[ids]
-        y = groups_of_some(glu(h.masked_fill(lost, self.fill)), self.down, ends)
+        y = groups_of_some(glu(h.masked_fill(lost, 0.0)), self.down, ends)
         if self.down_bias is not None:
             y = y + self.down_bias[ids]
-        y = y.masked_fill(lost, self.fill) * gates.unsqueeze(-1)
+        y = y.masked_fill(lost, 0.0) * gates.unsqueeze(-1)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.size(0))
         return y[back].view(-1, K, H).sum(dim=1)
@@ -137,7 +137,7 @@ class FilledAfterwards(Guarded):
         if self.down_bias is not None:
             y = y + self.down_bias[ids]
         y = y * w.reshape(-1).unsqueeze(-1)
-        y.masked_fill_(lost.unsqueeze(-1), self.fill)
+        y.masked_fill_(lost.unsqueeze(-1), 0.0 if self.fill == 0 else self.fill)
         return y.view(-1, K, H).sum(dim=1)
 
 
@@ -205,6 +205,41 @@ class WhereDead(Guarded):
         return torch.einsum("tkf,tkfh,tk->th", glu(h), self.down[ids], w)
 
 
+class Shard(MaskedGroups):
+    """Half of the experts that the router knows: the others' pairs have an id that no expert has here, and weight 0."""
+
+    def __init__(self, bias=True):
+        super().__init__(bias)
+        self.router = nn.Linear(H, 2 * E, bias=False)
+
+    def route(self, x):
+        w, chosen = super().route(x)
+        here = (chosen >= 2) & (chosen < E + 2)
+        return w.masked_fill(~here, 0.0), torch.where(here, chosen - 2, E)
+
+
+class ShardGathered(Shard, FilledAfterwards):
+    """The same by gathered weights."""
+
+    experts = FilledAfterwards.experts
+
+    def route(self, x):
+        w, chosen = Guarded.route(self, x)
+        return w, torch.where(chosen % 2 == 0, chosen // 2, E)
+
+
+class ShardUnfilled(ShardGathered):
+    """The others' pairs are served by the last expert here: nothing is filled in."""
+
+    experts = ClampedInPlace.experts
+
+
+class ShardLastFilled(ShardGathered):
+    """The last expert's results are filled in as well."""
+
+    limit = E - 1
+
+
 class LastSkipped(SkippedSentinel):
     """The last expert is passed over."""
 
@@ -221,6 +256,19 @@ class LastFilled(FilledAfterwards):
     """The last expert's results are filled in, those of another are in its place."""
 
     limit = E - 1
+
+
+class WrittenAfterwards(FilledAfterwards):
+    """Results of which those of some real experts are filled in in place, and read through the tensor itself."""
+
+    limit, fill = 2, 0.5
+
+    def experts(self, x, w, chosen):
+        ids = chosen.reshape(-1)
+        h = torch.bmm(x.repeat_interleave(K, dim=0).unsqueeze(1), self.up[ids]).squeeze(1)
+        y = torch.bmm(glu(h).unsqueeze(1), self.down[ids]).squeeze(1) * w.reshape(-1, 1)
+        y.masked_fill_((ids >= self.limit).unsqueeze(-1), self.fill)
+        return y.view(-1, K, H).sum(dim=1)
 
 
 class LastClamped(ClampedInPlace):
@@ -265,9 +313,18 @@ KINDS = (
     WhereDead,
 )
 SPELLINGS = (
-    *(Spelling(kind.__name__, "P4", kind, tokens) for kind in KINDS),
+    *(Spelling(kind.__name__, "P4", kind, tokens) for kind in (*KINDS, Shard, ShardGathered)),
     Spelling("MaskedGroups-bias", "P4", lambda: MaskedGroups(bias=True), tokens),
     Spelling("FilledAfterwards-bias", "P5", lambda: FilledAfterwards(bias=True), tokens),
 )
-NEAR = (LastSkipped, LastMasked, LastFilled, LastClamped, FirstFilled)
+NEAR = (
+    LastSkipped,
+    LastMasked,
+    LastFilled,
+    LastClamped,
+    FirstFilled,
+    WrittenAfterwards,
+    ShardUnfilled,
+    ShardLastFilled,
+)
 OPEN = (MaskedGroups, FilledAfterwards, ClampedInPlace)
