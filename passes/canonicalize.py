@@ -110,7 +110,7 @@ def _unchanged(instr: Instr, ranges: Ranges, grad: frozenset[str]) -> str | None
 
     Plus 0 of whole numbers, times 1 of any; what ranges decide; a view of what an update left as it was.
     """
-    same = _neutral(instr, ranges.graph.types) if instr.word in _NEUTRAL else decided(ranges, instr)
+    same = (_neutral(instr, ranges.graph.types) if instr.word in _NEUTRAL else None) or decided(ranges, instr)
     if instr.word == "changed_view" and instr.args[1] == instr.args[2] and isinstance(instr.args[0], Ref):
         same = instr.args[0].name
     return same if same is not None and (same in grad) == (instr.results[0] in grad) else None

@@ -257,10 +257,10 @@ def _kept(ranges: Ranges, instr: Instr) -> Arg:
     if instr.word == "where":
         which = ranges.decided(first)
         return None if which is None else instr.args[1 if which else 2]
-    for mask, other in (instr.args, instr.args[::-1]):
+    for mask, other in (instr.args, instr.args[::-1]):  # also of numbers: times a mask that is 1 everywhere
         if ranges.decided(mask) is True:
             return other
     return None
 
 
-FOLDED = frozenset({"clamp_min", "clamp_max", "skip", "masked_fill", "where", "bitwise_and", "logical_and"})
+FOLDED = frozenset({"clamp_min", "clamp_max", "skip", "masked_fill", "where", "bitwise_and", "logical_and", "mul"})
