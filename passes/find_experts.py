@@ -31,7 +31,7 @@ from moec.passes.rereads import body_as_before
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Part
 from moec.passes.runs import full_run
-from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, part_of_sum, routing_of, say
+from moec.passes.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, routing_of, say
 from moec.passes.served import meets_an_expert, unguarded
 from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
