@@ -183,7 +183,9 @@ def _router(at: At) -> Launch:
     block_e = max(16, power_of_two(s.E))
     block_t = 16 if block_e > 64 or s.T < 2048 else 32
     half = o.x_dtype == o.router_dtype != "f32"
-    block_h, stages = _router_depth(block_t + block_e, 2 if half else 4, s.H)
+    # Steps of 32 are for sums without matrix instructions (sm_75), whose operands take registers as fp32 ones do.
+    deep = half and at.config.block_k > 32
+    block_h, stages = _router_depth(block_t + block_e, 2 if deep else 4, s.H)
     consts = constants(
         **_router_consts(at), **_choice_consts(at), BLOCK_T=block_t, BLOCK_H=block_h,
         EVEN_H=s.H % block_h == 0, WIDE_X=at.wide_x, HALF=half,

@@ -14,7 +14,7 @@ from moec.codegen.triton_emit import emit, emit_backward
 from moec.codegen.triton_launch import launches, program
 from moec.codegen.triton_operands import contiguous
 from moec.errors import CodegenError
-from moec.gpu_target import GpuTarget, gpu_targets
+from moec.gpu_target import GpuTarget, gpu_target, gpu_targets
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import GpuFigures
 
@@ -78,6 +78,23 @@ def test_golden():
     """After a wanted change: write the new text to the file and read the difference."""
     source = emit(MIXTRAL)
     assert source == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(("name", "count", "depth"), [("sm_90", 128, 64), ("sm_75", 128, 32), ("sm_75", 256, 16)])
+def test_a_router_without_matrix_instructions_takes_shallow_steps(name, count, depth):
+    """At 64 and more its operands spill on sm_75: offline compilation."""
+    sizes = Sizes(4096, 7168, 2048, count, 8)
+    router = launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes, gpu_target(name)))[0]
+    assert (router.kernel, router.constexprs()["BLOCK_H"]) == ("router", depth)
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(16, 64), (64, 128)])
+def test_few_rows_are_multiplied_in_parts_of_a_step(rows, depth):
+    source = emit(MIXTRAL)
+    (rule,) = {line.partition("=")[2] for line in source.splitlines() if "PART: tl.constexpr =" in line}
+    assert eval(rule, {"BLOCK_K": 128, "BLOCK_M": rows, "DESCRIBED": False}) == depth
+    assert eval(rule, {"BLOCK_K": 128, "BLOCK_M": rows, "DESCRIBED": True}) == 128
+    assert eval(rule, {"BLOCK_K": 32, "BLOCK_M": rows, "DESCRIBED": False}) == 32
 
 
 SPECIALIZED = GpuConfig(128, 128, 64, combine="separate", weights="descriptors", programs=132, specialized=True)
