@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --schedules --profile               # other schedules too; moec's time by kernel
 
 Every way is compared with an fp32 reference before it is timed. `ms` is the GPU's own time of a call recorded as a CUDA
-graph and replayed with a cold L2 cache, the median of up to 40 calls; `*` marks ways that cannot be recorded, because
+graph and replayed with a cold L2 cache, the median of five times up to 40 calls; `*` marks ways that cannot be recorded, because
 they wait for the device: their calls are timed as they are. `host` is the time of a call without a graph, in a row of
 calls. The limit is max(arithmetic / rate of an 8192³ product, bytes of the experts hit / bytes a second that a copy
 reads and writes), both measured in the run; of a training step three times that.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ GPU_LAYERS: Mapping[str, Shape] = {
 }
 MOEC = "moec"
 WAITING = ("eager",)  # reads from the device which experts are hit
+REPEATS = 5  # each records the call anew
 MOST_GATHERED = 128  # pairs of which a copy of all weights each still fits
 
 
@@ -146,7 +148,7 @@ def measure(call: Callable[[], object], clock: EventClock, record: bool) -> tupl
     torch.cuda.synchronize()
     host = 1e3 * (time.perf_counter() - start) / count
     clocked = clock.seconds if record else clock.unrecorded
-    return 1e3 * clocked(call, lambda _: None), record, host
+    return 1e3 * statistics.median(clocked(call, lambda _: None) for _ in range(REPEATS)), record, host
 
 
 def one(name: str, dtype: str, tokens: int, plain: MoE, way: tuple[str, Callable[[Tensor], Tensor]],

@@ -62,7 +62,7 @@ def test_a_layer_with_drops(model, counts, monkeypatch):
     compiled = torch.compile(module, backend=Backend(Options.make(OPTIONS)))
     bounds = []
     program = runtime_triton.program
-    monkeypatch.setattr(runtime_triton, "program", lambda *a: (bounds.append(a[-1]), program(*a))[1])
+    monkeypatch.setattr(runtime_triton, "program", lambda *a: (bounds.append(a[5]), program(*a))[1])
     for T in counts:
         x = moved(torch.randn(T, module.router.in_features))
         with torch.no_grad():
@@ -103,14 +103,18 @@ def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
     H, F, E = 16, 24, 3
     spec = with_gate("concat", "nk", True, True, "output")
     params, blocks, needed = make_params(spec.experts, H, F, E), [], []
-    arena = runtime_launch.arena
+    arena, placed = runtime_launch.arena, runtime_launch._placed
 
-    def recorded(buffers, x, size):
-        blocks.append(size)
-        needed.append(sum(up(b.bytes, ALIGNED) for b in buffers))
-        return arena(buffers, x, size)
+    def note(buffers, size):
+        if size:
+            blocks.append(size)
+            needed.append(sum(up(b.bytes, ALIGNED) for b in buffers))
 
-    monkeypatch.setattr(runtime_launch, "arena", recorded)
+    monkeypatch.setattr(
+        runtime_launch, "arena", lambda buffers, x, size: note(buffers, size) or arena(buffers, x, size)
+    )
+    on_gpu = lambda built, x, size, addresses: note(built.program.buffers, size) or placed(built, x, size, addresses)
+    monkeypatch.setattr(runtime_launch, "_placed", on_gpu)
     triton = There(TritonKernel(spec, DEVICE))
     for T in (1, 7, 13, 40, 17):
         x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
