@@ -110,11 +110,16 @@ def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
             blocks.append(size)
             needed.append(sum(up(b.bytes, ALIGNED) for b in buffers))
 
-    monkeypatch.setattr(
-        runtime_launch, "arena", lambda buffers, x, size: note(buffers, size) or arena(buffers, x, size)
-    )
-    on_gpu = lambda built, x, size, addresses: note(built.program.buffers, size) or placed(built, x, size, addresses)
-    monkeypatch.setattr(runtime_launch, "_placed", on_gpu)
+    def interpreted(buffers, x, size):
+        note(buffers, size)
+        return arena(buffers, x, size)
+
+    def launched(built, x, size, addresses):
+        note(built.program.buffers, size)
+        return placed(built, x, size, addresses)
+
+    monkeypatch.setattr(runtime_launch, "arena", interpreted)
+    monkeypatch.setattr(runtime_launch, "_placed", launched)
     triton = There(TritonKernel(spec, DEVICE))
     for T in (1, 7, 13, 40, 17):
         x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
