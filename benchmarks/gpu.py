@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --layers mixtral --tokens 1,64 --train
     python benchmarks/gpu.py --schedules --profile               # other schedules too; moec's time by kernel
 
-Every way is compared with an fp32 reference before it is timed. `ms` is the GPU's own time of a call recorded as a CUDA
-graph and replayed with a cold L2 cache, the median of five times up to 40 calls; `*` marks ways that cannot be recorded,
-because they wait for the device: their calls are timed as they are. `host` is the time of a call without a graph, in a row of
-calls. The limit is max(arithmetic / rate of an 8192³ product, bytes of the experts hit / bytes a second that a copy
-reads and writes), both measured in the run; of a training step three times that.
+Every way is compared with an fp32 reference before it is timed. `ms` is the GPU's own time of a call that is
+recorded as a CUDA graph and replayed with a cold L2 cache, the median of five times up to 40 calls; `*` marks
+ways that cannot be recorded, because they wait for the device: their calls are timed as they are. `host` is the
+time of a call without a graph, in a row of calls. The limit is max(arithmetic / rate of an 8192³ product, bytes
+of the experts hit / bytes a second that a copy reads and writes), both measured in the run; of a training step
+three times that.
 """
 
 from __future__ import annotations

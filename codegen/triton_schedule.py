@@ -1,7 +1,6 @@
 """Which way a call's grouped products run: as the option `schedule` says, and the configurations worth trying.
 
-pointers is the default, since no other way was timed. auto takes tensor descriptors where compiled code shows that they
-pay (`pays`), on a target that has them, for weights that they can read; everything else stays as it is.
+pointers is the default: on an H100 no other way was faster (docs/kernels.md).
 
 Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 """
@@ -17,7 +16,7 @@ from moec.codegen.cost_model import fits, tile_of, uniform_histogram
 from moec.codegen.plan import Sizes
 from moec.codegen.tile_prior import rank_with_prior
 from moec.codegen.triton_config import GpuConfig, GpuFigures, check_target, default_config
-from moec.codegen.triton_operands import Operands, contiguous
+from moec.codegen.triton_operands import contiguous
 from moec.codegen.triton_views import undescribable
 from moec.engine import SCHEDULES
 from moec.errors import CodegenError
@@ -27,31 +26,16 @@ from moec.spec import KernelSpec
 _PROGRAMS = 128  # of the interpreter
 
 
-def scheduled(
-    config: GpuConfig, schedule: str, spec: KernelSpec, sizes: Sizes, operands: Operands, target: GpuFigures | None
-) -> GpuConfig:
+def scheduled(config: GpuConfig, schedule: str, target: GpuFigures | None) -> GpuConfig:
     """`config` run the way that `schedule` names; a decode configuration has one way only and stays as it is.
 
-    Raises CodegenError where a way that was asked for by name is not there on the target, or cannot read the weights.
+    Raises CodegenError where a way is not there on the target.
     """
     if config.variant == "decode" or schedule == "pointers":
         return config
     if schedule == "specialized" and config.combine == "atomic":
         raise CodegenError("schedule='specialized' adds slots in a launch of its own; use combine='ordered'")
-    if schedule != "auto":
-        return check_target(_named(config, schedule, target), target)
-    found = _named(config, "descriptors", target)
-    there = _has(found, target) and pays(found, target) and not undescribable(spec, sizes, found, operands)
-    return found if there else config
-
-
-def pays(config: GpuConfig, target: GpuFigures | None) -> bool:
-    """Whether compiled code has clearly fewer instructions a step with descriptors than with pointers.
-
-    Tiles of few rows, whose step is all loads (docs/kernels.md, "Inner loops"): 16×128×128 on sm_90 has 114 and 109
-    instructions (gate/up and down) against 138 and 134. Larger tiles have a few more by descriptors than by pointers.
-    """
-    return target is not None and target.name == "sm_90" and config.block_m <= 16 and config.block_k >= 128
+    return check_target(_named(config, schedule, target), target)
 
 
 def _named(config: GpuConfig, schedule: str, target: GpuFigures | None) -> GpuConfig:
@@ -103,7 +87,7 @@ def _ways(config: GpuConfig, spec: KernelSpec, sizes: Sizes, target: GpuTarget) 
     """One tile by pointers, by descriptors, persistent, specialised, as far as the target and the weights allow."""
     yield config
     plain = contiguous(spec, sizes)
-    for schedule in SCHEDULES[2:]:
+    for schedule in SCHEDULES[1:]:
         if schedule == "specialized" and config.block_m < 128:
             continue
         found = _named(config, schedule, target)

@@ -45,7 +45,9 @@ def tune_command(
     ] = "",
     device: Annotated[
         str,
-        typer.Option(metavar="DEVICE", help="Measure the Triton kernels on this GPU (cuda, cuda:1), not the CPU's."),
+        typer.Option(
+            "--device", metavar="GPU", help="Measure the Triton kernels on this GPU (cuda, cuda:1), not the CPU's."
+        ),
     ] = "",
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from moec.errors import OptionError
 
-Schedule = Literal["pointers", "auto", "descriptors", "persistent", "specialized"]
+Schedule = Literal["pointers", "descriptors", "persistent", "specialized"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 _WEIGHTS = re.compile(r"stored|packed|bf16|(int8|fp8)(:[1-9]\d{0,5})?")
@@ -33,8 +33,7 @@ class Engine:
     scale a channel), int8:N (a scale for N numbers of it), fp8 (a scale a matrix) or fp8:N (a scale for N×N numbers of
     it): a copy in fewer bytes.
     combine: ordered, a token's slots are added in their order; atomic, in any (Triton kernels).
-    schedule: how Triton's grouped products run: by pointers, by tensor descriptors, persistent, with specialized warps,
-    or auto: by descriptors where compiled code shows that they pay.
+    schedule: how Triton's grouped products run: by pointers, by tensor descriptors, persistent, with specialized warps.
     fresh: gradients of parameters are new memory in every step.
     tokens: the range of T, as in TokenRange, for whose most tokens buffers are taken; empty: for those of each call.
     capacity: what the graph says of the rows that one expert can get, as a formula of T; empty: nothing but T.

@@ -46,7 +46,7 @@ class Options:
     combine  how Triton kernels add the results of a token's experts: ordered (the same bits in every call) or atomic
              (less memory; the last bits may differ from call to call)
     schedule  how Triton's grouped products run: pointers; descriptors (TMA), persistent, specialized (warps): an error
-             where the GPU lacks it; auto: by descriptors where compiled code shows that they pay
+             where the GPU lacks it
     tokens   the range of T, the number of tokens of a call: `1..4096`, or one number. Buffers are taken once, for the
              most; a call with more takes larger ones, with one warning. Empty: as the model's symbolic sizes say
              (`mark_dynamic(…, max=)`), else buffers grow to the largest call

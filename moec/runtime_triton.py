@@ -229,7 +229,7 @@ class TritonKernel:
         sizes, operands = Sizes(x.shape[0], hidden, width, count, call.k), self.operands(x, bound, given)
         capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
         usable = sorted_config(self._usable(sizes, operands)) if call.save else self._usable(sizes, operands)
-        config = scheduled(usable, self.schedule, self.spec, sizes, operands, self.figures)
+        config = scheduled(usable, self.schedule, self.figures)
         checked = check_target(config, self.figures)
         reserved = self._reserved(sizes, operands, call)
 
@@ -254,7 +254,7 @@ class TritonKernel:
         limit = in_tokens(call.capacity) if call.capacity else None
 
         def config(at: Sizes) -> GpuConfig:
-            return scheduled(self._usable(at, operands), self.schedule, self.spec, at, operands, self.figures)
+            return scheduled(self._usable(at, operands), self.schedule, self.figures)
 
         return at_most(buffer_formula(self.spec, sizes, call.entry == "moe", config, limit), sizes.T)
 

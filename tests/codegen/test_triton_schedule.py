@@ -7,7 +7,6 @@ import pytest
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_launch import program
-from moec.codegen.triton_operands import contiguous
 from moec.codegen.triton_schedule import candidates, scheduled
 from moec.engine import SCHEDULES, Engine
 from moec.errors import CodegenError, OptionError
@@ -21,8 +20,8 @@ SIZES = Sizes(64, 2048, 768, 128, 8)
 DEEP = GpuConfig(16, 128, 128, 1, 4, 4)
 
 
-def run_as(schedule, config=DEEP, target="sm_90", spec=SPEC, sizes=SIZES):
-    return scheduled(config, schedule, spec, sizes, contiguous(spec, sizes), gpu_target(target))
+def run_as(schedule, config=DEEP, target="sm_90"):
+    return scheduled(config, schedule, gpu_target(target))
 
 
 @pytest.mark.parametrize("target", [t.name for t in gpu_targets()])
@@ -47,18 +46,6 @@ def test_every_candidate_is_there_on_its_target(target, spec):
 def test_pointers_are_the_default():
     assert Options().engine(False).schedule == "pointers"
     assert all(run_as("pointers", target=t.name) is DEEP for t in gpu_targets())
-
-
-def test_auto_takes_descriptors_only_where_compiled_code_says_so():
-    assert run_as("auto") == replace(DEEP, weights="descriptors")
-    same = [
-        run_as("auto", target="sm_80") is DEEP,
-        run_as("auto", target="gfx942") is DEEP,
-        run_as("auto", spec=APART) is DEEP,
-        run_as("auto", sizes=replace(SIZES, F=100)) is DEEP,
-        run_as("auto", wide := GpuConfig(128, 256, 64, 8, 8, 3)) is wide,
-    ]
-    assert all(same)
 
 
 def test_a_way_that_is_asked_for_is_taken_or_an_error():

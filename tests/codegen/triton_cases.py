@@ -103,7 +103,7 @@ def test_atomics_by_option():
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
 
 
-@pytest.mark.parametrize("schedule", ["auto", "descriptors", "persistent", "specialized"])
+@pytest.mark.parametrize("schedule", ["descriptors", "persistent", "specialized"])
 def test_ways_by_option(schedule):
     spec = with_gate("concat", "nk", True, False, "output")
     params, (weights, experts) = make_params(spec.experts, 64, 32, 2), routing("random", 40, 2, 1)
@@ -321,7 +321,12 @@ def check_router(r, config, T, E, k, dtype="f32", H=40):
     assert relative(logits, want_logits) < (1e-6 if r.compute == "f32" else 4e-3)
     eye = torch.eye(E, dtype=logits.dtype)
     _, want_weights, want_experts = twin.route(logits, [eye, *extra[r.bias :]], k, dataclasses.replace(r, bias=False))
+    if k == E:  # all are chosen: among equals torch.topk's order is its own (the lowest first: see the ties below)
+        (experts, at), (want_experts, to) = experts.sort(), want_experts.sort()
+        weights, want_weights = weights.gather(1, at), want_weights.gather(1, to)
     assert torch.equal(experts, want_experts)
+    assert torch.equal(weights.isnan(), want_weights.isnan())  # of an expert that no chosen group has
+    weights, want_weights = weights.nan_to_num(), want_weights.nan_to_num()
     assert relative(weights, want_weights) < (1e-6 if r.weight_dtype == "f32" else 8e-3)
     want = twin.experts(x, weights, experts, params, spec)
     assert relative(y, want) < LIMITS[dtype]
