@@ -201,11 +201,17 @@ def _cat(ranges: Ranges, made: Instr, _which: int) -> Range:
     return _union(*[ranges.of(part) for part in parts]) if isinstance(parts, tuple) and parts else ANYTHING
 
 
+def _place(ranges: Ranges, made: Instr, _which: int) -> Range:
+    """argmax along an axis."""
+    axis = made.attr("dim")
+    return _below(ranges.size(made.args[0], axis)) if isinstance(axis, int) else ANYTHING
+
+
 def _opaque(ranges: Ranges, made: Instr, _which: int) -> Range:
-    """argmax, argmin along an axis."""
+    """argmin along an axis."""
     rest = made.args[1:]
     axis = rest[0] if rest else None
-    known = made.attr("target") in ("argmax", "argmin") and isinstance(axis, int) and not isinstance(axis, bool)
+    known = made.attr("target") == "argmin" and isinstance(axis, int) and not isinstance(axis, bool)
     return _below(ranges.size(made.args[0], axis)) if known and isinstance(axis, int) else ANYTHING
 
 
@@ -233,6 +239,7 @@ RULES: Mapping[str, Rule] = {
     "counts": lambda ranges, made, which: (0, math.inf),
     "full": _full,
     "cat": _cat,
+    "argmax": _place,
     "opaque": _opaque,
 }
 
