@@ -135,7 +135,8 @@ def as_pairs(out: Writer, weights: str, choice: str, slots: Dim | None, dtype: s
         weights = out.cast(out.emit("ge", (Ref(choice), 0), Type("bool", kind.shape)), dtype)
     weights = out.column(weights)
     given, count = out.type(weights), sympy.Mul(*kind.shape)
-    if given.rank == kind.rank > 1 and given.shape[:-1] == kind.shape[:-1] and _more(given.shape[-1], slots):
+    slotted = kind.rank > 1 and same(kind.shape[-1], slots)
+    if slotted and given.shape[:-1] == kind.shape[:-1] and _more(given.shape[-1], slots):
         given = Type(given.dtype, (*given.shape[:-1], slots))  # w[t, s] of more columns than there are slots
         weights = out.emit("narrow", (Ref(weights),), given, dim=given.rank - 1, start=0, length=int(slots))
     if not same(sympy.Mul(*given.shape), count) or (slots != 1 and given.shape[-1] != slots):
