@@ -88,15 +88,6 @@ def test_a_router_without_matrix_instructions_takes_shallow_steps(name, count, d
     assert (router.kernel, router.constexprs()["BLOCK_H"]) == ("router", depth)
 
 
-@pytest.mark.parametrize(("rows", "depth"), [(16, 64), (64, 128)])
-def test_few_rows_are_multiplied_in_parts_of_a_step(rows, depth):
-    source = emit(MIXTRAL)
-    (rule,) = {line.partition("=")[2] for line in source.splitlines() if "PART: tl.constexpr =" in line}
-    assert eval(rule, {"BLOCK_K": 128, "BLOCK_M": rows, "DESCRIBED": False}) == depth
-    assert eval(rule, {"BLOCK_K": 128, "BLOCK_M": rows, "DESCRIBED": True}) == 128
-    assert eval(rule, {"BLOCK_K": 32, "BLOCK_M": rows, "DESCRIBED": False}) == 32
-
-
 SPECIALIZED = GpuConfig(128, 128, 64, combine="separate", weights="descriptors", programs=132, specialized=True)
 SCHEDULES = (
     GpuConfig(16, 32, 32, programs=4),
