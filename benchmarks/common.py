@@ -127,11 +127,17 @@ def add_ways(parser: argparse.ArgumentParser) -> None:
 
 def only(names: str, ways: Sequence[Way]) -> list[Way]:
     """The ways named, in their own order; all where none is. Ends the program for a name that there is not."""
-    wanted, known = [name for name in names.split(",") if name], [way.name for way in ways]
+    kept = asked_for(names, [way.name for way in ways])
+    return [way for way in ways if way.name in kept]
+
+
+def asked_for(names: str, known: Sequence[str]) -> list[str]:
+    """Of the known ways those named; all where none is. Ends the program for a name that there is not."""
+    wanted = [name for name in names.split(",") if name]
     for name in wanted:
         if name not in known:
             raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(known)}")
-    return [way for way in ways if not wanted or way.name in wanted]
+    return [name for name in known if not wanted or name in wanted]
 
 
 def add_race(

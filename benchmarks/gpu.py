@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, RESULTS, Shape, add_ways, check_names, library_block, wanted, write_json
+from common import DTYPES, RESULTS, Shape, add_ways, asked_for, check_names, library_block, wanted, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -123,15 +123,6 @@ def ways(plain: MoE, shape: Shape, asked: argparse.Namespace) -> dict[str, Calla
     return found | {"batched_mm": block("batched_mm"), "eager": block("eager")}
 
 
-def named(found: Mapping[str, Callable[[Tensor], Tensor]], names: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Those of the ways that `names` lists; all where it is empty. Ends the program for a name that there is not."""
-    wanted_ones = [name for name in names.split(",") if name]
-    for name in wanted_ones:
-        if name not in found:
-            raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(found)}")
-    return {name: way for name, way in found.items() if not wanted_ones or name in wanted_ones}
-
-
 def step(way: Callable[[Tensor], Tensor], x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Forward and backward: the gradients of x and of all parameters."""
     y = way(x)
@@ -225,7 +216,8 @@ def run_layer(name: str, dtype: str, asked: argparse.Namespace, clock: EventCloc
     plain = gpu_layer(shape, DTYPES[dtype])
     plain.requires_grad_(asked.train)
     layer, cells, rows = shape.layer(DTYPES[dtype]), list[Cell](), dict[int, tuple[float, list[Cell]]]()
-    found = named(ways(plain, shape, asked), asked.ways)
+    found = ways(plain, shape, asked)
+    found = {name: found[name] for name in asked_for(asked.ways, list(found))}
     for tokens in map(int, asked.tokens.split(",")):
         torch.manual_seed(1)
         x = torch.randn(tokens, shape.hidden, device="cuda", dtype=DTYPES[dtype])

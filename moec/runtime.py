@@ -222,19 +222,21 @@ def _experts_training(
     saved = saved_rows(x, experts, params, spec, engine, save)
     if saved.numel() == 0:
         return _experts(x, weights, experts, params, spec, engine), saved
-    kernel = _chosen(x, params, spec, Engine.parse(engine), None)
+    mode = Engine.parse(engine)
+    kernel = _chosen(x, params, spec, mode, None)
     if isinstance(kernel, Kernel):
-        ready = _ready(kernel, Engine.parse(engine), x, params, experts.shape[1])
-        return ready.experts(x, weights, experts, params, saved), saved
-    if isinstance(kernel, TritonKernel):
-        mode = Engine.parse(engine)
-        y = _or_twin(
-            mode,
-            lambda: kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens, saved),
-            lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved),
-        )
-        return y, saved
-    return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved), saved
+        return _ready(kernel, mode, x, params, experts.shape[1]).experts(x, weights, experts, params, saved), saved
+
+    def eager() -> Tensor:
+        return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved)
+
+    if not isinstance(kernel, TritonKernel):
+        return eager(), saved
+
+    def run() -> Tensor:
+        return kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens, saved)
+
+    return _or_twin(mode, run, eager), saved
 
 
 def _experts_backward(

@@ -228,8 +228,8 @@ class TritonKernel:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
         sizes, operands = Sizes(x.shape[0], hidden, width, count, call.k), self.operands(x, bound, given)
         capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
-        usable = sorted_config(self._usable(sizes, operands)) if call.save else self._usable(sizes, operands)
-        config = scheduled(usable, self.schedule, self.figures)
+        usable = self._usable(sizes, operands)
+        config = scheduled(sorted_config(usable) if call.save else usable, self.schedule, self.figures)
         checked = check_target(config, self.figures)
         reserved = self._reserved(sizes, operands, call)
 

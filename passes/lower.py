@@ -258,9 +258,8 @@ def _rewire(state: Lowering, root: str, origin: fx.Node) -> None:
         return
     for user, holder in list(state.users(root, -1)):
         user.replace_input_with(holder, new)
-    made = next((node for node, since in state.raised.carriers[root] if state.raised.order[node] == since), None)
-    if made is not None:  # what is written to it later is written to the new node; copies of it are written to apart
-        made.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    # What is written to it later is written to the new node; copies of it are written to apart.
+    origin.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def _erase(state: Lowering, groups: Mapping[str, list[Instr]], unused: Collection[fx.Node]) -> None:
