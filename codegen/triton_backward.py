@@ -51,9 +51,9 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
     at = forward.at(spec, sizes, config, operands)
     columns = forward.ceil_div(sizes.F, config.block_n)
     x_wanted = not wanted.saved or any(g not in ("out", "bias_out") for g in wanted.groups)
-    steps = [forward.dispatch(at), _gather(at, "grad")]
+    steps = [forward.dispatch(at), forward.permute(at, "grad", "grad_rows")]
     if x_wanted:
-        steps.append(_gather(at, "x"))
+        steps.append(forward.permute(at, into="x_rows"))
     if not wanted.saved:
         steps += _inputs(at)
     steps.append(_hidden(at, wanted.saved))
@@ -82,27 +82,6 @@ def _groups(spec: KernelSpec, first: bool) -> list[str]:
 def matrices(spec: KernelSpec) -> list[str]:
     """The matrices of the first product, in the order of their columns among φ's inputs."""
     return [g for g in _groups(spec, True) if not g.startswith("bias_")]
-
-
-def _gather(at: forward.At, source: str) -> Launch:
-    """Rows of x (weighted where experts read them so) or of the output's gradient, in the order of experts."""
-    s, o = at.sizes, at.operands
-    of_x, on_input = source == "x", at.spec.experts.weight_on == "input"
-    columns = min(256, forward.power_of_two(s.H))
-    rows = max(1, 4096 // columns)
-    strides = o.x_strides if of_x else (s.H, 1)
-    consts = forward.constants(
-        COLUMNS=s.H, E=s.E, K=s.k, stride_t=strides[0], stride_c=strides[1], WEIGHTED=of_x and on_input,
-        BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
-    )  # fmt: skip
-    arguments = (
-        replace(forward.pointer("source", o.x_dtype if of_x else at.spec.y_dtype), binding=source),
-        *((forward.pointer("weights", o.weights_dtype),) if on_input else ()),
-        forward.pointer("order", "i32"), forward.pointer("offsets", "i32"),
-        replace(forward.pointer("rows", at.spec.experts.dtype), binding=f"{source}_rows"), *consts,
-    )  # fmt: skip
-    grid = (forward.ceil_div(at.pairs, rows), forward.ceil_div(s.H, columns))
-    return Launch("backward_gather", grid, arguments, 4, 1)
 
 
 def _grouped(at: forward.At, kernel: str, columns: int, arguments: Sequence[Argument], **numbers: int) -> Launch:

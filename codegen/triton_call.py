@@ -6,7 +6,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pai
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.bounds import Choices, Size, most
@@ -256,3 +256,22 @@ def dispatch(at: At) -> Launch:
     )
     arguments = (pointer("experts", "i64"), *outputs, Argument("pairs", "i32", at.pairs), *consts)
     return Launch("dispatch", (s.E,), arguments, 8 if block > 1024 else 4, 1)
+
+
+def permute(at: At, source: str = "x", into: str = "rows") -> Launch:
+    """Rows of x (weighted where experts read them so), or of the gradient of y, in the order of experts."""
+    s, o, e = at.sizes, at.operands, at.spec.experts
+    of_x, on_input = source == "x", e.weight_on == "input"
+    columns = min(256, power_of_two(s.H))
+    rows = max(1, 4096 // columns)
+    strides = o.x_strides if of_x else (s.H, 1)
+    consts = constants(
+        H=s.H, E=s.E, K=s.k, stride_x_t=strides[0], stride_x_h=strides[1], WEIGHTED=of_x and on_input,
+        BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
+    )  # fmt: skip
+    arguments = (
+        replace(pointer("x", o.x_dtype if of_x else at.spec.y_dtype), binding=source),
+        *((pointer("weights", o.weights_dtype),) if on_input else ()),
+        pointer("order", "i32"), pointer("offsets", "i32"), replace(pointer("rows", e.dtype), binding=into), *consts,
+    )  # fmt: skip
+    return Launch("permute", (ceil_div(at.rows, rows), ceil_div(s.H, columns)), arguments, 4, 1)

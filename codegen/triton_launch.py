@@ -39,6 +39,7 @@ from moec.codegen.triton_call import (
     dispatch,
     gemm_consts,
     param_arguments,
+    permute,
     pointer,
     power_of_two,
     tile_buffers,
@@ -88,7 +89,7 @@ def _sorted(at: At) -> Program:
         raise CodegenError(f"weights='descriptors': {reason}; use weights='pointers'")
     steps = [dispatch(at), _gate_up(at), _down(at)]
     if at.config.specialized:
-        steps.insert(1, _permute(at))
+        steps.insert(1, permute(at))
     if at.routed:
         steps.insert(0, _router(at))
     if at.config.combine == "separate":
@@ -201,23 +202,6 @@ def _router_depth(rows: int, item: int, hidden: int) -> tuple[int, int]:
     while depth > 16 and 2 * depth * rows * item > 56 << 10:
         depth //= 2
     return depth, 3 if 2 * depth * rows * item <= 56 << 10 else 2
-
-
-def _permute(at: At) -> Launch:
-    """Rows in the order of experts, for loads that cannot gather."""
-    s, o = at.sizes, at.operands
-    columns = min(256, power_of_two(s.H))
-    rows = max(1, 4096 // columns)
-    weights = (pointer("weights", o.weights_dtype),) if at.spec.experts.weight_on == "input" else ()
-    consts = constants(
-        H=s.H, E=s.E, K=s.k, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], BLOCK_ROWS=rows,
-        BLOCK_COLUMNS=columns,
-    )  # fmt: skip
-    arguments = (
-        pointer("x", o.x_dtype), *weights, pointer("order", "i32"), pointer("offsets", "i32"),
-        pointer("rows", at.spec.experts.dtype), *consts,
-    )  # fmt: skip
-    return Launch("permute", (ceil_div(at.rows, rows), ceil_div(s.H, columns)), arguments, 4, 1)
 
 
 def _schedule(at: At) -> dict[str, int | bool]:

@@ -274,7 +274,7 @@ def test_gradients_wait_for_nothing_and_can_be_recorded(monkeypatch, stacked):
         )
         assert (dx.shape, dx.dtype, dweights.shape) == ((100, H), b, (100, K))
         assert [d.shape for d in dparams] == [p.shape for p in params]
-    rows = ["dispatch", "backward_gather", "backward_gather", "backward_inputs", "backward_hidden", "backward_rows"]
+    rows = ["dispatch", "permute", "permute", "backward_inputs", "backward_hidden", "backward_rows"]
     names = [*rows, "backward_tokens", "backward_params", "backward_params"]
     assert [each.kernel for each in gpu.launches] == 2 * names
     assert {each.device for each in gpu.launches} == {1}
