@@ -6,6 +6,7 @@ import argparse
 import copy
 import datetime
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -122,7 +123,7 @@ def check_names(parser: argparse.ArgumentParser, asked: argparse.Namespace, **op
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
     """The option that `only` reads."""
-    parser.add_argument("--ways", default="", help="of the ways in the table, only these (default: all)")
+    parser.add_argument("--ways", default="", help="of the ways in the table, only these: moec,eager (default: all)")
 
 
 def only(names: str, ways: Sequence[Way]) -> list[Way]:
@@ -133,7 +134,7 @@ def only(names: str, ways: Sequence[Way]) -> list[Way]:
 
 def asked_for(names: str, known: Sequence[str]) -> list[str]:
     """Of the known ways those named; all where none is. Ends the program for a name that there is not."""
-    wanted = [name for name in names.split(",") if name]
+    wanted = [name for name in re.split(r",(?! )", names) if name]  # some names have a comma and a space
     for name in wanted:
         if name not in known:
             raise SystemExit(f"--ways {name!r} is unknown; expected of {', '.join(known)}")

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -139,32 +140,50 @@ class Step:
         return out.logits[0]
 
 
-def build(model: Model, dtype: str, implementation: str, backend: str, rest: str) -> Built:
-    """One way, in its own process; backend '': eager. Inputs by T: the prompt, and 1 for a decoding step."""
-    plain = library_model(model, implementation, DTYPES[dtype])
+@dataclass(frozen=True)
+class Made:
+    """What all ways share: the file of the model in its dtype, and eager's logits [T, V] in fp32 by T."""
+
+    file: Path
+    logits: Mapping[int, Tensor]
+
+
+def made(model: Model, dtype: str, folder: Path) -> Made:
+    """Make the model once and store it; its weights are cast to fp32 for the logits and dropped again."""
+    plain = library_model(model, "eager", DTYPES[dtype])
+    torch.save(plain, folder / f"{dtype}.pt")
+    exact = plain.float()
+    reference = Step(exact, model, exact)
+    return Made(folder / f"{dtype}.pt", {tokens: reference(words(model, tokens)) for tokens in (model.prompt, 1)})
+
+
+def build(model: Model, dtype: str, shared: Made, implementation: str, backend: str, rest: str) -> Built:
+    """One way, in its own process; backend '': eager. Inputs by T: the prompt, and 1 for a decoding step.
+
+    Weights are mapped from the file: all processes read the same memory, so that a model fits once.
+    """
+    plain = torch.load(shared.file, mmap=True, weights_only=False)
+    plain.set_experts_implementation(implementation)
     options = {"rest": rest} if backend == "moec" else None
     call = torch.compile(plain, backend=backend, options=options) if backend else plain
     step = Step(call, model, plain)
-    exact = library_model(model, "eager", DTYPES[dtype]).float()
-    reference = Step(exact, model, exact)
-    inputs = {model.prompt: words(model, model.prompt), 1: words(model, 1)}
 
     def verdict(tokens: int, logits: Tensor) -> str:
-        wanted = reference(inputs[tokens])
+        wanted = shared.logits[tokens]
         error = (logits.float() - wanted).abs().amax(-1) / wanted.abs().max()
         wrong = float((error > TOLERANCE[DTYPES[dtype]]).float().mean())
         allowed = 0.0 if DTYPES[dtype] is torch.float32 else MOST_WRONG
         found = f"WRONG: {100 * wrong:.0f} % of tokens, relative error {float(error.max()):.1e}"
         return "" if wrong <= allowed else found
 
-    return Built(step, inputs, verdict)
+    return Built(step, {model.prompt: words(model, model.prompt), 1: words(model, 1)}, verdict)
 
 
-def ways(model: Model, dtype: str, inductor: bool, rest: str) -> list[Way]:
+def ways(model: Model, dtype: str, shared: Made, inductor: bool, rest: str) -> list[Way]:
     """moec on the library's eager form, then every alternative."""
 
     def way(name: str, implementation: str, backend: str) -> Way:
-        args = (model, dtype, implementation, backend, rest)
+        args = (model, dtype, shared, implementation, backend, rest)
         return Way(name, build, args, bool(backend), implementation == "batched_mm")
 
     found = [way(MOEC, "eager", "moec"), *(way(name, name, "") for name in ("eager", "grouped_mm", "batched_mm"))]
@@ -175,17 +194,19 @@ def ways(model: Model, dtype: str, inductor: bool, rest: str) -> list[Way]:
 
 def measure(model: Model, dtype: str, asked: argparse.Namespace, ceilings: Ceilings, say: Console) -> tuple[Row, ...]:
     """Prefill and decode of one dtype."""
-    inputs = {model.prompt: words(model, model.prompt), 1: words(model, 1)}
     shape = model.shape
-    return race(
-        only(asked.ways, ways(model, dtype, not asked.no_inductor, asked.rest)),
-        inputs,
-        model.cost(DTYPES[dtype]),
-        ceilings,
-        lambda ids: min(shape.experts, shape.top_k * ids.shape[1]),
-        Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.decode),
-        step=lambda text: say.log(text),
-    )
+    with TemporaryDirectory(prefix="moec-model-") as folder:
+        say.log("the model's weights, and its logits in fp32")
+        shared = made(model, dtype, Path(folder))
+        return race(
+            only(asked.ways, ways(model, dtype, shared, not asked.no_inductor, asked.rest)),
+            {model.prompt: words(model, model.prompt), 1: words(model, 1)},
+            model.cost(DTYPES[dtype]),
+            ceilings,
+            lambda ids: min(shape.experts, shape.top_k * ids.shape[1]),
+            Budget(asked.patience, asked.budget, asked.seconds, repeats=asked.decode),
+            step=lambda text: say.log(text),
+        )
 
 
 def rates_table(title: str, rows: Sequence[Row]) -> Table:

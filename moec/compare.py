@@ -101,6 +101,14 @@ class Slow(Exception):
     """A process did not answer in time."""
 
 
+class Lost(Exception):
+    """A process ended, or did not answer, while `way` was being timed."""
+
+    def __init__(self, way: str, why: str) -> None:
+        super().__init__(f"{way}: {why}")
+        self.way, self.why = way, why
+
+
 @dataclass
 class Worker:
     """The process of one way, asked over a pipe; `lost` says why it is no more."""
@@ -206,11 +214,28 @@ def _times(running: _Race, ways: Sequence[Way], tokens: int, seconds: float) -> 
     known = {way.name: running.workers[way.name] for way in ways if (tokens, way.name) in running.first}
     once = {name: summary([running.first[tokens, name]]) for name, worker in known.items() if worker.lost}
     alive = {name: _timer(worker, tokens) for name, worker in known.items() if not worker.lost}
-    return once | interleaved(alive, running.budget.repeats, seconds)
+    while True:  # anew without a way whose process is lost meanwhile (the machine's memory ran out, say)
+        try:
+            return once | interleaved(alive, running.budget.repeats, seconds)
+        except Lost as error:
+            del alive[error.way]
+            running.workers[error.way].lost = error.why
+            running.skipped[tokens, error.way] = f"fails: {error.why}"
 
 
 def _timer(worker: Worker, tokens: int) -> Callable[[], float]:
-    return lambda: worker.ask(("time", tokens), START_SECONDS)
+    def seconds() -> float:
+        try:
+            return worker.ask(("time", tokens), START_SECONDS)
+        except Slow:
+            worker.end()
+            raise Lost(worker.way.name, f"one call took more than {START_SECONDS:.0f} s") from None
+        except (EOFError, OSError):
+            raise Lost(worker.way.name, f"its process {worker.ended()} at {tokens_text(tokens)}") from None
+        except RuntimeError as error:
+            raise Lost(worker.way.name, str(error)) from None
+
+    return seconds
 
 
 def _skip(running: _Race, way: Way, tokens: int) -> str:

@@ -192,7 +192,8 @@ def test_every_implementation_of_the_library_is_a_way(benchmarks):
     tiny = common.LAYERS["tiny"]
     assert [w.name for w in layer.ways(tiny, "f32", (1,), True, False)] == ["moec", *forms, *compiled]
     assert [w.name for w in layer.ways(tiny, "f32", (1,), False, False)] == ["moec", *forms]
-    assert [w.name for w in model.ways(model.Model(tiny, 1, 64, 16), "f32", True, "eager")] == [
+    shared = model.Made(Path("unused"), {})
+    assert [w.name for w in model.ways(model.Model(tiny, 1, 64, 16), "f32", shared, True, "eager")] == [
         "moec",
         *forms,
         *compiled,
@@ -201,6 +202,7 @@ def test_every_implementation_of_the_library_is_a_way(benchmarks):
     found = train.ways(tiny, "f32", (1,), False)
     assert [w.name for w in common.only("grouped_mm,moec", found)] == ["moec", "grouped_mm"]
     assert common.only("", found) == found
+    assert common.asked_for("Inductor, grouped_mm,moec", ["moec", *compiled]) == ["moec", "Inductor, grouped_mm"]
     with pytest.raises(SystemExit, match="'fast' is unknown; expected of moec, eager, grouped_mm"):
         common.only("fast", found)
 

@@ -28,3 +28,17 @@ def dies():
 
 def fails():
     raise ValueError("no such form")
+
+
+def dies_when_timed():
+    """Ends its process in the third long call: the first and a warm one are made before any is timed."""
+    calls = []
+
+    def call(x):
+        calls.append(len(x))
+        if len(calls) > 4:
+            os._exit(3)
+        time.sleep(0.3)
+        return x
+
+    return Built(call, INPUTS, lambda tokens, y: "")

@@ -66,6 +66,14 @@ def test_a_way_that_hangs_is_stopped_and_keeps_what_it_had(rows):
     assert "dies, 7 tokens" in "\n".join(empty_cells(rows))
 
 
+def test_a_way_that_dies_while_it_is_timed_leaves_the_others_their_times(ways):
+    rows = run(ways, Way("moec", ways.good, ()), Way("dies", ways.dies_when_timed, ()))
+    one, seven = rows
+    assert min(one.times["moec"].runs, seven.times["moec"].runs) >= 1
+    assert "ended by itself" in one.skipped["dies"]
+    assert seven.times["dies"].runs == 1  # the warm call that it had made before
+
+
 def test_table_and_ratios(rows):
     one = rows[0]
     assert one.best == "hangs"
