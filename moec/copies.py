@@ -13,14 +13,17 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moec.binding import how_they_lie
+from moec.spec import ExpertsSpec
+
 B = TypeVar("B")
 _MOST = 4096  # layers whose copies one kernel keeps
-_State = tuple[tuple[int, int], ...]
+_State = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class _Copy(Generic[B]):
-    """A layer's copy, and what it was made from: versions and addresses of the parameters, and whether they live."""
+    """A layer's copy, and what it was made from: addresses, versions and strides of its parameters, and if they live."""
 
     state: _State
     sources: tuple[StorageWeakRef, ...]
@@ -34,29 +37,30 @@ class _Copy(Generic[B]):
 
 
 class Copies(Generic[B]):
-    """The copies of one kernel's layers, by where their parameters lie; `make` copies a layer's parameters."""
+    """The copies of the layers of one spec, by where their parameters lie; `make` copies a layer's parameters."""
 
-    def __init__(self, make: Callable[[Sequence[Tensor]], B]) -> None:
-        self._make = make
+    def __init__(self, s: ExpertsSpec, make: Callable[[Sequence[Tensor]], B]) -> None:
+        self._groups, self._make = len(s.param_groups), make
         self.held: dict[int, _Copy[B]] = {}
         self._lock = threading.Lock()
 
     def of(self, params: Sequence[Tensor]) -> B:
         """The copy of these parameters, made anew where they changed."""
-        state = tuple((p.data_ptr(), p._version) for p in params)
-        copy = self.held.get(state[0][0])
+        where = params[0].data_ptr()
+        state = (*((p.data_ptr(), p._version) for p in params), how_they_lie(params, self._groups))
+        copy = self.held.get(where)
         if copy is not None and copy.is_of(params, state):
             return copy.bound
         with self._lock:
             held = self.held
-            copy = held.get(state[0][0])
+            copy = held.get(where)
             if copy is None or not copy.is_of(params, state):
                 copy = None
-                held.pop(state[0][0], None)  # let go of the old copy before the new one is made
-                for where in [where for where, c in held.items() if any(ref.expired() for ref in c.sources)]:
-                    del held[where]
+                held.pop(where, None)  # let go of the old copy before the new one is made
+                for gone in [other for other, c in held.items() if any(ref.expired() for ref in c.sources)]:
+                    del held[gone]
                 if len(held) >= _MOST:
                     held.clear()
                 sources = tuple(StorageWeakRef(p.untyped_storage()) for p in params)
-                copy = held[state[0][0]] = _Copy(state, sources, self._make(params))
+                copy = held[where] = _Copy(state, sources, self._make(params))
         return copy.bound

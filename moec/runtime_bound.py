@@ -51,7 +51,7 @@ class Bounds:
 
     def __init__(self, spec: KernelSpec) -> None:
         self._spec, self._stacked, self._groups = spec, spec.experts.stacked, spec.experts.param_groups
-        self._tables = Bindings(lambda params: _bind_to_keep(spec, params), lambda bound: bound.keeps)
+        self._tables = Bindings(spec.experts, lambda params: _bind_to_keep(spec, params), lambda bound: bound.keeps)
         self._layouts: dict[tuple[object, ...], Layout] = {}
 
     def of(self, params: Sequence[Tensor]) -> Bound:

@@ -30,7 +30,7 @@ class CodedKernel(TritonKernel):
     def __init__(self, plain: TritonKernel, weights: str) -> None:
         super().__init__(coded_spec(plain.spec, weights), plain.device, plain.combine, plain.schedule)
         self.user, self.weights = plain.spec, weights
-        self._copies = Copies(self._copied)
+        self._copies = Copies(plain.spec.experts, self._copied)
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the user's spec."""

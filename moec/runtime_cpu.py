@@ -260,7 +260,7 @@ def _vector(t: Tensor | None) -> tuple[int, int]:
 
 def bindings(spec: KernelSpec) -> Bindings[Bound]:
     """Where parameters of `spec` lie; copies are made anew for each call."""
-    return Bindings(lambda params: bind(spec, params), lambda bound: not bound.copied)
+    return Bindings(spec.experts, lambda params: bind(spec, params), lambda bound: not bound.copied)
 
 
 def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:

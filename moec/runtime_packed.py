@@ -53,7 +53,7 @@ class PackedKernel(Kernel):
         super().__init__(panel_spec(user), target, router_dtype, library, tuning)
         self.user, self.weights = user, weights
         self._storage: Storage = storage_of(weights, user.experts, target)
-        self._copies = copies or Copies(self._copied)
+        self._copies = copies or Copies(user.experts, self._copied)
 
     def tuned(self, tuning: Tuning | None) -> PackedKernel:
         """The same kernel over the same copies, all of whose plans have these numbers (None: the default's)."""

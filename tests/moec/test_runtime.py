@@ -136,6 +136,19 @@ def test_compiled_training_step_equals_plain_pytorch(layer, stacked):
             assert torch.allclose(g, expected, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("engine", ["cpp", "cpp weights=packed"])
+def test_a_parameter_is_laid_out_anew_in_the_memory_that_it_had(stacked, engine):
+    spec = str(KernelSpec(ExpertsSpec(gate="separate", stacked=stacked)))
+    a, b, out = params = [torch.randn(E, H, H) * 0.2 for _ in range(3)]
+    x, weights, experts = torch.randn(13, H), torch.rand(13, K), torch.randint(0, E, (13, K))
+    for group in (params, [a, b.transpose(1, 2), out], params):
+        flat = group if stacked else [each for tensor in group for each in tensor.unbind(0)]
+        want = torch.ops.moec.experts(x, weights, experts, flat, spec, "eager")
+        got = torch.ops.moec.experts(x, weights, experts, flat, spec, engine)
+        assert torch.allclose(got, want, atol=1e-4)
+
+
 def test_float64_runs_on_the_twin(layer):
     _, params = layer
     double = [p.double() for p in params]
