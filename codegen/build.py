@@ -45,19 +45,24 @@ def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
         )
     flags = (*_FLAGS_FAST, *target.flags)
     path = cache_dir / f"{_key(source, flags, target.compiler)}.so"
-    loaded = _load(path)
-    if loaded is not None:
-        return loaded
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        loaded = _load(path) or _built(source, flags, target.compiler, path)
+    except OSError as error:
+        raise BuildError(f"the cache folder {cache_dir} cannot be written: {error}; set MOEC_CACHE_DIR") from error
+    if loaded is None:
+        raise BuildError(f"{path} was built but cannot be loaded; remove it and check {target.compiler!r}")
+    return loaded
+
+
+def _built(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctypes.CDLL | None:
+    """The library, built by one process at a time; raises OSError where the folder cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         loaded = _load(path)  # another process may have built it meanwhile
         if loaded is not None:
             return loaded
-        _compile(source, flags, target.compiler, path)
-    loaded = _load(path)
-    if loaded is None:
-        raise BuildError(f"{path} was built but cannot be loaded; remove it and check {target.compiler!r}")
-    return loaded
+        _compile(source, flags, compiler, path)
+    return _load(path)
 
 
 def _key(source: str, flags: Sequence[str], compiler: str) -> str:

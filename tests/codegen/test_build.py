@@ -52,6 +52,12 @@ def test_errors_name_the_command_and_the_first_errors(tmp_path):
         build(TINY, replace(Target.host(), compiler="/nowhere/g++"), tmp_path)
 
 
+def test_a_cache_folder_that_cannot_be_written_is_an_error_of_the_build(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BuildError, match=r"file/cache cannot be written.*set MOEC_CACHE_DIR"):
+        build(TINY, Target.host(), tmp_path / "file" / "cache")
+
+
 def test_one_pool_of_openmp_threads(tmp_path):
     torch.mm(torch.randn(300, 300), torch.randn(300, 300))
     build(cpp.emit(replace(SPEC, router=None), Target.host()), Target.host(), tmp_path)
