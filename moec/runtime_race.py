@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -69,7 +70,7 @@ class Racer:
         if taken[best] > _CLEARLY * taken[self.kernel]:
             best = self.kernel
         winner = None if None in taken and taken[None] <= _CLEARLY * taken[best] else best
-        tune_cache.store([self._entry(key, known, winner, taken)])
+        _keep(self._entry(key, known, winner, taken))
         return result, winner
 
     def _entry(self, key: Key, known: Entry | None, winner: Kernel | None, taken: dict[Kernel | None, float]) -> Entry:
@@ -80,6 +81,20 @@ class Racer:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         default = 1e6 * taken[self.kernel]
         return Entry(key, self.kernel.made, best, "race", "first use", now, micros, 0.0, default, eager)
+
+
+def _keep(entry: Entry) -> None:
+    """Keep a winner on disk; where that fails, this process has raced for itself alone."""
+    try:
+        tune_cache.store([entry])
+    except OSError as error:
+        _warn_once(str(error))
+
+
+@lru_cache(maxsize=4)
+def _warn_once(reason: str) -> None:
+    text = f"moec: what won a race is not kept for later processes: {reason}; set MOEC_CACHE_DIR"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def times(runners: list[Kernel | None], call: Callable[[Kernel | None], object]) -> dict[Kernel | None, float]:

@@ -99,6 +99,18 @@ def test_a_plan_wins(monkeypatch):
     assert kernel._stored(kernel.sizes(torch.ones(300, H), [torch.ones(E, 2 * F, H), torch.ones(E, H, F)], K), 1)
 
 
+def test_a_winner_that_cannot_be_kept_is_used(monkeypatch, tmp_path):
+    (tmp_path / "tuned").touch()  # where the folder should be
+    runtime_race._warn_once.cache_clear()
+    racer = Racer(load_kernel(ONLY, None))
+    call, calls = timed_by(monkeypatch, lambda runner: 1e-3 if runner is None else 2e-3)
+    sizes = racer.kernel.sizes(torch.ones(300, H), [torch.ones(E, 2 * F, H), torch.ones(E, H, F)], K)
+    with pytest.warns(RuntimeWarning, match=r"not kept.*set MOEC_CACHE_DIR"):
+        racer.run(sizes, call)
+    racer.run(sizes, call)
+    assert calls[-1] is None
+
+
 def test_a_long_call_does_not_race_for_long(monkeypatch):
     _, _, calls = race(monkeypatch, lambda kernel, runner: 1.0 if runner is None else 0.5)
     assert calls.count(None) == 2
