@@ -169,9 +169,15 @@ class Environment:
 
     @staticmethod
     def read(env: Mapping[str, str] | None = None) -> Environment:
-        """The environment as it is now."""
+        """The environment as it is now; raises OptionError where it names no folder for a cache, as without a home."""
         env = os.environ if env is None else env
-        default = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
-        return Environment(
-            Path(env.get("MOEC_CACHE_DIR") or default), env.get("MOEC_CPU_ISA") or None, env.get("CXX") or None
-        )
+        return Environment(_cache_dir(env), env.get("MOEC_CPU_ISA") or None, env.get("CXX") or None)
+
+
+def _cache_dir(env: Mapping[str, str]) -> Path:
+    if env.get("MOEC_CACHE_DIR"):
+        return Path(env["MOEC_CACHE_DIR"])
+    try:
+        return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
+    except RuntimeError as error:  # a container's user without an entry among the system's
+        raise OptionError(f"no folder for built kernels: {error}; set MOEC_CACHE_DIR") from error

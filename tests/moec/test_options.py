@@ -64,6 +64,17 @@ def test_environment():
     assert Environment.read({"MOEC_CACHE_DIR": "", "MOEC_CPU_ISA": "", "CXX": ""}) == empty
 
 
+def test_a_user_without_a_home_names_a_folder(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert Environment.read({"MOEC_CACHE_DIR": "/m"}).cache_dir == Path("/m")
+    assert Environment.read({"XDG_CACHE_HOME": "/c"}).cache_dir == Path("/c/moec")
+    with pytest.raises(OptionError, match=r"home directory.*set MOEC_CACHE_DIR"):
+        Environment.read({})
+
+
 def test_environment_is_read_when_asked(monkeypatch):
     monkeypatch.setenv("MOEC_CPU_ISA", "avx2")
     assert Environment.read().cpu_isa == "avx2"
