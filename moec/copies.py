@@ -23,7 +23,7 @@ _State = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Copy(Generic[B]):
-    """A layer's copy, and what it was made from: addresses, versions and strides of its parameters, and if they live."""
+    """A layer's copy, and what it was made from: addresses, versions, strides of its parameters, and if they live."""
 
     state: _State
     sources: tuple[StorageWeakRef, ...]

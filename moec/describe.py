@@ -295,6 +295,7 @@ def _opaque(raised: Raised, body: Sorted, status: str) -> report.Site:
         kernels=() if why else ("sorted_dispatch", "combine"),
         reasons=(report.Reason(why, location=site.loc, hint=hint),) if why else (),
         location=site.loc,
+        choice=tuple(filter(None, (_node_name(raised, site.choice),))),
         proof="" if why else str(body.verdict),
         checks=(report.Check("sorting its rows changes nothing", False, why, site.loc),) if why else (),
     )

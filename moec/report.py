@@ -53,7 +53,7 @@ class Site:
     """One MoE layer found or nearly found, in execution order.
 
     checks   of a declined layer: the predicates in order; all but the last held
-    choice   of a declined layer: the nodes of the captured graph that hold the chosen experts, where they can be seen
+    choice   of a layer without an op of moec's: the captured graph's nodes that hold the chosen experts, where seen
     tokens   the range of T that buffers are taken for, `1..4096`; empty where none is known
     ranks    which ranks compute its experts, or why they are not spread; empty where that was not asked for
     """

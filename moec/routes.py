@@ -53,14 +53,15 @@ class Tally:
     choices: list[tuple[int, ...]] = field(default_factory=list[tuple[int, ...]])
 
     def add(self, chosen: Sequence[Tensor]) -> None:
-        """chosen: i64[T, k], or k times i64[T]."""
+        """chosen: i64[T, k], or k times i64[T]; a number that is no expert's (-1, say) is a slot that nobody serves."""
         ids = [c.detach().reshape(len(c), -1) if c.dim() else c.reshape(1, 1) for c in chosen]
-        flat = torch.cat(ids, dim=1)
-        counts = torch.bincount(flat.reshape(-1).cpu(), minlength=self.experts)
+        flat = torch.cat(ids, dim=1).cpu()
+        served = (flat >= 0) & (flat < self.experts)
         self.tokens += flat.shape[0]
         self.k = max(flat.shape[1], 1)
-        self.batches.append([int(n) for n in counts[: self.experts]])
-        self.choices += map(tuple, flat[: max(self.keep - len(self.choices), 0)].tolist())
+        self.batches.append(torch.bincount(flat[served], minlength=self.experts).tolist())
+        for row, kept in zip(flat[: max(self.keep - len(self.choices), 0)], served, strict=False):
+            self.choices.append(tuple(row[kept].tolist()))
 
 
 def angles_of(seen: Sequence[Seen]) -> Angles | None:
@@ -87,13 +88,13 @@ class Recorder(Backend):
         done = super().rewrite(gm, nested)
         by_name = {node.name: node for node in gm.graph.nodes}
         ops = [n for n in gm.graph.nodes if n.target in (_OPS.moe.default, _OPS.experts.default)]
-        fused = [site for site in done.sites if site.status == "fused"]
+        fused = [site for site in done.sites if site.spec]  # others that are fused run their own code, and have no op
         names = _names(done.sites)
         for site, node in zip(fused, ops, strict=True):
             self._tap_op(gm, self._tally(site, names), node)
         for site in done.sites:
             nodes = [by_name[name] for name in site.choice if name in by_name]
-            if site.status != "fused" and nodes and len(nodes) == len(site.choice):
+            if not site.spec and nodes and len(nodes) == len(site.choice):
                 self._tap_choice(gm, self._tally(site, names), nodes)
         gm.graph.lint()
         gm.recompile()

@@ -42,6 +42,37 @@ class Masked(nn.Module):
         for e, expert in enumerate(self.experts):
             y = y + torch.nn.functional.normalize(expert(x)) * ((chosen == e) * weights).sum(-1, keepdim=True)
         return y
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)) for _ in range(4))
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+def own():
+    return Own(), (torch.randn(7, 32),)
+class Some(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up = nn.Linear(32, 4), nn.Parameter(torch.randn(4, 16, 32))
+        self.down = nn.Parameter(torch.randn(4, 32, 16))
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        y, kept = torch.zeros_like(x), weights > 0.3
+        for e in range(4):
+            token, slot = torch.where((chosen == e) & kept)
+            rows = torch.relu(x[token] @ self.up[e].T) @ self.down[e].T
+            y.index_add_(0, token, rows * weights[token, slot, None])
+        return y
+def some():
+    return Some(), (torch.randn(7, 32),)
 def declined():
     return Masked(), (torch.randn(7, 32),)
 """
@@ -198,6 +229,28 @@ def test_routes_of_a_layer_that_is_not_fused(model, capsys):
     (load,) = data(capsys)
     assert (load["tokens"], load["k"], load["experts"]) == (7, 2, 4)
     assert sum(load["batches"][0]) == 14
+
+
+def test_routes_of_experts_with_code_of_their_own(model, capsys):
+    assert cli.run(["explain", f"{model}:own", *EAGER, "--no-grad"]) == cli.OK
+    capsys.readouterr()
+    assert cli.run(["routes", f"{model}:own", "--json"]) == cli.OK
+    (load,) = data(capsys)
+    assert sum(load["batches"][0]) == 14
+
+
+def test_routes_count_what_is_served(model, capsys):
+    assert cli.run(["explain", f"{model}:some", *EAGER, "--no-grad"]) == cli.OK
+    capsys.readouterr()
+    assert cli.run(["routes", f"{model}:some", "--json"]) == cli.OK
+    (load,) = data(capsys)
+    space = {}
+    exec(MODEL, space)
+    layer, (x,) = space["some"]()
+    weights, chosen = layer.gate(x).softmax(-1).topk(2)
+    kept = chosen[weights > 0.3]
+    assert 0 < len(kept) < 14
+    assert load["batches"] == [torch.bincount(kept, minlength=4).tolist()]
 
 
 def test_routes_of_a_dense_model_keep_no_promise(model, capsys):
