@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from moec.backend import Backend
 from moec.loading import Target
 from moec.options import Options
+from moec.proving import buffers_kept
 from moec.report import Report
 
 TOLERANCE: Mapping[torch.dtype, float] = {
@@ -95,7 +96,7 @@ def answer(call: Callable[..., Any], target: Target, grad: bool) -> list[Tensor]
     """Every tensor that the call gives, and with `grad` every gradient of the sum of their squares; seeded."""
     torch.manual_seed(0)
     args, kwargs = copy.deepcopy((target.args, dict(target.kwargs)))
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), buffers_kept(target.model):
         out = [t for t in pytree.tree_leaves(call(*args, **kwargs)) if isinstance(t, Tensor)]
     if not grad:
         return out

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -111,21 +112,26 @@ def verify_model(
     report, found = Report(), list[Checked]()
     backend = Examining(Options.make({"rest": "eager", **options}), report=report, found=found, step=step)
     torch._dynamo.reset()
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
-    want = _run(model, model, args, kwargs)
-    _restore(model, buffers)
-    got = _run(torch.compile(model, backend=backend), model, args, kwargs)
-    _restore(model, buffers)
+    with buffers_kept(model):
+        want = _run(model, model, args, kwargs)
+    with buffers_kept(model):
+        got = _run(torch.compile(model, backend=backend), model, args, kwargs)
     unique = {c.name: c for c in found}  # a graph whose proof refused a rewrite is gone through again
     declined = tuple(site for site in report.sites if site.status != "fused")
     return Verification(tuple(unique.values()), declined, _compared(got, want))
 
 
-def _restore(model: Callable[..., Any], buffers: Mapping[str, Tensor]) -> None:
-    if isinstance(model, nn.Module):
+@contextmanager
+def buffers_kept(model: Callable[..., Any]) -> Generator[None]:
+    """A model's buffers are afterwards as they were: what one run counts must not change the answer of the next."""
+    held = list(model.buffers()) if isinstance(model, nn.Module) else []
+    before = [buffer.detach().clone() for buffer in held]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, value in zip(held, before, strict=True):
+                buffer.copy_(value)
 
 
 def _run(

@@ -55,6 +55,16 @@ class Own(nn.Module):
             token, slot = torch.where(chosen == e)
             y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
         return y
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.moe, (self.x,) = one()
+        self.register_buffer("steps", torch.zeros(()))
+    def forward(self, x):
+        self.steps += 1
+        return self.moe(x) * self.steps
+def counting():
+    return Counting(), (torch.randn(7, 32),)
 def own():
     return Own(), (torch.randn(7, 32),)
 class Some(nn.Module):
@@ -128,6 +138,11 @@ def test_bisect_agrees_with_eager(model, capsys):
     assert found["culprit"] is None
     assert [r.partition(":")[0] for r in found["rewrites"]] == ["find-experts"] * 3 + ["find-routers"] * 3
     assert [t["rewrites"] for t in found["tried"]] == [6]
+
+
+def test_bisect_begins_each_run_with_the_same_buffers(model, capsys):
+    assert cli.run(["bisect", f"{model}:counting", *EAGER, "--json"]) == cli.OK
+    assert data(capsys)["culprit"] is None
 
 
 @pytest.mark.parametrize("at", [0, 2])
