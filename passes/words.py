@@ -26,9 +26,14 @@ def key_of(node: fx.Node) -> str:
         space, _, name = target._qualified_op_name.partition("::")
         return name if space == "aten" else f"{space}.{name}"
     name = getattr(target, "__name__", str(target))
-    if isinstance(target, FunctionType) and not target.__module__.startswith("torch"):
+    if isinstance(target, FunctionType) and not is_torchs(target):
         return f"{target.__module__}.{name}"  # a user's function may be called `softmax` and be something else
     return RENAMED.get(name, name)
+
+
+def is_torchs(function: FunctionType) -> bool:
+    """Whether a function is torch's own, and not of a package whose name begins like torch's."""
+    return (function.__module__ or "").partition(".")[0] == "torch"
 
 
 RENAMED: Mapping[str, str] = {
@@ -271,9 +276,7 @@ def raise_full(build: Builder, node: fx.Node) -> Arg | None:
     stem = key.removesuffix("_like").removeprefix("new_")
     value: Any = {"zeros": 0.0, "ones": 1.0, "empty": None}.get(stem)
     if stem == "full":
-        given: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values())
-        fills = [a for a in given if isinstance(a, (int, float)) and not isinstance(a, bool)]
-        fill: Any = node.kwargs.get("fill_value", fills[-1] if fills else given[0 if key.endswith("_like") else -1])
+        fill: Any = named(node, "input size fill_value" if key == "new_full" else "input fill_value").get("fill_value")
         if isinstance(fill, fx.Node) and isinstance(size := build.value(fill), str):
             value = size  # the text of a size
         elif isinstance(fill, (int, float)):

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from moec.files import write_whole
+from moec.passes.words import is_torchs
 from moec.proof.region import Half, Pair
 from moec.proof.sizes import Sizes
 
@@ -111,9 +112,9 @@ def _target_text(target: Any) -> str | None:
         return target
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         name = str(target)
-        return name if name.startswith(("aten.", "moec.", "prim")) else None
+        return name if name.startswith(("aten.", "moec.", "prim.", "prims.")) else None
     module = getattr(target, "__module__", "") or ""
-    if isinstance(target, FunctionType) and not module.startswith(("torch", "moec.")):
+    if isinstance(target, FunctionType) and not (is_torchs(target) or module.startswith("moec.")):
         return None  # torch's version and moec's source are part of the key; nobody else's are
     return f"{module}.{getattr(target, '__qualname__', target)}"
 

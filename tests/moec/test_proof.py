@@ -17,7 +17,7 @@ from moec.passes import find_experts, find_routers, lower_words, routing
 from moec.passes.lift import Lifter
 from moec.passes.row_rules import RULES
 from moec.passes.rows import Ids, Rows, Space
-from moec.proof import compare, copying
+from moec.proof import compare, copying, store
 from moec.proof.compare import executable
 from moec.proof.region import Half
 from moec.proof.routings import Maker, Trial
@@ -179,6 +179,15 @@ def test_right_rewrites_are_proved(kind, grad):
     assert f"{routings} routings" in site.proof
     assert report.proof_seconds > 0
     assert site.proof in str(report).replace("\n", " ")
+
+
+def test_what_is_called_like_torch_is_not_in_a_remembered_text():
+    def silu(x):
+        return x
+
+    silu.__module__ = "torchlike.functional"
+    assert store._target_text(silu) is None
+    assert store._target_text(F.silu) == "torch.nn.functional.silu"
 
 
 def test_a_verdict_is_remembered_on_disk_and_forgotten_when_moec_changes(monkeypatch):

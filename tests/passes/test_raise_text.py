@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import fx
+
+from moec.passes.vocabulary import raise_fx
 
 X, Y, W = torch.randn(6, 4), torch.randn(6, 4), torch.randn(5, 4)
 C, D = torch.randn(3, 6, 4), torch.randn(3, 4, 5)
@@ -72,6 +75,27 @@ def test_every_product_is_a_contraction(meaning, fn, args, eq):
     assert f'eq="{eq}"' in meaning.raised_text(fn, *args)
 
 
+@pytest.mark.parametrize(
+    ("fill", "args", "kwargs"),
+    [
+        (torch.full, ((6, 4), 2.0), {"device": 0}),
+        (torch.full, ((6, 4),), {"fill_value": 2.0, "device": 0}),
+        (torch.full_like, (X, 2.0), {"device": 0}),
+        ("new_full", (X, (6, 4), 2.0), {"device": 0}),
+    ],
+)
+def test_a_devices_number_is_no_fill(fill, args, kwargs):
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = X
+    args = tuple(x if arg is X else arg for arg in args)
+    node = graph.call_method(fill, args, kwargs) if isinstance(fill, str) else graph.call_function(fill, args, kwargs)
+    node.meta["example_value"] = X
+    graph.output(node)
+    (made,) = raise_fx(fx.GraphModule(torch.nn.Module(), graph)).graph.instrs
+    assert (made.word, made.attr("value")) == ("full", 2.0)
+
+
 def test_slices_of_chunks(meaning):
     text = meaning.raised_text(lambda x: x.chunk(2, dim=-1)[1].exp(), X)
     assert "slice(%l_x_) dim=1 start=2 stop=4 step=1 : f32[6, 2]" in text
@@ -91,9 +115,11 @@ def test_attributes_of_complex_tensors_are_not_sizes(meaning):
 
 
 @torch._dynamo.allow_in_graph
-def softmax(x):
+def silu(x):
     return x * 2
 
 
-def test_a_users_function_with_a_known_name_is_opaque(meaning):
-    assert meaning.words(lambda x: softmax(x), X) == ["opaque"]
+@pytest.mark.parametrize("module", ["model", "torchlike.functional"])
+def test_a_users_function_with_a_known_name_is_opaque(meaning, monkeypatch, module):
+    monkeypatch.setattr(silu, "__module__", module)
+    assert meaning.words(lambda x: silu(x), X) == ["opaque"]
