@@ -87,16 +87,6 @@ def uniform_histogram(sizes: Sizes, seed: int = 0) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def zipf_histogram(sizes: Sizes, power: float = 1.0) -> tuple[int, ...]:
-    """Rows of each expert where popularity falls as 1/rank^power; no expert gets more than T."""
-    shares = [1.0 / (rank + 1) ** power for rank in range(sizes.E)]
-    rows, left, counts = sizes.T * sizes.k, sum(shares), [0] * sizes.E
-    for e, share in enumerate(shares):
-        counts[e] = min(sizes.T, round(rows * share / left))
-        rows, left = rows - counts[e], left - share
-    return tuple(counts)
-
-
 _NAMES = (
     "block_m block_n block_k group_m num_warps num_stages "  # of the configuration
     "columns depth element rows hit tiles "  # of the product and the histogram
@@ -114,6 +104,12 @@ def equations() -> dict[str, sympy.Expr]:
     experts with at least one row.
     """
     s: dict[str, Any] = {name: sympy.Symbol(name, positive=True) for name in _NAMES.split()}
+    q = _of_blocks(s)
+    return {**q, **_of_waves(s, q)}
+
+
+def _of_blocks(s: Mapping[str, Any]) -> dict[str, Any]:
+    """What blocks hold and how many there are, what one step of a block takes, what all of them move."""
     up, low, top, bottom = sympy.ceiling, sympy.floor, sympy.Max, sympy.Min
     bm, bn, bk, warps, stages = s["block_m"], s["block_n"], s["block_k"], s["num_warps"], s["num_stages"]
     q: dict[str, Any] = {}
@@ -142,10 +138,15 @@ def equations() -> dict[str, sympy.Expr]:
     passes = up(s["tiles"] / s["hit"] / s["group_m"])
     again = sympy.Piecewise((passes, matrix > s["l2_keeps"] * s["l2"]), (1, True))
     q["bytes"] = s["hit"] * matrix * again + s["rows"] * (s["depth"] + s["columns"]) * s["element"]
-    # Wave quantisation: full waves, and a last one that may leave multiprocessors, and memory, idle.
+    return q
+
+
+def _of_waves(s: Mapping[str, Any], q: Mapping[str, Any]) -> dict[str, Any]:
+    """Wave quantisation: full waves, and a last one that may leave multiprocessors, and memory, idle."""
+    up, low, top, bottom = sympy.ceiling, sympy.floor, sympy.Max, sympy.Min
     per_wave = s["processors"] * q["resident"]
-    q["full_waves"] = low(q["all_blocks"] / per_wave)
-    left = q["all_blocks"] - q["full_waves"] * per_wave
+    full = low(q["all_blocks"] / per_wave)
+    left = q["all_blocks"] - full * per_wave
     p = s["overlap"]
     # Before its first step a block waits for memory and for all that the first step reads; after its last it stores.
     fill = s["memory_latency"] * s["clock"] + s["block_cycles"]
@@ -158,15 +159,15 @@ def equations() -> dict[str, sympy.Expr]:
         in flight bounds the rate of transfers (Little's law), as does what one multiprocessor can take in.
         """
         busy = together * (q["steps"] * (top(q["multiply"], q["from_l2"]) + s["issue_cycles"]) + q["store"])
-        flying = blocks * top(1, stages - 1) * q["tile_bytes"]
+        flying = blocks * top(1, s["num_stages"] - 1) * q["tile_bytes"]
         intake = bottom(blocks, s["processors"]) / s["processors"] * s["l2_bandwidth"] * s["l2_share"]
         rate = bottom(s["memory"] * s["memory_share"], flying / s["memory_latency"], intake)
         moved = q["bytes"] * blocks / q["all_blocks"] / rate
         return ((busy / s["clock"]) ** p + (alone / s["clock"]) ** p + moved**p) ** (1 / p)
 
     last = wave(top(1, left), top(1, up(left / s["processors"])))
-    q["seconds"] = q["full_waves"] * wave(per_wave, q["resident"]) + bottom(1, left) * last + s["launch"]
-    return q
+    seconds = full * wave(per_wave, q["resident"]) + bottom(1, left) * last + s["launch"]
+    return {"full_waves": full, "seconds": seconds}
 
 
 @lru_cache(maxsize=8)
@@ -278,8 +279,3 @@ def least_bytes(sizes: Sizes, histogram: Sequence[int], dtype: str = "bf16", pro
 def tile_of(config: GpuConfig) -> tuple[int, int, int]:
     """What ranking by tiles compares: block_m, block_n, block_k."""
     return config.block_m, config.block_n, config.block_k
-
-
-def best_tiles(ranked: Mapping[tuple[int, int, int], float], count: int) -> list[tuple[int, int, int]]:
-    """The `count` tiles of the least value, in order; ties by the smaller tile."""
-    return sorted(ranked, key=lambda tile: (ranked[tile], tile))[:count]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.cli_io import console, print_json
+from moec.cli_types import Debug, Json
 from moec.errors import TargetError
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ cache_app = typer.Typer(
     help="What moec keeps on disk: built kernels and tuning results.", no_args_is_help=True, add_completion=False
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 OutFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.", show_default=False)]
 InFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of tuning results.", show_default=False)]
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moec.cli_io import console, print_json, say
+from moec.cli_types import Debug, Json
 from moec.engine import check_weights
 from moec.errors import OptionError, TargetError
 
@@ -52,8 +53,8 @@ def tune_command(
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> int:
     """Measure the candidates of each layer's kernels and keep the fastest; stopped or killed, it continues later."""
     if what == "report":

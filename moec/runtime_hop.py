@@ -13,9 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NUMBERS = 3
-"""What ranks tell each other before rows: how many come, the most choices that one of them carries, who is asking."""
-
 
 @dataclass(frozen=True)
 class Hop:
@@ -38,6 +35,7 @@ class Hop:
     def agree(group: dist.ProcessGroup, targets: Tensor, layer: str, asking: int) -> Hop:
         """targets i64[N, k]: the rank of each choice, -1 for none. `asking` is the same number on all ranks.
 
+        Ranks tell each other three numbers: how many rows come, the most choices that one of them carries, `asking`.
         Raises RuntimeError where another rank is at another layer, or has other sizes.
         """
         ranks, (count, k) = group.size(), targets.shape

@@ -45,11 +45,6 @@ class Target:
     compiler: str | None = None
     processor: str = ""
 
-    @property
-    def vector_bytes(self) -> int:
-        """Bytes of a vector."""
-        return 4 * self.lanes
-
     @staticmethod
     def host() -> Target:
         """This machine, with the best instruction set it has or the one the environment asks for.
