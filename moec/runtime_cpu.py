@@ -222,7 +222,7 @@ class Kernel:
         bias = rest.pop(0) if r.bias else None
         selection = rest.pop(0) if r.selection_bias else None
         words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
-        self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words)
+        self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words, count)
         return y, logits, weights, experts
 
     def _run(
@@ -235,8 +235,11 @@ class Kernel:
         params: Sequence[Tensor],
         saved_and_logits: tuple[int, int],
         router: tuple[int, ...],
+        outputs: int | None = None,
     ) -> None:
         bound = self._bound(params)
+        if outputs not in (None, bound.E):  # the kernel would read and write past the end
+            raise CodegenError(f"the router has {outputs} outputs, but there are E={bound.E} experts")
         row, column = x.stride()
         tokens, hidden = x.shape
         if hidden != bound.H:

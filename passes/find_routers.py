@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import sympy
+
+from moec.dims import Dim
 from moec.graph import Attr, Graph, Instr, Ref, Type, substitute, sweep
 from moec.match import NoMatch
 from moec.passes.routing import RouterMatch, match_router, uncast
@@ -81,10 +84,13 @@ def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> _Edit 
     x, weights, choice = site.uses[:3]
     if uncast(graph, x) != match.x and x != match.x:
         return NoMatch(f"the router reads %{match.x}, the experts read %{x}", site.results[0])
-    if facts.grad.intersection((x, weights, *match.params)):
+    if facts.grad.intersection((*site.uses, *match.params)):  # experts may be all that is trained
         return NoMatch("training: the router stays in the graph, where autograd differentiates it", site.results[0])
     if graph.types[x].dtype != graph.types[match.x].dtype:
         return NoMatch("the router reads the token in another dtype than the experts", site.results[0])
+    outputs, count = graph.types[match.logits].shape[-1], _experts(graph, site)
+    if outputs != count:
+        return NoMatch(f"the router has {outputs} outputs for {count} experts", site.results[0])
     where = graph.position[site.results[0]]
     replaced = (weights, choice, match.logits)
     for value in replaced:
@@ -96,6 +102,17 @@ def _fuse(graph: Graph, facts: Facts, site: Instr, match: RouterMatch) -> _Edit 
         if early:
             return NoMatch(f"%{value} is used before the experts run, at {early[0].loc or early[0].word}", value)
     return _one(graph, site, match)
+
+
+def _experts(graph: Graph, site: Instr) -> Dim:
+    """E of a site's parameters."""
+    spec, params = KernelSpec.parse(str(site.attr("spec"))).experts, site.args[3]
+    assert isinstance(params, tuple)
+    if not spec.stacked:
+        return sympy.Integer(len(params) // len(spec.param_groups))
+    first = params[0]
+    assert isinstance(first, Ref)
+    return graph.types[first.name].shape[0]
 
 
 def _outside(graph: Graph, user: Instr, site: Instr, replaced: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec.capacity import over_tokens
 from moec.engine import Engine
+from moec.errors import VerifyError
 from moec.graph import Arg, Graph, Instr, Ref, sweep
 from moec.passes.canonicalize import twins
 from moec.passes.lower_words import WORDS
@@ -203,6 +204,8 @@ def _emit_site(state: Lowering, instr: Instr, at: int) -> fx.Node:
     assert isinstance(x, Ref)
     token = state.node(x.name, at)
     if instr.word == "moe":
+        if not state.grad.isdisjoint(instr.uses):
+            raise VerifyError(f"%{instr.results[0]}: router and experts as one op have no gradient, but one is wanted")
         args = (token, nodes(routing[0]), nodes(params), instr.attr("k"), spec, str(_engine(state, instr)))
         return state.gm.graph.call_function(torch.ops.moec.moe.default, args)
     weights, choice = nodes(tuple(routing))

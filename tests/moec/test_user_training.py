@@ -1,0 +1,74 @@
+"""What people do with a compiled model while they train or change it: outputs and every gradient as in eager mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moec
+
+H, WIDTH, E = 16, 24, 4
+QUICK = {"rest": "eager"}
+
+
+class Layer(nn.Module):
+    """A loop over stacked experts; `outputs` of the router may be more or fewer than there are experts."""
+
+    def __init__(self, outputs=E, experts=E):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(H, outputs, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, 2 * WIDTH, H) * H**-0.5)
+        self.down = nn.Parameter(torch.randn(experts, H, WIDTH) * WIDTH**-0.5)
+
+    def forward(self, x):
+        weights, chosen = F.softmax(self.gate(x), -1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for e in range(self.up.shape[0]):
+            token, slot = torch.where(chosen == e)
+            a, b = F.linear(x[token], self.up[e]).chunk(2, -1)
+            y.index_add_(0, token, F.linear(F.silu(a) * b, self.down[e]) * weights[token, slot, None])
+        return y
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["up down", "up", "gate", "x", ""])
+def test_only_some_parameters_are_trained(trained):
+    model = Layer()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] in trained.split())
+    plain = copy.deepcopy(model)
+    x = torch.randn(7, H, requires_grad=trained == "x")
+    y, wanted = torch.compile(model, backend="moec", options=QUICK)(x), plain(x)
+    close(y, wanted)
+    assert y.requires_grad == wanted.requires_grad == bool(trained)
+    if trained == "x":
+        close(torch.autograd.grad(y.square().sum(), x), torch.autograd.grad(wanted.square().sum(), x))
+    elif trained:
+        y.square().sum().backward()
+        wanted.square().sum().backward()
+        for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) == (other.grad is None)
+            if mine.grad is not None:
+                close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("outputs", [E - 1, E + 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_router_with_other_outputs_than_there_are_experts(outputs, grad):
+    model, x = Layer(outputs), torch.randn(40, H)
+    with torch.set_grad_enabled(grad):
+        assert moec.explain(model, x, moec_options=QUICK).sites[0].status == "fused"
+        close(torch.compile(model, backend="moec", options=QUICK)(x), model(x))
