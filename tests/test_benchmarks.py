@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("transformers")
 
 
 def run(name, *arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    done = run_script(ROOT / "benchmarks" / name, *arguments)
+    assert done.code == 0, done.err[-3000:]
+    return done.out
 
 
 def test_layer(tmp_path):

@@ -2,12 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 from moec import cli
 
@@ -107,11 +106,11 @@ def test_moec_command(command, tmp_path, monkeypatch, capsys):
 def test_long_command_exists_with_its_options(command):
     assert command in ALL
     words = PARSED[command]
-    run = [sys.executable, *(["-m", "moec"] if words[0] == "moec" else []), *words[1:]]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    script, *rest = ["moec/__main__.py", *words[1:]] if words[0] == "moec" else words[1:]
+    done = run_script(ROOT / script, *rest)
+    assert done.code == 0, done.err[-2000:]
     for option in re.findall(r"--[a-z-]+", command):
-        assert option in done.stdout
+        assert option in done.out
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
