@@ -1,16 +1,64 @@
-"""The options of the long fuzz run (`-m fuzz`), and what every test sees of the terminal."""
+"""What every test sees: one folder of built kernels for a run, the terminal of a pipe, and the options of the fuzzer."""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+FIRST = (
+    "tests/codegen/test_triton.py",
+    "tests/test_benchmarks.py",
+    "tests/test_models.py",
+    "tests/test_examples.py",
+    "tests/test_readme.py",
+    "tests/test_spellings_tables.py",
+    "tests/test_spellings.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/fuzz/test_mutants.py",
+    "tests/moec/test_demo.py",
+    "tests/moec/test_compare.py",
+    "tests/moec/test_tune.py",
+    "tests/moec/test_runtime.py",
+)
+"""Files that take longest, in that order: one of them at the end would leave the other cores without work."""
 
 
 def pytest_configure() -> None:
     os.environ.pop("COLUMNS", None)  # the commands print as into a pipe, also where tests run in several processes
+    # Inductor's pool of processes compiles Triton's kernels: here there are none, and each process imports torch.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", type=float, default=60.0, help="how long `-m fuzz` makes and tries modules")
     parser.addoption("--fuzz-modules", type=int, default=1_000_000, help="after how many modules `-m fuzz` ends sooner")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: the collector need not look at it again in every compile."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Kernels are built anew for every run of the tests, and only once in it: all processes of a run share them."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(pytestconfig, "workerinput"):  # of one process of several; above it is the run's own
+        folder = folder.parent
+    # A test that starts pytest itself hands its folder on.
+    folder = Path(os.environ.get("MOEC_TESTS_CACHE", folder / "kernels"))
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEC_TESTS_CACHE", str(folder))
+        patch.setenv("MOEC_CACHE_DIR", str(folder))
+        yield folder
