@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from moec.codegen import twin
 from moec.spec import DTYPES, ExpertsSpec, KernelSpec
 
 _GATE = "mul(clamp_max(a, 7.0), sigmoid(mul(1.702, clamp_max(a, 7.0))))"
@@ -101,3 +102,22 @@ def relative(a, b):
     """‖a − b‖ / ‖b‖."""
     a, b = a.double(), b.double()
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def weight_terms(grad, x, weights, experts, params, spec: KernelSpec):
+    """Σ|terms| of every slot's weight's gradient in float64, [T, k]: Σ|x · its gradient| or Σ|grad · y|.
+
+    The terms may cancel, so that rounding leaves any relative error; a sum's error is a part of this (Higham, Accuracy
+    and Stability of Numerical Algorithms, §4.2).
+    """
+    k = experts.shape[1]
+    rows, grads = (t.double().repeat_interleave(k, 0) for t in (x, grad))
+    each, one = experts.reshape(-1, 1), torch.ones(experts.numel(), 1, dtype=torch.float64)
+    wide = [p.double() for p in params]
+    if spec.experts.weight_on == "input":
+        rows = rows * weights.double().reshape(-1, 1)
+        needs = [True] + [False] * (1 + len(params))
+        terms = x.double().repeat_interleave(k, 0) * twin.experts_backward(grads, rows, one, each, wide, spec, needs)[0]
+    else:
+        terms = grads * twin.experts(rows, one, each, wide, spec).double()
+    return terms.abs().sum(1).view(experts.shape)

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from elsewhere import DEVICE, There, moved
-from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
+from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing, weight_terms
 from quick_interpreter import quick  # noqa: F401
 
 import moec.runtime  # noqa: F401  # defines the ops
@@ -141,8 +141,8 @@ def test_schedules(name, form):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
 def test_all_schedules(form, name, dtype):
-    for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (200, "random")):
-        check_schedule(form, name, dtype, T, kind, 64, 160, 4)
+    for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (70, "random")):
+        check_schedule(form, name, dtype, T, kind, 64, 96, 4)
 
 
 @pytest.mark.slow
@@ -236,10 +236,8 @@ def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, sav
     want = twin.experts_backward(g.double(), x.double(), weights.double(), experts, wide, spec, needs)
     there = (experts >= 0) & (experts < E)
     assert torch.equal(dweights[~there], torch.zeros_like(dweights[~there]))
-    # A weight's gradient is a sum over H of which little may be left: eager's own rounding is the measure.
-    low = twin.experts_backward(g, x, weights, experts, params, spec, needs)[1]
-    limit = max(2 * LIMITS[dtype], 3 * relative(low[there], want[1][there]))
-    assert relative(dweights[there], want[1][there]) < limit
+    terms = weight_terms(g, x, weights, experts, params, spec)
+    assert ((dweights.double() - want[1]).abs() <= LIMITS[dtype] * terms)[there].all()
     pairs = [(dx, want[0]), *zip(dparams, want[2], strict=True)]
     for got, reference in pairs:
         assert got.shape == reference.shape
