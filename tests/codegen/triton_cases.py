@@ -61,6 +61,8 @@ def check_experts(spec, config, T, H, F, E, k, kind="random", x=None):
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS[spec.experts.dtype]
 
 
+CONFIGS = (SORTED, SEPARATE, ATOMIC, DECODE)
+
 FORMS = [
     ("none", "nk", True, True, "output"),
     ("none", "kn", False, False, "input"),
@@ -136,26 +138,33 @@ def test_schedules(name, form):
     check_schedule(form, name, "bf16", 5, "sentinels")
 
 
+def in_turn(forms, *others):
+    """Every form with all others, in one dtype each: a form meets all dtypes, two words of it all others and dtypes."""
+    pairs = itertools.product(enumerate(forms), enumerate(itertools.product(*others)))
+    made = [(form, *rest, list(LIMITS)[(i + j) % 3]) for (i, form), (j, rest) in pairs]
+    return [pytest.param(*values, id="-".join(map(word, values))) for values in made]
+
+
+def word(value):
+    return f"{value.variant}-{value.combine}" if isinstance(value, GpuConfig) else str(value)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize(("form", "name", "dtype"), in_turn(ALL_FORMS, SCHEDULES))
 def test_all_schedules(form, name, dtype):
     for T, kind in ((1, "random"), (7, "same"), (13, "sentinels"), (70, "random")):
         check_schedule(form, name, dtype, T, kind, 64, 96, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("config", [SORTED, SEPARATE, ATOMIC, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize(("form", "config", "dtype"), in_turn(ALL_FORMS, CONFIGS))
 def test_all_forms(form, config, dtype):
     for T, kind in ((1, "random"), (7, "same"), (13, "sentinels")):
         check_experts(with_gate(*form, dtype), config, T, 33, 20, 4, 2, kind)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("config", [SORTED, SEPARATE, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
+@pytest.mark.parametrize("config", [SORTED, SEPARATE, DECODE], ids=word)
 def test_half_precision(dtype, config):
     check_experts(with_gate("concat", "nk", True, True, "output", dtype), config, 7, 40, 24, 3, 2)
     check_experts(with_gate("interleaved", "kn", True, False, "input", dtype), config, 7, 24, 17, 3, 2)
@@ -261,7 +270,7 @@ def test_gradients_in_half_precision(save):
 
 
 @pytest.mark.parametrize("form", [FORMS[i] for i in (2, 5, 6)], ids=str)
-def test_gradients_in_tiles_that_end_in_quarters(form):
+def test_gradients_in_tiles_that_end_in_parts(form):
     check_backward(form, "f32", F=136, config=dataclasses.replace(SORTED, block_n=128))
 
 

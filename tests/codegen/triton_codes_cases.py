@@ -10,7 +10,7 @@ import torch
 from elsewhere import DEVICE, There, moved
 from moe_reference import layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
-from triton_cases import DECODE, FORMS, LIMITS, SORTED, with_gate
+from triton_cases import DECODE, FORMS, LIMITS, SORTED, in_turn, with_gate
 
 import moec.runtime  # noqa: F401  # defines the ops
 from moec.codegen import twin
@@ -87,11 +87,10 @@ def test_bf16_of_fp32_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
-@pytest.mark.parametrize("weights", [*WEIGHTS, "int8:128", "fp8:128"])
-@pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_all_forms(form, dtype, weights, config):
+@pytest.mark.parametrize(
+    ("form", "config", "weights", "dtype"), in_turn(FORMS, (SORTED, DECODE), (*WEIGHTS, "int8:128", "fp8:128"))
+)
+def test_all_forms(form, config, weights, dtype):
     for T, kind in ((1, "random"), (13, "same"), (7, "sentinels")):
         check(with_gate(*form, dtype), weights, config, T, 161, 48, 4, 2, kind)
 
