@@ -246,5 +246,6 @@ def _difference(
 
 
 def _largest(values: Sequence[Tensor | None]) -> float:
-    """The largest gradient: another one that is nothing beside it may be pure rounding, that of w / w for instance."""
-    return max((float(v.abs().max()) for v in values if v is not None and v.numel()), default=0.0)
+    """The largest finite gradient: one that is nothing beside it may be pure rounding, that of w / w for instance."""
+    finite = (v.nan_to_num(0.0, 0.0, 0.0) for v in values if v is not None and v.numel())
+    return max((float(v.abs().max()) for v in finite), default=0.0)
