@@ -32,7 +32,7 @@ struct Vector {
 
 struct Args {
   // From the plan.
-  int64_t threads, T, H, F, E, k;
+  int64_t threads, T, H, F, O, E, k;
   int64_t chunk;                     // tokens at a time, which bounds the workspace
   int64_t few[2];                    // up to this many rows an expert the weights are streamed, above it packed
   int64_t few_cols[2], many_cols[2]; // columns of one task; the first phase projects in, the second out
@@ -46,7 +46,7 @@ struct Args {
   // From the call.
   char* work;
   Matrix x;
-  void* y;           // [T, H]
+  void* y;           // [T, O]
   int64_t* experts;  // [T, k], out of `moe`, in of `experts`
   void* weights;     // [T, k], likewise
   int64_t weights_dtype;

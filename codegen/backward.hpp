@@ -51,7 +51,7 @@ class Backward {
   void run() {
     for (int64_t t : share(a.T)) {
       if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t, a.H, 1.0f, a.at<float>(a.at_x) + t * a.ld_x);
-      if (!a.g_direct) copy_row<float>(a.g, t, a.H, 1.0f, a.at<float>(a.at_g) + t * a.ld_x);
+      if (!a.g_direct) copy_row<float>(a.g, t, a.O, 1.0f, a.at<float>(a.at_g) + t * a.ld_g);
     }
     for (int64_t p : share(a.T * a.k)) weight[p] = read(a.weights, a.weights_dtype, p);
     barrier();
@@ -96,8 +96,8 @@ class Backward {
 #pragma omp barrier
     }
   }
-  const float* row_of(const Matrix& m, bool direct, int64_t at, int64_t t) const {
-    return direct ? reinterpret_cast<const float*>(m.base) + t * m.row : a.at<float>(at) + t * a.ld_x;
+  const float* row_of(const Matrix& m, bool direct, int64_t at, int64_t ld, int64_t t) const {
+    return direct ? reinterpret_cast<const float*>(m.base) + t * m.row : a.at<float>(at) + t * ld;
   }
   const float* const* inputs(const Group& g, int64_t row) const {
     return x_rows + (K::weight_on_input ? row - g.row : row);
@@ -130,8 +130,9 @@ class Backward {
       position[p] = at;
       if (!known) continue;
       pair[at] = p;
-      x_rows[at] = K::weight_on_input ? a.at<float>(a.at_x) + at * a.ld_x : row_of(a.x, a.x_direct, a.at_x, p / a.k);
-      g_rows[at] = row_of(a.g, a.g_direct, a.at_g, p / a.k);
+      x_rows[at] = K::weight_on_input ? a.at<float>(a.at_x) + at * a.ld_x
+                                      : row_of(a.x, a.x_direct, a.at_x, a.ld_x, p / a.k);
+      g_rows[at] = row_of(a.g, a.g_direct, a.at_g, a.ld_g, p / a.k);
       h_rows[at] = a.at<float>(a.at_h) + at * a.ld_h;
       s_rows[at] = a.at<float>(a.at_s) + at * a.ld_s;
     }
@@ -160,7 +161,7 @@ class Backward {
   }
   int64_t blocks_out(int64_t e) const {
     if (!a.dout.of<W>(e)) return 0;
-    return K::layout_out == Layout::nk ? blocks(a.H, a.F) : blocks(a.F, a.H);
+    return K::layout_out == Layout::nk ? blocks(a.O, a.F) : blocks(a.F, a.O);
   }
   int64_t blocks(int64_t m, int64_t n) const { return parts(m, a.outer_m) * parts(n, a.outer_n); }
   int64_t products(int64_t e) const {
@@ -171,8 +172,8 @@ class Backward {
     const int64_t width = separate ? a.F : views * a.F;
     for (int64_t e : share(a.E)) {
       if (begin[e + 1] > begin[e]) continue;
-      a.da.zero<W>(e, width * a.H), a.db.zero<W>(e, width * a.H), a.dout.zero<W>(e, a.F * a.H);
-      a.dbias_a.zero<W>(e, width), a.dbias_b.zero<W>(e, width), a.dbias_out.zero<W>(e, a.H);
+      a.da.zero<W>(e, width * a.H), a.db.zero<W>(e, width * a.H), a.dout.zero<W>(e, a.F * a.O);
+      a.dbias_a.zero<W>(e, width), a.dbias_b.zero<W>(e, width), a.dbias_out.zero<W>(e, a.O);
     }
   }
 
@@ -253,7 +254,7 @@ class Backward {
     if (want_dh) {
       const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
       const W* const w = at<back_out>(a.out, s.e, j);
-      tile<Op, back_out>(t, g_rows + s.row, s.rows, a.H, w, a.out.ld, n, cd, ldc, at<back_out>(a.out, s.e, j + n));
+      tile<Op, back_out>(t, g_rows + s.row, s.rows, a.O, w, a.out.ld, n, cd, ldc, at<back_out>(a.out, s.e, j + n));
     }
     for (int64_t r = 0; r < s.rows; r++) {
       const int64_t local = s.row - g.row + r;
@@ -314,11 +315,11 @@ class Backward {
     const int64_t width = separate ? a.F : views * a.F, in = blocks_in(a.da, hit.e), second = blocks_in(a.db, hit.e);
     if (i < in) return product<K::layout_in>(hit, i, s, 0, width, x, a.H, a.da);
     if ((i -= in) < second) return product<K::layout_in>(hit, i, s, a.F, width, x, a.H, a.db);
-    if ((i -= second) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.H, h, a.F, a.dout);
+    if ((i -= second) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.O, h, a.F, a.dout);
     sum_rows(a.dbias_a.of<W>(hit.e), s, hit.rows, 0, width, nullptr, nullptr);
     sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, a.F, width, nullptr, nullptr);
     const int64_t* const pairs = K::weight_on_input ? nullptr : pair + hit.row;
-    sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.H, pairs, weight);
+    sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.O, pairs, weight);
   }
 
   // Block `i` of the gradient of a weight that takes `in` numbers to `out`, from gradients of its results and its inputs.
@@ -381,7 +382,7 @@ class Backward {
     const int64_t count = parts(a.F, a.cols);
     float sum = 0;
     for (int64_t b = 0; b < count; b++) sum += partial[row * count + b];
-    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<W>(a.experts[p]), a.H);
+    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<W>(a.experts[p]), a.O);
     return sum;
   }
 };

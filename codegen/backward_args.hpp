@@ -24,20 +24,20 @@ struct Gradient {
 
 struct BackwardArgs {
   // From the plan.
-  int64_t threads, T, H, F, E, k;
+  int64_t threads, T, H, F, O, E, k;
   int64_t group;               // pairs at a time, unless one expert has more: bounds the workspace
   int64_t few[3], k_many[3];   // as in Args, for the products x·W_in, g·W_out and slopes·W_in
   int64_t k_few, row_block;
   int64_t cols, x_cols;        // columns of one task of the first two products, of the third
   int64_t outer_m, outer_n, outer_k;
   int64_t x_direct, g_direct;  // x and the gradient of y are read in place
-  int64_t ld_x, ld_h, ld_s;    // elements from row to row of the workspace's rows of H, of F, of slopes
+  int64_t ld_x, ld_g, ld_h, ld_s;  // elements from row to row of the workspace's rows of H, of O, of F, of slopes
   int64_t at_x, at_g, at_sum, at_weights, at_partial, at_position, at_pair, at_begin, at_hits, at_segments, at_groups,
       at_x_rows, at_g_rows, at_h_rows, at_s_rows, at_h, at_s, at_out, at_thread;  // places in the workspace, in bytes
   int64_t per_thread, at_tile, at_b, at_c, at_rows;  // a thread's share of it, and places therein
   // From the call.
   char* work;
-  Matrix x, g;             // [T, H]
+  Matrix x, g;             // [T, H] and [T, O]
   const int64_t* experts;  // [T, k]
   const void* weights;     // [T, k]
   int64_t weights_dtype;

@@ -1,7 +1,7 @@
 """The plan of a backward call: tiles, groups of experts, the layout of the workspace, and what forward should save.
 
 Pure: no torch, no hardware, no I/O.
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token; a pair is one (token, slot).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BackwardPlan:
     outer: tuple[int, int, int]
     x_direct: bool
     g_direct: bool
-    ld: tuple[int, int, int]
+    ld: tuple[int, int, int, int]
     places: tuple[int, ...]
     thread_places: tuple[int, ...]
     workspace_bytes: int
@@ -45,7 +45,7 @@ class BackwardPlan:
         """The plan as the leading fields of `BackwardArgs`."""
         s = self.sizes
         return (
-            *(self.threads, s.T, s.H, s.F, s.E, s.k, self.group, *self.few, *self.k_many),
+            *(self.threads, s.T, s.H, s.F, s.O, s.E, s.k, self.group, *self.few, *self.k_many),
             *(self.k_few, _ROW_BLOCK, self.cols, self.x_cols, *self.outer),
             *(int(self.x_direct), int(self.g_direct), *self.ld, *self.places, *self.thread_places),
         )
@@ -61,7 +61,7 @@ def group_pairs(spec: KernelSpec, H: int, F: int) -> int:
     return max(_GROUP_BYTES // (4 * ((views(spec.experts) + 1) * F + H)), 1)
 
 
-def saves_activations(spec: KernelSpec, H: int, F: int, k: int) -> bool:
+def saves_activations(spec: KernelSpec, H: int, F: int, O: int, k: int) -> bool:
     """Whether forward keeps the projections a and b of each pair for backward, by bytes a token.
 
     They replace 2 or 1 of the 8 or 6 products of a training step, so they are kept wherever the layer stays under 60 %
@@ -70,8 +70,8 @@ def saves_activations(spec: KernelSpec, H: int, F: int, k: int) -> bool:
     """
     v, item = views(spec.experts), BYTES[spec.experts.dtype]
     kept = k * v * F * item
-    working = 2 * H * 4  # copies of x and of y's gradient as floats; sums of x's gradient are autograd's too
-    eager = k * (2 * H + 2 * v * F) * item
+    working = (H + O) * 4  # copies of x and of y's gradient as floats; sums of x's gradient are autograd's too
+    eager = k * (H + O + 2 * v * F) * item
     return kept + working <= 0.6 * eager
 
 
@@ -105,10 +105,10 @@ def make_backward_plan(
     )  # fmt: skip
 
 
-def _row_lengths(spec: KernelSpec, sizes: Sizes) -> tuple[int, int, int]:
-    """Of a row of x, of h and of slopes."""
+def _row_lengths(spec: KernelSpec, sizes: Sizes) -> tuple[int, int, int, int]:
+    """Of a row of x, of y's gradient, of h and of slopes."""
     e = spec.experts
-    return padded_ld(sizes.H, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4)
+    return padded_ld(sizes.H, 4), padded_ld(sizes.O, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4)
 
 
 def _sections(
@@ -121,12 +121,12 @@ def _sections(
     hits = least(sizes.E, n)
     return (
         x_rows * ld[0] * 4,
-        0 if direct[1] else tokens * ld[0] * 4,
+        0 if direct[1] else tokens * ld[1] * 4,
         tokens * sizes.H * 4 if x_dtype != "f32" else 0,
         *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
         *(hits * 32, (hits + floor_div(n, _ROW_BLOCK) + 1) * 40, (hits + 1) * 64),
         *(n * 8, n * 8, n * 8, n * 8),
-        *(rows * ld[1] * 4, rows * ld[2] * 4, rows * sizes.H * 4),
+        *(rows * ld[2] * 4, rows * ld[3] * 4, rows * sizes.H * 4),
     )
 
 
@@ -145,9 +145,9 @@ def backward_formula(
     return plain_bound(sum(parts)) + fixed
 
 
-def saved_bytes(spec: KernelSpec, H: int, F: int, k: int, save: str) -> int:
+def saved_bytes(spec: KernelSpec, H: int, F: int, O: int, k: int, save: str) -> int:
     """Bytes a token of the projections that forward keeps for backward; `save` is the option's value."""
-    keep = save == "always" or (save == "auto" and saves_activations(spec, H, F, k))
+    keep = save == "always" or (save == "auto" and saves_activations(spec, H, F, O, k))
     return k * views(spec.experts) * F * BYTES[spec.experts.dtype] if keep else 0
 
 

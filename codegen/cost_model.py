@@ -73,8 +73,8 @@ class Product:
 
 
 def products(sizes: Sizes, projections: int = 2) -> tuple[Product, Product]:
-    """The first product (`projections` times F columns of depth H) and the second (H columns of depth F)."""
-    return Product(projections * sizes.F, sizes.H), Product(sizes.H, sizes.F)
+    """The first product (`projections` times F columns of depth H) and the second (O columns of depth F)."""
+    return Product(projections * sizes.F, sizes.H), Product(sizes.O, sizes.F)
 
 
 def uniform_histogram(sizes: Sizes, seed: int = 0) -> tuple[int, ...]:
@@ -267,12 +267,12 @@ def rank(
 def least_bytes(sizes: Sizes, histogram: Sequence[int], dtype: str = "bf16", projections: int = 2) -> dict[str, int]:
     """The bytes that any fused layer moves: weights of the experts hit once, x once, h written and read, y once."""
     each, hit, rows = _BYTES[dtype], sum(c > 0 for c in histogram), sum(histogram)
-    weights = hit * (projections + 1) * sizes.F * sizes.H * each
+    weights = hit * (projections * sizes.H + sizes.O) * sizes.F * each
     return {
         "weights": weights,
         "x": sizes.T * sizes.H * each,
         "h": 2 * rows * sizes.F * each,
-        "y": sizes.T * sizes.H * each,
+        "y": sizes.T * sizes.O * each,
     }
 
 

@@ -166,7 +166,7 @@ class Layer {
       for (int64_t b = 0; b < blocks; b++) {
         const int64_t r0 = rows * b / blocks, m = rows * (b + 1) / blocks - r0;
         end[0] += (a.F + columns(0, m) - 1) / columns(0, m);
-        end[1] += (a.H + columns(1, m) - 1) / columns(1, m);
+        end[1] += (a.O + columns(1, m) - 1) / columns(1, m);
         *s++ = {i, begin[i] + r0, m, {end[0], end[1]}};
       }
     }
@@ -197,7 +197,7 @@ class Layer {
     const Segment* s = segments;
     for (int64_t i = shared.next[phase]++; i < total; i = shared.next[phase]++) {
       while (i >= s->end[phase]) s++;
-      const int64_t width = phase == 0 ? a.F : a.H, n = columns(phase, s->rows), count = (width + n - 1) / n;
+      const int64_t width = phase == 0 ? a.F : a.O, n = columns(phase, s->rows), count = (width + n - 1) / n;
       const int64_t j = (i - (s->end[phase] - count)) * n, cols = std::min(n, width - j);
       if constexpr (phase == 0) project_in(*s, j, cols);
       else project_out(*s, j, cols);
@@ -259,10 +259,10 @@ class Layer {
 
   void project_out(const Segment& s, int64_t j, int64_t n) {
     const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
-    float* const c = a.at<float>(a.at_out) + s.row * a.H + j;
+    float* const c = a.at<float>(a.at_out) + s.row * a.O + j;
     const auto w = from<K::layout_out>(a.out, a.scale_out, s.e, j);
     const auto after = from<K::layout_out>(a.out, a.scale_out, s.e, j + n);
-    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.H, after);
+    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.O, after);
   }
 
   // An expert's weights from output `j` on; `before`: outputs of the matrix that its codes are scaled as before `w`.
@@ -276,21 +276,21 @@ class Layer {
   // y[t] = Σ_s w[t, s] · (out[position of (t, s)] + bias_out), slot by slot.
   void combine() {
     constexpr int64_t width = 512;
-    const int64_t across = (a.H + width - 1) / width;
+    const int64_t across = (a.O + width - 1) / width;
     typename K::Y* const y = static_cast<typename K::Y*>(a.y);
     const float* const out = a.at<float>(a.at_out);
     for (int64_t i : share(tokens * across)) {
-      const int64_t t = i / across, j0 = i % across * width, j1 = std::min(a.H, j0 + width);
+      const int64_t t = i / across, j0 = i % across * width, j1 = std::min(a.O, j0 + width);
       for (int64_t j = j0; j < j1; j += L) {
         const int64_t part = std::min<int64_t>(L, j1 - j);
         vf sum{};
         for (int64_t p = t * a.k; p < (t + 1) * a.k; p++) {
           if (position[p] < 0) continue;
-          vf v = some(out + position[p] * a.H + j, part);
+          vf v = some(out + position[p] * a.O + j, part);
           if constexpr (K::bias_out) v += some(a.bias_out.template of<P>(a.experts[t0 * a.k + p]) + j, part);
           sum += K::weight_on_input ? v : weight[p] * v;
         }
-        typename K::Y* const to = y + (t0 + t) * a.H + j;
+        typename K::Y* const to = y + (t0 + t) * a.O + j;
         store_some(to, sum, part);
       }
     }

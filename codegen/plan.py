@@ -1,6 +1,6 @@
 """The plan of a call: tile sizes, crossovers and the layout of the workspace. Pure: no torch, no hardware, no I/O.
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token; a pair is one (token, slot).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Plan:
         """The plan as the leading fields of `Args`."""
         s, t = self.sizes, self.tuning
         return (
-            *(self.threads, s.T, s.H, s.F, s.E, s.k, t.chunk, *t.few),
+            *(self.threads, s.T, s.H, s.F, s.O, s.E, s.k, t.chunk, *t.few),
             *(*t.few_cols, *t.many_cols, t.row_block, t.k_few, *t.k_many),
             *(int(self.x_direct), int(self.router_direct), self.ld_x, self.ld_h),
             *(*self.places, self.per_thread, self.at_tile),
@@ -141,7 +141,7 @@ def _sections(spec: KernelSpec, sizes: Sizes, tokens: Size, t: Tuning, copied: C
         "h_rows": n * 8,
         "router_rows": tokens * 8,
         "h": n * ld_h * item,
-        "out": n * sizes.H * 4,
+        "out": n * sizes.O * 4,
     }
 
 

@@ -3,7 +3,7 @@
 A launch counts each byte that it touches once for reading and once for writing, as if its cache were perfect: what the
 algorithm costs, not how well blocks share a cache (`moec.codegen.cost_model` models that).
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token; a pair is one (token, slot).
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class Load:
     def param_bytes(self, group: str) -> int:
         """Bytes of one parameter group of the experts that are hit."""
         e = self.spec.experts
-        return self.hit * math.prod(e.shape(group, self.sizes.H, self.sizes.F)) * STORED[e.stored(group)].itemsize
+        return (
+            self.hit
+            * math.prod(e.shape(group, self.sizes.H, self.sizes.F, self.sizes.O))
+            * STORED[e.stored(group)].itemsize
+        )
 
 
 def moved_bytes(load: Load, made: Program) -> dict[str, dict[str, int]]:
@@ -58,8 +62,8 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
     elements: Mapping[str, int] = {
         "x": s.T * s.H, "router": s.E * s.H, "router_bias": s.E, "selection": s.E, "logits": s.T * s.E,
         "weights": s.T * s.k, "experts": s.T * s.k, "order": load.rows, "offsets": s.E + 1, "tile_expert": tiles,
-        "tile_row": tiles, "counters": 4, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.H,
-        "y": s.T * s.H, "rows": load.rows * s.H,
+        "tile_row": tiles, "counters": 4, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.O,
+        "y": s.T * s.O, "rows": load.rows * s.H,
     }  # fmt: skip
     found: dict[str, int] = {}
     for argument in launch.arguments:
@@ -93,5 +97,5 @@ def least_bytes(load: Load, sorted_pairs: bool) -> int:
     s, e = load.sizes, load.spec.experts
     each, wide = STORED[e.dtype].itemsize, STORED[load.spec.y_dtype].itemsize
     router = s.E * s.H * each if load.spec.router else 0
-    rows = load.rows * (s.F + (s.H if sorted_pairs else 0))
-    return sum(map(load.param_bytes, e.param_groups)) + router + s.T * s.H * (each + wide) + 2 * rows * each
+    rows = load.rows * (s.F + (s.O if sorted_pairs else 0))
+    return sum(map(load.param_bytes, e.param_groups)) + router + s.T * (s.H * each + s.O * wide) + 2 * rows * each

@@ -1,7 +1,7 @@
 """The launches of one backward call: rows in the order of experts, slopes, rows, tokens and parameters.
 
 φ's inputs are computed anew, over the row tiles of a new dispatch. Gradients that nobody wants are not computed.
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token; a pair is one (token, slot).
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token; a pair is one (token, slot).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
     dtype, pairs = spec.experts.dtype, at.pairs
     buffers = (
         *forward.tile_buffers(at),
-        Buffer("grad_rows", dtype, (pairs, sizes.H)),
+        Buffer("grad_rows", dtype, (pairs, sizes.O)),
         *((Buffer("x_rows", dtype, (pairs, sizes.H)),) if x_wanted else ()),
         Buffer("h", dtype, (pairs, sizes.F)),
         Buffer("dinputs", dtype, (pairs, at.columns)),
@@ -128,7 +128,7 @@ def _hidden(at: forward.At, saved: bool) -> Launch:
         forward.pointer("dinputs", e.dtype), forward.pointer("h", e.dtype), forward.pointer("parts", "f32"),
     )  # fmt: skip
     consts = {
-        "H": s.H, "F": s.F, "WIDTH": at.columns, "SAVED": saved, **strides, **forward.gemm_consts(at, s.H),
+        "O": s.O, "F": s.F, "WIDTH": at.columns, "SAVED": saved, **strides, **forward.gemm_consts(at, s.O),
         "WIDE_W": at.wide_w("out"),
     }  # fmt: skip
     return _grouped(at, "backward_hidden", s.F, arguments, **consts)
@@ -177,7 +177,7 @@ def _params(at: forward.At, groups: Sequence[str]) -> list[Launch]:
         if matrix in groups or f"bias_{matrix}" in groups
     ]
     if "out" in groups or "bias_out" in groups:
-        steps.append(_outer(at, groups, "out", (at.sizes.H, at.sizes.F), 0))
+        steps.append(_outer(at, groups, "out", (at.sizes.O, at.sizes.F), 0))
     return steps
 
 
@@ -200,7 +200,7 @@ def _outer(at: forward.At, groups: Sequence[str], matrix: str, extent: tuple[int
     has_bias = bias in groups
     target = f"d_{bias}" if has_bias else f"d_{matrix}"
     consts = forward.constants(
-        ROWS=rows, COLUMNS=columns, stride_left=s.H if of_out else at.columns, FROM=start,
+        ROWS=rows, COLUMNS=columns, stride_left=s.O if of_out else at.columns, FROM=start,
         BIAS_WEIGHTED=of_out and e.weight_on == "output",
         stride_dw_e=into[matrix][0], stride_dw_n=into[matrix][1], stride_dw_k=into[matrix][2],
         stride_dbias_e=into[bias][0] if has_bias else 0, stride_dbias_n=1, MATRIX=matrix in groups, BIAS=has_bias,

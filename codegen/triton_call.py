@@ -146,7 +146,7 @@ class At:
 
     def wide_w(self, *groups: str) -> bool:
         """Whether an offset into one expert's matrix passes 2³¹."""
-        extents = {"out": (self.sizes.H, self.sizes.F)}
+        extents = {"out": (self.sizes.O, self.sizes.F)}
         for group in groups:
             _, row, column = self.operands.strides(group)
             rows, columns = extents.get(group, (self.columns, self.sizes.H))
@@ -168,8 +168,8 @@ def at(
     entry = entry or ("moe" if spec.router else "experts")
     if entry == "moe" and spec.router is None:
         raise CodegenError(f"moec::moe needs a spec with a router, got {str(spec)!r}")
-    if min(sizes.T, sizes.k, sizes.E, sizes.H, sizes.F) < 1 or (entry == "moe" and sizes.k > sizes.E):
-        raise CodegenError(f"{sizes}: expected T, H, F, E, k ≥ 1, and k ≤ E where a router chooses")
+    if min(sizes.T, sizes.k, sizes.E, sizes.H, sizes.F, sizes.O) < 1 or (entry == "moe" and sizes.k > sizes.E):
+        raise CodegenError(f"{sizes}: expected T, H, F, O, E, k ≥ 1, and k ≤ E where a router chooses")
     if sizes.T * sizes.k >= WIDE // 2:
         raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
     return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", capacity, save)
@@ -262,11 +262,12 @@ def permute(at: At, source: str = "x", into: str = "rows") -> Launch:
     """Rows of x (weighted where experts read them so), or of the gradient of y, in the order of experts."""
     s, o, e = at.sizes, at.operands, at.spec.experts
     of_x, on_input = source == "x", e.weight_on == "input"
-    columns = min(256, power_of_two(s.H))
+    wide = s.H if of_x else s.O
+    columns = min(256, power_of_two(wide))
     rows = max(1, 4096 // columns)
-    strides = o.x_strides if of_x else (s.H, 1)
+    strides = o.x_strides if of_x else (s.O, 1)
     consts = constants(
-        H=s.H, E=s.E, K=s.k, stride_x_t=strides[0], stride_x_h=strides[1], WEIGHTED=of_x and on_input,
+        H=wide, E=s.E, K=s.k, stride_x_t=strides[0], stride_x_h=strides[1], WEIGHTED=of_x and on_input,
         BLOCK_ROWS=rows, BLOCK_COLUMNS=columns,
     )  # fmt: skip
     arguments = (
@@ -274,4 +275,4 @@ def permute(at: At, source: str = "x", into: str = "rows") -> Launch:
         *((pointer("weights", o.weights_dtype),) if on_input else ()),
         pointer("order", "i32"), pointer("offsets", "i32"), replace(pointer("rows", e.dtype), binding=into), *consts,
     )  # fmt: skip
-    return Launch("permute", (ceil_div(at.rows, rows), ceil_div(s.H, columns)), arguments, 4, 1)
+    return Launch("permute", (ceil_div(at.rows, rows), ceil_div(wide, columns)), arguments, 4, 1)

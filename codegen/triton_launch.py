@@ -103,7 +103,7 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     h = Buffer("h", dtype, (at.pairs, s.F))
     if at.config.variant == "decode":
         return (h,)
-    slots = Buffer("slots", "f32", (s.T, s.H), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.H))
+    slots = Buffer("slots", "f32", (s.T, s.O), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.O))
     rows = (Buffer("rows", dtype, (at.rows, s.H)),) if at.config.specialized else ()
     return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots, *rows)
 
@@ -239,9 +239,9 @@ def _gate_up(at: At) -> Launch:
 
 def _combine_shape(at: At) -> tuple[int, int, int]:
     """Tokens and columns of a block that adds slots, and how many such blocks there are."""
-    columns = min(256, power_of_two(at.sizes.H))
+    columns = min(256, power_of_two(at.sizes.O))
     tokens = min(max(1, 32 * 128 // columns), power_of_two(at.sizes.T))
-    return tokens, columns, ceil_div(at.sizes.T, tokens) * ceil_div(at.sizes.H, columns)
+    return tokens, columns, ceil_div(at.sizes.T, tokens) * ceil_div(at.sizes.O, columns)
 
 
 def _combined(at: At) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
@@ -249,7 +249,7 @@ def _combined(at: At) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
     o = at.operands
     weights = (pointer("weights", o.weights_dtype),) if at.spec.experts.weight_on == "output" else ()
     tokens, columns, _ = _combine_shape(at)
-    numbers: dict[str, int | bool] = {"H": at.sizes.H, "E": at.sizes.E, "K": at.sizes.k}
+    numbers: dict[str, int | bool] = {"O": at.sizes.O, "E": at.sizes.E, "K": at.sizes.k}
     blocks: dict[str, int | bool] = {"BLOCK_TOKENS": tokens, "BLOCK_COLUMNS": columns, "ATOMIC": at.atomic}
     return (pointer("experts", "i64"), *weights, pointer("y", at.spec.y_dtype)), {**numbers, **blocks}
 
@@ -257,11 +257,11 @@ def _combined(at: At) -> tuple[tuple[Argument, ...], dict[str, int | bool]]:
 def _down(at: At) -> Launch:
     s, c = at.sizes, at.config
     pointers, strides = param_arguments(at, False)
-    n_tiles = ceil_div(s.H, c.block_n)
+    n_tiles = ceil_div(s.O, c.block_n)
     fused = c.combine in ("fused", "atomic")
     extra, numbers = _combined(at)
     consts = constants(
-        **numbers, F=s.F, **strides, **gemm_consts(at, s.F), EVEN_N=s.H % c.block_n == 0,
+        **numbers, F=s.F, **strides, **gemm_consts(at, s.F), EVEN_N=s.O % c.block_n == 0,
         WIDE_H=at.pairs * s.F >= WIDE, WIDE_W=at.wide_w("out"), FUSED=fused, **_schedule(at),
     )  # fmt: skip
     dtype = at.spec.experts.dtype
@@ -320,10 +320,10 @@ def _decode_down(at: At) -> Launch:
     s, c = at.sizes, at.config
     pointers, strides = param_arguments(at, False)
     weights = (pointer("weights", at.operands.weights_dtype),) if at.spec.experts.weight_on == "output" else ()
-    block_n = min(c.block_n, max(4, power_of_two(s.H // 512 + 1) // 2))  # some 512 blocks a token, or few would load
-    consts = constants(H=s.H, F=s.F, E=s.E, K=s.k, **strides, **_gemv_consts(at, s.F) | {"BLOCK_N": block_n})
+    block_n = min(c.block_n, max(4, power_of_two(s.O // 512 + 1) // 2))  # some 512 blocks a token, or few would load
+    consts = constants(O=s.O, F=s.F, E=s.E, K=s.k, **strides, **_gemv_consts(at, s.F) | {"BLOCK_N": block_n})
     arguments = (
         pointer("h", at.spec.experts.dtype), *weights, pointer("experts", "i64"), *pointers,
         pointer("y", at.spec.y_dtype), *consts,
     )  # fmt: skip
-    return Launch("decode_down", (ceil_div(s.H, block_n), s.T), arguments, c.num_warps, 1)
+    return Launch("decode_down", (ceil_div(s.O, block_n), s.T), arguments, c.num_warps, 1)

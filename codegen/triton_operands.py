@@ -46,7 +46,7 @@ def contiguous(spec: KernelSpec, sizes: Sizes) -> Operands:
 
 
 def _contiguous(e: ExpertsSpec, group: str, sizes: Sizes) -> Strides:
-    extent = e.shape(group, sizes.H, sizes.F)
+    extent = e.shape(group, sizes.H, sizes.F, sizes.O)
     if len(extent) == 1:
         return (extent[0] if e.stacked else 0, 1)
     rows, columns = extent

@@ -40,7 +40,7 @@ def undescribable(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands: O
 
 def make(s: ExpertsSpec, group: str) -> str:
     """The text that makes the descriptor of all experts' matrices; the halves of a concatenated one are an axis."""
-    rows = "H" if group == "out" else "2 * F" if s.gate == "interleaved" else "F"
+    rows = "O" if group == "out" else "2 * F" if s.gate == "interleaved" else "F"
     depth = "F" if group == "out" else "H"
     stride_n, stride_k = f"stride_{group}_n", f"stride_{group}_k"
     halves = group == "ab" and s.gate == "concat"

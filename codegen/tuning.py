@@ -1,7 +1,7 @@
 """The numbers of a CPU plan that can be tuned: their defaults, their text, and the candidates worth measuring. Pure.
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token. Pairs of numbers are for the two phases:
-the projections into the experts, and out of them.
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token. Pairs of numbers
+are for the two phases: the projections into the experts, and out of them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ _MOST = 1 << 24  # no tuned number is larger: a foreign text must not make a pla
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one call."""
+    """The sizes of one call; without O, experts give rows as wide as they read them."""
 
     T: int
     H: int
     F: int
     E: int
     k: int
+    O: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.O:
+            object.__setattr__(self, "O", self.H)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
     hits = min(sizes.E, sizes.T * sizes.k)
     return Tuning(
         few=(_few_rows(e, into, target), _few_rows(e, out, target)),
-        few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.H, threads)),
+        few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.O, threads)),
         many_cols=(64 if into == "nk" else 128, 64 if out == "nk" else 128),
         row_block=192,
         k_few=1024 if e.dtype == "f32" else 2048,
@@ -145,7 +150,7 @@ def _few_cols(layout: str, hits: int, columns: int, threads: int) -> int:
 
 def _chunk(sizes: Sizes) -> int:
     """Tokens at a time: a workspace of about 128 MB, but enough rows an expert to reuse its weights."""
-    per_token = sizes.k * (sizes.H + sizes.F) * 4
+    per_token = sizes.k * (sizes.O + sizes.F) * 4
     return min(_MOST, max((128 << 20) // max(per_token, 1), 128 * sizes.E // max(sizes.k, 1), 1))
 
 
@@ -202,7 +207,7 @@ def _effective(t: Tuning, sizes: Sizes) -> tuple[object, ...]:
     """What is left of a tuning at these sizes: numbers that no expert can reach, or that cut nothing, do not count."""
     most, depth = sizes.T, max(sizes.H, sizes.F)
     streams, packs = min(t.row_block, most) > 0, tuple(most > f for f in t.few)
-    widths = (sizes.F, sizes.H)
+    widths = (sizes.F, sizes.O)
     return (
         tuple(min(f, most) for f in t.few),
         tuple(min(c, w) if streams and f > 0 else 0 for c, w, f in zip(t.few_cols, widths, t.few, strict=True)),
@@ -221,11 +226,12 @@ def _fits(spec: KernelSpec, t: Tuning, sizes: Sizes, target: Target) -> bool:
     panel = target.lanes * target.tile_vectors
     layouts = (spec.experts.layout_in, spec.experts.layout_out)
     wide = (2 if spec.experts.gate == "interleaved" else 1, 1)
+    widest = max(sizes.H, sizes.F, sizes.O)
     for phase, layout in enumerate(layouts):
         if t.few[phase] >= sizes.T:
             continue
         depth = min(t.k_many[phase], max(sizes.H, sizes.F))
-        block = depth * (panel if layout == "nk" else min(t.many_cols[phase] * wide[phase], max(sizes.H, sizes.F)))
+        block = depth * (panel if layout == "nk" else min(t.many_cols[phase] * wide[phase], widest))
         if 4 * panel * depth > target.l2_bytes // 8 or 4 * block > target.l2_bytes // 2:
             return False
         if 4 * min(t.row_block, sizes.T) * depth > 2 * target.l2_bytes:
@@ -245,7 +251,7 @@ def _cycles(spec: KernelSpec, t: Tuning, sizes: Sizes, target: Target, threads: 
     total = 0.0
     shapes = (
         (sizes.H, sizes.F * spec.experts.ab_views, spec.experts.layout_in),
-        (sizes.F, sizes.H, spec.experts.layout_out),
+        (sizes.F, sizes.O, spec.experts.layout_out),
     )
     for phase, (depth, width, layout) in enumerate(shapes):
         m = min(rows, t.row_block)

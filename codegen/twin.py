@@ -1,7 +1,7 @@
 """The eager twins: routing, experts and their gradients in plain torch, on any device and dtype.
 
 They are the reference that kernels are compared with and the fallback where no kernel can be built.
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.codegen.codes import decoded
 from moec.expr import derivative, evaluate
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec, widths
 
 
 def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _keep_best_groups(choice: Tensor, spec: RouterSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's parameters as views: w_a and w_b are [F, H], w_out is [H, F], biases are vectors or None."""
+    """One expert's parameters as views: w_a and w_b are [F, H], w_out is [O, F], biases are vectors or None."""
 
     w_a: Tensor
     w_b: Tensor | None
@@ -177,7 +177,7 @@ def experts(
     spec: KernelSpec,
     saved: Tensor | None = None,
 ) -> Tensor:
-    """x[T, H], weights[T, k], experts[T, k] → y[T, H] in y_dtype.
+    """x[T, H], weights[T, k], experts[T, k] → y[T, O] in y_dtype.
 
     Projections run in the weights' dtype, the activation and the sum over slots in fp32 (fp64 for fp64 weights).
     A slot whose expert is outside [0, E) contributes nothing. `saved`[T·k, F or 2F] is given the projections of each
@@ -186,7 +186,7 @@ def experts(
     s = spec.experts
     dtype = _products(params, s)
     wide = _wide(dtype)
-    y = torch.zeros(x.shape, dtype=wide, device=x.device)
+    y = torch.zeros((x.shape[0], widths(s, params)[2]), dtype=wide, device=x.device)
     for e, tokens, slots in _hits(experts, num_experts(params, s)):
         at, w = expert(params, s, e), weights[tokens, slots].to(wide).unsqueeze(-1)
         rows = x[tokens]
@@ -242,7 +242,7 @@ def experts_backward(
 def _expert_backward(
     g: Tensor, rows: Tensor, w: Tensor, at: Expert, grads: Expert, spec: KernelSpec
 ) -> tuple[Tensor, Tensor]:
-    """g[m, H], rows[m, H], w[m, 1] of one expert → gradients by rows and w; the parameters' go into `grads`."""
+    """g[m, O], rows[m, H], w[m, 1] of one expert → gradients by rows and w; the parameters' go into `grads`."""
     s, dtype, wide = spec.experts, at.w_a.dtype, rows.dtype
     on_input = s.weight_on == "input"
     scaled = (rows * w).to(dtype) if on_input else rows.to(dtype)

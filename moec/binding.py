@@ -1,6 +1,6 @@
 """An op's parameters as kernels see them: sizes checked, and where they lie worked out once for those that stay.
 
-Letters: H hidden, F expert width, E experts.
+Letters: H hidden, F expert width, O output width, E experts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from moec.errors import CodegenError
-from moec.spec import ExpertsSpec, out_sizes
+from moec.spec import ExpertsSpec, widths
 
 B = TypeVar("B")
 
@@ -46,19 +46,19 @@ def how_they_lie(params: Sequence[Tensor], groups: int) -> tuple[object, ...]:
     return tuple([(p.shape, p.stride()) for p in params[:: max(len(params) // groups, 1)]])
 
 
-def checked_sizes(s: ExpertsSpec, params: Sequence[Tensor]) -> tuple[int, int, int]:
-    """(E, H, F) of the parameters.
+def checked_sizes(s: ExpertsSpec, params: Sequence[Tensor]) -> tuple[int, int, int, int]:
+    """(E, H, F, O) of the parameters.
 
     Raises CodegenError where one has not the shape that the others imply: a kernel would read past it.
     """
     groups = s.param_groups
     each = 1 if s.stacked else len(params) // len(groups)
-    hidden, width = out_sizes(s, params)
+    hidden, width, wide = widths(s, params)
     count = params[0].shape[0] if s.stacked else each
     for i, group in enumerate(groups):
-        shape = s.stored_shape(group, hidden, width)
+        shape = s.stored_shape(group, hidden, width, wide)
         wanted = (count, *shape) if s.stacked else shape
         for p in params[i * each : (i + 1) * each]:
             if p.shape != wanted:
                 raise CodegenError(f"parameter {group!r} is {list(p.shape)}, expected {list(wanted)} for {s}")
-    return count, hidden, width
+    return count, hidden, width, wide

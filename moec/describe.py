@@ -114,7 +114,7 @@ def _fused(
         status="fused",
         form=site.form,
         router=router_text(graph, instr),
-        experts=experts_text(instr),
+        experts=experts_text(graph, instr),
         num_experts=int(site.num_experts),
         top_k=int(site.select.k),
         capacity=capacity_text(site.capacity),

@@ -1,7 +1,7 @@
 """The words of the IR: what an MoE layer is made of, as frozen values.
 
 The smallest set that covers the published systems. Dims are sympy expressions over the letters
-T tokens, E experts, k experts a token, H hidden, F expert width, C capacity.
+T tokens, E experts, k experts a token, H hidden, F expert width, O output width, C capacity.
 Each value prints as one line of its site's block; `moec.site_text` prints whole sites, `moec.site_parse` reads them.
 """
 

@@ -92,14 +92,14 @@ def tensor_bytes(spec: KernelSpec, sizes: Sizes) -> dict[str, int]:
     """Bytes of the call's tensors by name, as far as a compiler's choices depend on them."""
     e, s = spec.experts, sizes
     each = _bytes(e.dtype)
-    extents = {"x": s.T * s.H * each, "router": s.E * s.H * each, "y": s.T * s.H * _bytes(spec.y_dtype)}
+    extents = {"x": s.T * s.H * each, "router": s.E * s.H * each, "y": s.T * s.O * _bytes(spec.y_dtype)}
     return extents | {group: _group_bytes(e, group, s) for group in e.param_groups}
 
 
 def _group_bytes(e: ExpertsSpec, group: str, sizes: Sizes) -> int:
     if not e.stacked:
         return 8 * sizes.E  # a table of pointers
-    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F)) * _bytes(e.stored(group))
+    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F, sizes.O)) * _bytes(e.stored(group))
 
 
 def parse_spec(text: str) -> KernelSpec:
@@ -111,7 +111,7 @@ def parse_spec(text: str) -> KernelSpec:
 
 
 def parse_sizes(text: str, known: Mapping[str, int] | None = None) -> Sizes:
-    """`T=64,H=4096,F=14336,E=8,k=2` → Sizes; `known` ones need not be named."""
+    """`T=64,H=4096,F=14336,E=8,k=2` → Sizes; `known` ones need not be named, nor O where it is H."""
     names = tuple(f.name for f in fields(Sizes))
     values = dict(known or {})
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -119,7 +119,7 @@ def parse_sizes(text: str, known: Mapping[str, int] | None = None) -> Sizes:
         if name not in names or not value.isdigit() or int(value) < 1:
             raise OptionError(f"--sizes {part!r}: expected {', '.join(f'{n}=number' for n in names)}, each at least 1")
         values[name] = int(value)
-    missing = [name for name in names if name not in values]
+    missing = [name for name in names if name != "O" and name not in values]
     if missing:
         raise OptionError(f"--sizes lacks {', '.join(missing)}; for example --sizes T=64,H=4096,F=14336,E=8,k=2")
     if values["k"] > values["E"]:

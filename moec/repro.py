@@ -47,6 +47,6 @@ def source(site: Site, sizes: Sizes, seed: int = 0) -> str:
 
 def _shape(spec: ExpertsSpec, group: str) -> str:
     """A parameter's shape in letters, as code: `E, 2 * F, H`."""
-    shape = spec.stored_shape(group, *sympy.symbols("H F"))
+    shape = spec.stored_shape(group, *sympy.symbols("H F O"))
     sizes = [*(["E"] if spec.stacked else []), *(str(size).replace("*", " * ") for size in shape)]
     return f"{sizes[0]}," if len(sizes) == 1 else ", ".join(sizes)

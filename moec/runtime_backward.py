@@ -63,7 +63,7 @@ class BackwardKernel:
     def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
         """The sizes of a call."""
         bound = self._bindings.of(params)
-        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k, bound.O)
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class BackwardKernel:
         needs: Sequence[bool],
         take: Callable[[Tensor], Tensor] = fresh,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients by x[T, H], weights[T, k] and each parameter, from y's gradient[T, H] of any strides.
+        """Gradients by x[T, H], weights[T, k] and each parameter, from y's gradient[T, O] of any strides.
 
         `saved`: what the forward kept, [T·k, F or 2F]; None: computed again. `needs`: as the results are ordered, which
         are wanted; the others come back empty. Sums are fp32; experts without tokens get zeros. `take`: memory for a
@@ -105,10 +105,10 @@ class BackwardKernel:
         results: Sequence[Tensor],
     ) -> None:
         bound, sizes = self._bindings.of(params), self.sizes(x, params, experts.shape[1])
-        if x.shape[1] != bound.H or grad.shape != x.shape:
+        if x.shape[1] != bound.H or grad.shape != (x.shape[0], bound.O):
             raise CodegenError(
                 f"x is {list(x.shape)} and the gradient of y {list(grad.shape)}, but the experts' parameters want "
-                f"[T, {bound.H}] of both"
+                f"[T, {bound.H}] and [T, {bound.O}]"
             )
         plan = make_backward_plan(
             self.spec, sizes, _rows(x), _rows(grad), self._most(experts, sizes), self.target, torch.get_num_threads()

@@ -21,12 +21,13 @@ _MOST = 1024  # layouts of stacked parameters that one kernel remembers
 
 
 class Layout(NamedTuple):
-    """Strides of the parameters by group as kernels take them, and E, H, F."""
+    """Strides of the parameters by group as kernels take them, and E, H, F, O."""
 
     strides: tuple[tuple[str, Strides], ...]
     E: int
     H: int
     F: int
+    O: int
 
 
 class Bound(NamedTuple):

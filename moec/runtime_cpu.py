@@ -1,6 +1,6 @@
 """A generated CPU kernel as a Python object: built on demand, its arguments packed, its workspace kept and reused.
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def release_workspace() -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """Parameters as words of `Args`, E, H, F, and what must outlive the call: pointer tables, and copies if any.
+    """Parameters as words of `Args`, E, H, F, O, and what must outlive the call: pointer tables, and copies if any.
 
     `scales` are words too, of matrices that are kept as codes.
     """
@@ -96,6 +96,7 @@ class Bound:
     E: int
     H: int
     F: int
+    O: int
     alive: tuple[object, ...]
     copied: bool
     scales: tuple[int, ...] = (0,) * 15
@@ -132,7 +133,7 @@ class Kernel:
         return Kernel(self.spec, self.target, self._router_dtype, self.library, self.tuning, waits)
 
     def _make_plan(
-        self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
+        self, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
     ) -> tuple[Plan, array[int]]:
         plan = self._plan_of(Sizes(*sizes), Rows(DTYPE_NAMES[dtype], row, contiguous), threads)
         return plan, array("q", plan.words)
@@ -150,12 +151,11 @@ class Kernel:
     def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
         """The sizes of a call."""
         bound = self._bound(params)
-        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k)
+        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k, bound.O)
 
     def key(self, sizes: Sizes, threads: int) -> tune_cache.Key:
         """What a measurement of this kernel at these sizes is kept under."""
-        s = sizes
-        return tune_cache.Key(str(self.spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, threads, self.target.isa)
+        return tune_cache.Key.of(self.spec, sizes, threads, self.target.isa)
 
     def _plan_of(self, sizes: Sizes, x: Rows, threads: int) -> Plan:
         """The plan of a call, with the numbers given, those that were measured, or the default's."""
@@ -186,11 +186,11 @@ class Kernel:
     def experts(
         self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
     ) -> Tensor:
-        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H].
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, O].
 
         `saved`[T·k, F or 2F] in the parameters' dtype is given the projections of each pair: a, then b.
         """
-        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        y = self._empty(x, params)
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
         if weights.dtype not in CODES:
@@ -203,14 +203,14 @@ class Kernel:
     def moe(
         self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts."""
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, O], logits[T, E], weights[T, k], experts."""
         r = self.spec.router
         if r is None or self._call_moe is None:
             raise CodegenError(f"moec::moe needs a spec with a router, got {str(self.spec)!r}; call moec::experts")
         tokens, count = x.shape[0], router[0].shape[0]
         if not 0 < k <= count:
             raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
-        y = x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        y = self._empty(x, params)
         logits = x.new_empty((tokens, count), dtype=DTYPES[r.compute])
         weights = x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype])
         experts = x.new_empty((tokens, k), dtype=torch.int64)
@@ -224,6 +224,10 @@ class Kernel:
         words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
         self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words, count)
         return y, logits, weights, experts
+
+    def _empty(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Room for y."""
+        return x.new_empty((x.shape[0], self._bound(params).O), dtype=DTYPES[self.spec.y_dtype])
 
     def _run(
         self,
@@ -244,7 +248,7 @@ class Kernel:
         tokens, hidden = x.shape
         if hidden != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
-        sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1])
+        sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1], bound.O)
         plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
         words = words[:]
         words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
@@ -272,7 +276,7 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     groups = s.param_groups
     alive: list[object] = []
     found: dict[str, tuple[int, ...]] = {}
-    experts, hidden, width = checked_sizes(s, params)
+    experts, hidden, width, wide = checked_sizes(s, params)
     count = 1 if s.stacked else experts
     for i, group in enumerate(groups):
         found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
@@ -282,13 +286,13 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     # Scales of a tensor that a and b share are told by the output's number, not by where b's begin.
     scale_a, scale_b = _pair(found, "scale_", s.gate, 0, False)
     scales = (*scale_a, *scale_b, *found.get("scale_out", ABSENT))
-    return Bound(words, experts, hidden, width, tuple(alive), any(isinstance(a, list) for a in alive), scales)
+    return Bound(words, experts, hidden, width, wide, tuple(alive), any(isinstance(a, list) for a in alive), scales)
 
 
 def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
     """The shape of each parameter in the order in which an op takes them."""
     e = spec.experts
-    each = [e.stored_shape(group, sizes.H, sizes.F) for group in e.param_groups]
+    each = [e.stored_shape(group, sizes.H, sizes.F, sizes.O) for group in e.param_groups]
     return [(sizes.E, *shape) for shape in each] if e.stacked else [shape for shape in each for _ in range(sizes.E)]
 
 

@@ -84,7 +84,7 @@ class PackedKernel(Kernel):
         stored = sum(p.numel() * p.element_size() for p in params)
         pack_log().append(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
         words = _words(packed, self._storage, original.H, original.F)
-        return Bound(words, original.E, original.H, original.F, (packed,), True)
+        return Bound(words, original.E, original.H, original.F, original.O, (packed,), True)
 
 
 def _words(packed: Packed, storage: Storage, hidden: int, width: int) -> tuple[int, ...]:

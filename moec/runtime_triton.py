@@ -2,7 +2,7 @@
 
 The same path serves a GPU and Triton's interpreter (TRITON_INTERPRET=1, tensors on the CPU). Nothing waits for the
 device and no allocation depends on data, so calls can be captured in a CUDA graph after a first call.
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -123,25 +123,26 @@ class TritonKernel:
         tokens: str = "",
         saved: Tensor | None = None,
     ) -> Tensor:
-        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, H].
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, O].
 
         `capacity`: the most rows of one expert, as a formula of T; `tokens`: the range of T that buffers are taken for.
         `saved`[T·k, F or 2F] is given what φ reads of each pair: a, then b; rows without an expert stay as they are.
         """
-        x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        x, bound = rows_of(x), self.bound(params)
+        y = self._empty(x, bound)
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
         if weights.dtype not in DTYPE_NAMES:
             weights = weights.float()
         given = {"weights": weights.contiguous(), "experts": experts.to(torch.int64).contiguous()}
         call = _Call("experts", experts.shape[1], capacity, tokens, saved is not None)
-        self._run(x, y, self.bound(params), given if saved is None else {**given, "saved": saved}, call)
+        self._run(x, y, bound, given if saved is None else {**given, "saved": saved}, call)
         return y
 
     def moe(
         self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, tokens: str = ""
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x[T, H] of any strides, router W[E, H] and its biases → y[T, H], logits[T, E], weights[T, k], experts.
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, O], logits[T, E], weights[T, k], experts.
 
         `tokens`: the range of T that buffers are taken for.
         """
@@ -151,7 +152,8 @@ class TritonKernel:
         rows, count = x.shape[0], router[0].shape[0]
         if not 0 < k <= count:
             raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
-        x, y = rows_of(x), x.new_empty(x.shape, dtype=DTYPES[self.spec.y_dtype])
+        x, bound = rows_of(x), self.bound(params)
+        y = self._empty(x, bound)
         given = {
             "logits": x.new_empty((rows, count), dtype=DTYPES[r.compute]),
             "weights": x.new_empty((rows, k), dtype=DTYPES[r.weight_dtype]),
@@ -160,7 +162,6 @@ class TritonKernel:
         results = (y, given["logits"], given["weights"], given["experts"])
         if x.numel() == 0:
             return results
-        bound = self.bound(params)
         if count != bound.layout.E:
             wanted = f"E={bound.layout.E} experts"
             raise CodegenError(f"the router's matrix is {list(router[0].shape)}, but there are {wanted}")
@@ -172,6 +173,10 @@ class TritonKernel:
             given["selection"] = rest.pop(0).contiguous()
         self._run(x, y, bound, given, _Call("moe", k, "", tokens))
         return results
+
+    def _empty(self, x: Tensor, bound: Bound) -> Tensor:
+        """Room for y."""
+        return x.new_empty((x.shape[0], bound.layout.O), dtype=DTYPES[self.spec.y_dtype])
 
     def config_for(self, sizes: Sizes) -> GpuConfig:
         """The configuration of a call's kernels."""
@@ -223,10 +228,11 @@ class TritonKernel:
     def _make_ready(
         self, tensors: Mapping[str, Tensor], bound: Bound, given: Mapping[str, Tensor], call: _Call
     ) -> _Ready:
-        x, (_, count, hidden, width) = tensors["x"], bound.layout
+        x, (_, count, hidden, width, wide) = tensors["x"], bound.layout
         if x.shape[1] != hidden:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
-        sizes, operands = Sizes(x.shape[0], hidden, width, count, call.k), self.operands(x, bound, given)
+        sizes = Sizes(x.shape[0], hidden, width, count, call.k, wide)
+        operands = self.operands(x, bound, given)
         capacity = capacity_at(call.capacity, sizes.T) if call.capacity else None
         usable = self._usable(sizes, operands)
         config = scheduled(sorted_config(usable) if call.save else usable, self.schedule, self.figures)

@@ -1,6 +1,6 @@
 """The gradients of a spec's experts by Triton kernels: the backward half of `moec.runtime_triton`.
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class TritonBackward:
         if x.numel() == 0 or experts.shape[1] == 0:
             return torch.zeros_like(x), torch.zeros_like(weights), [d.zero_() for d in dparams]
         bound = self.forward.bound(params)
-        _, count, hidden, width = bound.layout
+        _, count, hidden, width, wide = bound.layout
         if x.shape[1] != hidden:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
         given = weights if weights.dtype in DTYPE_NAMES else weights.float()
-        sizes = Sizes(x.shape[0], hidden, width, count, experts.shape[1])
+        sizes = Sizes(x.shape[0], hidden, width, count, experts.shape[1], wide)
         dx, dweights = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weights.shape, dtype=torch.float32)
         groups, results = self._results(dparams, needs[2:])
         config = backward_config(self.forward.config_for(sizes))

@@ -16,6 +16,7 @@ def sizes_of(site: Site, tokens: int | None = None, unknown: int = 16) -> Sizes:
     *rows, hidden = parsed.x_type.shape
     own = sympy.Mul(*rows)
     numbers = {"H": hidden, "F": parsed.body.width, "E": parsed.num_experts, "k": parsed.select.k}
+    numbers["O"] = parsed.y_type.shape[-1]
     for letter, size in numbers.items():
         if not size.is_Integer:
             raise TargetError(f"layer {site.name}: {letter} is {size}, expected a number")

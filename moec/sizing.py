@@ -150,7 +150,7 @@ def _choices(site: ir.Site) -> Choices:
 
 
 def _sizes(site: ir.Site, tokens: int) -> Sizes | None:
-    dims = (site.x_type.shape[-1], site.body.width, site.num_experts, site.select.k)
+    dims = (site.x_type.shape[-1], site.body.width, site.num_experts, site.select.k, site.y_type.shape[-1])
     return Sizes(tokens, *map(int, dims)) if all(dim.is_Integer for dim in dims) else None
 
 
@@ -195,7 +195,7 @@ def _bytes(
     read = panel_spec(spec) if storage else spec
     yield "workspace, forward (C++)", workspace_formula(read, sizes, x, target, threads, storage)
     if training:
-        kept = saved_bytes(spec, sizes.H, sizes.F, sizes.k, options.save_activations)
+        kept = saved_bytes(spec, sizes.H, sizes.F, sizes.O, sizes.k, options.save_activations)
         yield "kept for backward (C++)", kept * TOKENS
         rows = choices.rows
         yield "workspace, backward (C++)", backward_formula(spec, sizes, x, x, rows, target, threads)

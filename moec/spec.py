@@ -1,9 +1,9 @@
 """KernelSpec: the frozen, hashable, printable description of one MoE layer that kernels are generated from.
 
-A spec holds structure and dtypes, never sizes: T, H, F, E and k come from the tensors of each call.
+A spec holds structure and dtypes, never sizes: T, H, F, O, E and k come from the tensors of each call.
 Its one-line text is what the graph carries (`str(spec)`), and `KernelSpec.parse` reads it back.
 
-Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+Letters: T tokens, H hidden, F expert width, O output width (H in most layers), E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """One expert's function of a row x[H]: y = W_out · φ(W_a·x + b_a, W_b·x + b_b) + b_out.
+    """One expert's function of a row x[H]: y[O] = W_out · φ(W_a·x + b_a, W_b·x + b_b) + b_out.
 
     gate        none: φ(a); concat: one tensor holds a's rows, then b's; interleaved: a and b alternate;
                 separate: two tensors
     layout_in   nk: [E, F, H], H contiguous (F is 2F when a and b share a tensor); kn: [E, H, F], F contiguous
-    layout_out  nk: [E, H, F], F contiguous; kn: [E, F, H], H contiguous
+    layout_out  nk: [E, O, F], F contiguous; kn: [E, F, O], O contiguous
     activation  φ as an expression over a and b
     weight_on   output: y is multiplied by the routing weight; input: x is
     stacked     True: one [E, …] tensor a parameter; False: E separate tensors (a ModuleList), bound by pointer table
@@ -142,20 +142,24 @@ class ExpertsSpec:
         """nk or kn, of the matrices of a parameter group, or of their scales."""
         return self.layout_out if group.endswith("out") else self.layout_in
 
-    def shape(self, group: str, H: N, F: N) -> tuple[N, ...]:
-        """(rows, columns) of one expert's matrix or of its scales, its rows being outputs; (rows,) of its bias."""
+    def shape(self, group: str, H: N, F: N, O: N | None = None) -> tuple[N, ...]:
+        """(rows, columns) of one expert's matrix or of its scales, its rows being outputs; (rows,) of its bias.
+
+        Without O, experts give rows as wide as they read them.
+        """
+        O = H if O is None else O
         if group.startswith("scale_"):
             assert self.coding is not None
-            rows, columns = self.shape(group.removeprefix("scale_"), H, F)
+            rows, columns = self.shape(group.removeprefix("scale_"), H, F, O)
             return self.coding.scale_shape(rows, columns)
         width = 2 * F if self.gate in ("concat", "interleaved") else F
         if group.startswith("bias_"):
-            return (H,) if group == "bias_out" else (width,)
-        return (H, F) if group == "out" else (width, H)
+            return (O,) if group == "bias_out" else (width,)
+        return (O, F) if group == "out" else (width, H)
 
-    def stored_shape(self, group: str, H: N, F: N) -> tuple[N, ...]:
+    def stored_shape(self, group: str, H: N, F: N, O: N | None = None) -> tuple[N, ...]:
         """The shape of one expert's parameter as it is stored."""
-        shape = self.shape(group, H, F)
+        shape = self.shape(group, H, F, O)
         return shape if self.layout(group) == "nk" else shape[::-1]
 
     @property
@@ -188,12 +192,13 @@ def stored_dtypes(s: ExpertsSpec, count: int) -> list[torch.dtype]:
     return [STORED[s.stored(group)] for group in groups for _ in range(count // len(groups))]
 
 
-def out_sizes(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """(H, F), from the tensors of a spec's parameter groups."""
+def widths(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int, int]:
+    """(H, F, O), from the tensors of a spec's parameter groups."""
     groups = s.param_groups
-    out = params[groups.index("out") * (1 if s.stacked else len(params) // len(groups))]
-    rows, columns = out.shape[-2:]
-    return (rows, columns) if s.layout_out == "nk" else (columns, rows)
+    out = params[groups.index("out") * (1 if s.stacked else len(params) // len(groups))].shape
+    first = params[0].shape
+    wide, deep = (out[-2], out[-1]) if s.layout_out == "nk" else (out[-1], out[-2])
+    return first[-1 if s.layout_in == "nk" else -2], deep, wide
 
 
 def _fields_text(name: str, spec: RouterSpec | ExpertsSpec) -> str:

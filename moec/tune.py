@@ -57,10 +57,9 @@ def key_of(job: Job, target: Target) -> Key:
     """What the winner is kept under."""
     if job.device:
         return tune_gpu.key_of(job)
-    s = job.sizes
     weights = "" if job.weights == "stored" else job.weights
     spec = panel_spec(KernelSpec.parse(job.spec)) if weights else job.spec
-    return Key(str(spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, job.threads, target.isa, weights)
+    return Key.of(spec, job.sizes, job.threads, target.isa, weights)
 
 
 def journal_path(job: Job, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from moec.codegen.build import compiler_version
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.triton_config import GpuConfig
-from moec.codegen.tuning import Tuning
+from moec.codegen.tuning import Sizes, Tuning
 from moec.errors import MoecError, ParseError
 from moec.files import write_whole
 from moec.options import Environment
@@ -40,7 +40,7 @@ _NEAR = 2.0  # doublings in all dimensions together up to which a winner is take
 class Key:
     """What a winner is for: a layer, a bucket of token counts (up to T), and what it ran on.
 
-    `weights` is how a kernel's own copy of the weights is stored; empty: it reads the user's.
+    `weights` is how a kernel's own copy of the weights is stored; empty: it reads the user's. O is 0 where it is H.
     """
 
     spec: str
@@ -52,6 +52,18 @@ class Key:
     threads: int
     isa: str
     weights: str = ""
+    O: int = 0
+
+    @property
+    def wide(self) -> int:
+        """The width of an expert's output."""
+        return self.O or self.H
+
+    @staticmethod
+    def of(spec: KernelSpec | str, sizes: Sizes, threads: int, isa: str, weights: str = "") -> Key:
+        """The key of a layer at these sizes."""
+        s, wide = sizes, 0 if sizes.O == sizes.H else sizes.O
+        return Key(str(spec), bucket(s.T), s.H, s.F, s.E, s.k, threads, isa, weights, wide)
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,9 @@ class Entry:
             raise ParseError(f"not JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ParseError(f"not an entry: expected an object with format {FORMAT!r}")
-        key, made = _built(Key, data.pop("key", None)), _built(Made, data.pop("made", None))
+        key = data.pop("key", None)
+        key = {"O": 0, **key} if isinstance(key, dict) else key  # which older entries do not have
+        key, made = _built(Key, key), _built(Made, data.pop("made", None))
         entry = _built(Entry, {**data, "key": key, "made": made})
         KernelSpec.parse(entry.key.spec)
         _ = entry.config, entry.tuning  # a text that is neither raises here
@@ -285,7 +299,7 @@ def _alike(one: Key, other: Key) -> bool:
 
 def distance(key: Key, made: Made, entry: Entry) -> float:
     """Doublings between the sizes of two keys, and a little for another compiler, source or host."""
-    names = ("T", "H", "F", "E", "k", "threads")
+    names = ("T", "H", "F", "E", "k", "threads", "wide")
     sizes = sum(abs(math.log2(max(getattr(key, n), 1) / max(getattr(entry.key, n), 1))) for n in names)
     other = entry.made
     return (

@@ -153,7 +153,7 @@ class GpuBench:
         dtype, e = DTYPES[self.spec.experts.dtype], self.spec.experts
         with torch.device(self.device):
             torch.manual_seed(0)
-            shapes = [e.shape(group, s.H, s.F) for group in e.param_groups]
+            shapes = [e.shape(group, s.H, s.F, s.O) for group in e.param_groups]
             shapes = [(s.E, *shape) for shape in shapes] if e.stacked else [n for n in shapes for _ in range(s.E)]
             self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in shapes]
             self.x = torch.randn(s.T, s.H, dtype=dtype)

@@ -20,8 +20,7 @@ from moec.tune_cache import INTERPRETER, Key, Made
 
 def gpu_key(spec: KernelSpec, sizes: Sizes, figures: GpuFigures | None) -> Key:
     """What a configuration for these sizes is kept under; no figures: the interpreter."""
-    s, isa = sizes, figures.name if figures else INTERPRETER
-    return Key(str(spec), tune_cache.bucket(s.T), s.H, s.F, s.E, s.k, 0, isa)
+    return Key.of(spec, sizes, 0, figures.name if figures else INTERPRETER)
 
 
 @lru_cache(maxsize=256)

@@ -36,6 +36,7 @@ class BodyMatch:
     token, weight  the values x[T, H] and w[T, k] (or g[T, E] when `gated_by_expert`); weight '' means 1
     params         value names in the order of `spec.param_groups`, each one name or E names; see NOTHING
     scales         the shapes of one expert's scales, which are the last of `params`
+    out            numbers of an expert's output
     cast           the dtype that all parameters are to be cast to first
     """
 
@@ -46,6 +47,7 @@ class BodyMatch:
     params: tuple[tuple[str, ...], ...]
     num_experts: Dim
     width: Dim
+    out: Dim
     scales: tuple[tuple[Dim, ...], ...] = ()
     cast: str = ""
 
@@ -242,6 +244,7 @@ def _assemble(
         (*(t.values for t in weights), *groups, *(w.scale for w in scales)),
         plain,
         _matrix_dims(graph, down.weight)[down.axis],
+        _matrix_dims(graph, down.weight)[1 - down.axis],
         tuple(scale_shape(graph, w) for w in scales),
         dtype if codes == "cast" else "",
     )

@@ -90,10 +90,9 @@ def _vectors(out: Writer, name: str, body: BodyMatch) -> str:
     return out.cast(name, body.spec.dtype)
 
 
-def other_width(x: Type, to: Type, root: Instr) -> NoMatch:
-    """Experts whose results are not as wide as their tokens."""
-    hint = "kernels give rows as wide as the tokens; project them to another width behind the sum"
-    return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7, hint=hint)
+def other_shape(x: Type, to: Type, root: Instr) -> NoMatch:
+    """What comes together is not one row of experts' outputs a token."""
+    return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
 
 
 def say_sum(
@@ -103,8 +102,8 @@ def say_sum(
     to = root.types[0]
     x = graph.types[body.token]
     tokens = x.rank >= 2 and to.rank >= 2 and same(sympy.Mul(*x.shape[:-1]), sympy.Mul(*to.shape[:-1]))
-    if not tokens or to.shape[-1] != x.shape[-1]:
-        return other_width(x, to, root)
+    if not tokens or to.shape[-1] != body.out:
+        return other_shape(x, to, root)
     if x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, their sum is {to}, expected f32, bf16 or f16", root.results[0], 7)
     made = {name: kind for each in prelude for name, kind in zip(each.results, each.types, strict=True)}
@@ -113,15 +112,15 @@ def say_sum(
     if isinstance(pairs, NoMatch):
         return pairs.deeper(6)
     groups = tuple(tuple(Ref(name) for name in group) for group in stored(out, body))
-    shape = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
-    rows = out.reshape(body.token, shape) if x.rank > 2 else body.token
+    tokens_in_all = sympy.Mul(*x.shape[:-1])
+    rows = out.reshape(body.token, (tokens_in_all, x.shape[-1])) if x.rank > 2 else body.token
     spread = each_token(out, pairs, x, rows)
     if isinstance(spread, NoMatch):
         return spread.deeper(6)
     args = (Ref(rows), *map(Ref, spread), tuple(ref for group in groups for ref in group))
     attrs = site_attrs(body, to.dtype, total.form)
     name = root.results[0]
-    flat = to if to.rank == 2 else Type(to.dtype, shape)
+    flat = to if to.rank == 2 else Type(to.dtype, (tokens_in_all, body.out))
     names = [f"{name}.rows"] * (to.rank > 2) + [f"{name}.routed"] * bool(total.base) + [name]
     said = [Instr((names[0],), "experts", args, (flat,), attrs, root.loc)]
     if to.rank > 2:

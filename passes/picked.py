@@ -175,7 +175,7 @@ def say_picked(lifter: Lifter, root: Instr, body: BodyMatch) -> tuple[Instr, ...
         return NoMatch("not picked rows", root.results[0])
     out = Writer(graph, root)
     to, rows = root.types[0], graph.types[body.token]
-    if to.shape != rows.shape or rows.dtype not in DTYPES or to.dtype not in DTYPES:
+    if to.shape != (*rows.shape[:-1], body.out) or rows.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"rows are {rows}, experts' outputs {to}", root.results[0], 7)
     count = sympy.Mul(*rows.shape[:-1])
     axes = held.layout.split(".")

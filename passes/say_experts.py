@@ -1,6 +1,6 @@
 """Say matched experts as one `experts` instruction in the place of the value that they make.
 
-%y.rows = experts(%x[T, H], %w[T, k], %e[T, k], (…)) spec form experts width; %y = reshape(%y.rows, %x)
+%y.rows[T, O] = experts(%x[T, H], %w[T, k], %e[T, k], (…)) spec form experts width; %y = reshape(%y.rows, %x)
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def say_experts(
     """What `out` has said, then its root: experts on the flat rows of the body's tokens, seen in the root's shape."""
     root, x = out.root, out.graph.types[body.token]
     (name,), to = root.results, root.types[0]
-    flat = (sympy.Mul(*x.shape[:-1]), x.shape[-1])
-    params, rows = params_of(out, body), out.reshape(body.token, flat)
+    tokens = sympy.Mul(*x.shape[:-1])
+    flat = (tokens, body.out)
+    params, rows = params_of(out, body), out.reshape(body.token, (tokens, x.shape[-1]))
     args = (Ref(rows), Ref(weights), Ref(choice), params)
     attrs = (*site_attrs(body, to.dtype, form), *more)
     if to.shape == flat:

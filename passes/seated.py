@@ -19,7 +19,7 @@ from moec.passes.body import BodyMatch, match_body
 from moec.passes.capacity import always, longest
 from moec.passes.chains import Slots, chained
 from moec.passes.flat_seats import returned
-from moec.passes.found import other_width
+from moec.passes.found import other_shape
 from moec.passes.grid import Grid, labels, on_grid, seats_of
 from moec.passes.hot import Cond, Hot, Pairs, Place, Seats, Term, flat, letters_of, whose
 from moec.passes.hot_products import distinct
@@ -253,10 +253,9 @@ def say(lifter: Lifter, root: Instr, rows: Rows, body: BodyMatch, routing: Routi
     graph = lifter.graph
     out = Writer(graph, root)
     to, x = root.types[0], graph.types[body.token]
-    if x.rank < 2 or _real(to) != _real(x) or x.dtype not in DTYPES or to.dtype not in DTYPES:
-        if to.shape[-1:] != x.shape[-1:]:
-            return other_width(x, to, root)
-        return NoMatch(f"tokens are {x}, their sum is {to}", root.results[0], 7)
+    alike = x.rank >= 2 and _real(to) == (*_real(x)[:-1], body.out)
+    if not alike or x.dtype not in DTYPES or to.dtype not in DTYPES:
+        return other_shape(x, to, root)
     dtype = routing.dtype or to.dtype
     weights: list[str] = []
     experts: list[str] = []

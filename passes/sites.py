@@ -128,14 +128,14 @@ def router_text(graph: Graph, instr: Instr) -> str:
     return f"{describe(router, int(graph.types[instr.uses[2]].shape[1]))} (in the graph)"
 
 
-def experts_text(instr: Instr) -> str:
+def experts_text(graph: Graph, instr: Instr) -> str:
     """The experts in a few words."""
     attrs = dict(instr.attrs)
     spec = KernelSpec.parse(str(attrs["spec"])).experts
     parts = [
         f"{attrs['experts']} × {'mlp' if spec.gate == 'none' else 'gated mlp'}",
         spec.activation,
-        f"F={attrs['width']}",
+        f"F={attrs['width']}{_output(graph, instr)}",
         spec.dtype,
     ]
     if spec.bias_in or spec.bias_out:
@@ -145,3 +145,9 @@ def experts_text(instr: Instr) -> str:
     if "shared" in attrs:
         parts.append(f"shared expert F={attrs['shared_width']}")
     return ", ".join(parts)
+
+
+def _output(graph: Graph, instr: Instr) -> str:
+    """The width of the output where it is another than x's."""
+    wide = instr.types[0].shape[-1]
+    return "" if wide == graph.types[instr.uses[0]].shape[-1] else f" O={wide}"

@@ -127,7 +127,11 @@ def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> t
     """The instructions that replace a sum of every expert's rows times gates that `table` says are zero elsewhere."""
     graph = lifter.graph
     to, x, gates = root.types[0], graph.types[body.token], graph.types[body.weight]
-    alike = to.shape == x.shape and gates.shape[:-1] == x.shape[:-1] and gates.shape[-1] == body.num_experts
+    alike = (
+        to.shape == (*x.shape[:-1], body.out)
+        and gates.shape[:-1] == x.shape[:-1]
+        and gates.shape[-1] == body.num_experts
+    )
     if not alike or x.rank < 2 or x.dtype not in DTYPES or to.dtype not in DTYPES:
         return NoMatch(f"tokens are {x}, gates {gates}, their sum is {to}", root.results[0], 7)
     out = Writer(graph, root)
