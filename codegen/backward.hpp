@@ -3,7 +3,7 @@
 //
 // With z = (a, b) the projections of a row, h = φ(z), g the row's gradient and w its routing weight:
 //   dh = g·W_out, dz = w·dh·φ'(z), dx = Σ_slots dz·W_in, dW_in = dzᵀ·x, dW_out = gᵀ·(w·h), dw = <dh, h> + <g, b_out>
-// since <g, W_out·h> = <g·W_out, h>. Where the weight is on the input, x stands for w·x and dw = <dz·W_in, x>.
+// since <g, W_out·h> = <g·W_out, h>. Without a second product dh = g. Where the weight is on the input, x stands for w·x and dw = <dz·W_in, x>.
 // Experts are taken in groups, which bounds the workspace. A task writes its own outputs, and what is added from group to
 // group is added in their order, so that results do not depend on the number of threads.
 #pragma once
@@ -251,7 +251,7 @@ class Backward {
     float* const ca = cd + s.rows * ldc;
     float* const cb = ca + s.rows * lda;
     if (!a.saved) project(g, s, j, n, ca, cb, lda);
-    if (want_dh) {
+    if (K::out && want_dh) {
       const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
       const W* const w = at<back_out>(a.out, s.e, j);
       tile<Op, back_out>(t, g_rows + s.row, s.rows, a.O, w, a.out.ld, n, cd, ldc, at<back_out>(a.out, s.e, j + n));
@@ -267,9 +267,9 @@ class Backward {
         vf va{}, vb{}, h, da, db;
         activations(s, r, j, c, part, ca + r * lda, cb + r * lda, va, vb);
         K::slopes(va, vb, h, da, db);
-        store_some(h_row + c, w * h, part);
+        if constexpr (K::out) store_some(h_row + c, w * h, part);
         if (!want_dh) continue;
-        const vf dh = some(cd + r * ldc + c, part);
+        const vf dh = some(K::out ? cd + r * ldc + c : g_rows[s.row + r] + j + c, part);
         share += dh * (part == L ? h : only(h, part));
         da *= w * dh, db *= w * dh;
         if constexpr (mixed) {

@@ -58,7 +58,7 @@ def views(spec: ExpertsSpec) -> int:
 
 def group_pairs(spec: KernelSpec, H: int, F: int) -> int:
     """Pairs that are taken together, unless one expert has more."""
-    return max(_GROUP_BYTES // (4 * ((views(spec.experts) + 1) * F + H)), 1)
+    return max(_GROUP_BYTES // (4 * ((views(spec.experts) + spec.experts.out) * F + H)), 1)
 
 
 def saves_activations(spec: KernelSpec, H: int, F: int, O: int, k: int) -> bool:
@@ -71,7 +71,7 @@ def saves_activations(spec: KernelSpec, H: int, F: int, O: int, k: int) -> bool:
     v, item = views(spec.experts), BYTES[spec.experts.dtype]
     kept = k * v * F * item
     working = (H + O) * 4  # copies of x and of y's gradient as floats; sums of x's gradient are autograd's too
-    eager = k * (H + O + 2 * v * F) * item
+    eager = k * (H + (O if spec.experts.out else 0) + 2 * v * F) * item
     return kept + working <= 0.6 * eager
 
 
@@ -126,7 +126,7 @@ def _sections(
         *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
         *(hits * 32, (hits + floor_div(n, _ROW_BLOCK) + 1) * 40, (hits + 1) * 64),
         *(n * 8, n * 8, n * 8, n * 8),
-        *(rows * ld[2] * 4, rows * ld[3] * 4, rows * sizes.H * 4),
+        *(rows * ld[2] * 4 if spec.experts.out else 0, rows * ld[3] * 4, rows * sizes.H * 4),
     )
 
 

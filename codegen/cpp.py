@@ -109,6 +109,8 @@ def check(spec: KernelSpec) -> None:
                 raise CodegenError(f"{type(part).__name__}.{name}={value!r}: expected one of {', '.join(allowed)}")
     if spec.router:
         _check_score(spec.router)
+    if spec.experts.bias_out and not spec.experts.out:
+        raise CodegenError("bias_out=True with out=False: an expert without an output matrix has its biases in bias_in")
     known = {"a", "b"} if spec.experts.ab_views == 2 else {"a"}
     unknown = variables(spec.experts.phi) - known
     if unknown:
@@ -218,7 +220,7 @@ def _kernel(
   static constexpr Gate gate = Gate::{e.gate};
   static constexpr Layout layout_in = Layout::{layouts[0]}, layout_out = Layout::{layouts[1]};
   static constexpr bool bias_in = {_flag(e.bias_in)}, bias_out = {_flag(e.bias_out)};
-  static constexpr bool weight_on_input = {_flag(e.weight_on == "input")};
+  static constexpr bool weight_on_input = {_flag(e.weight_on == "input")}, out = {_flag(e.out)};
   static MOEC_INLINE {name}({first}, {second}{more}) {{
 {lines}
   }}

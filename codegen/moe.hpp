@@ -71,8 +71,10 @@ class Layer {
       }
       tasks<0>();
       barrier();
-      tasks<1>();
-      barrier();
+      if constexpr (K::out) {
+        tasks<1>();
+        barrier();
+      }
       combine();
       barrier();
     }
@@ -222,6 +224,7 @@ class Layer {
     const P* const bias_a = K::bias_in ? a.bias_a.template of<P>(s.e) + j * scale : nullptr;
     const P* const bias_b = K::bias_in && two ? a.bias_b.template of<P>(s.e) + j : nullptr;
     A* const h = a.at<A>(a.at_h) + s.row * a.ld_h + j;
+    float* const out = a.at<float>(a.at_out) + s.row * a.O + j;  // what φ gives where there is no second product
     for (int64_t r = 0; r < s.rows; r++) {
       const float* const pa = ca + r * ldc;
       const float* const pb = cb + r * ldc;
@@ -243,9 +246,10 @@ class Layer {
         }
         if (a.saved) save(s.row + r, j + c, part, va, vb);
         const vf v = K::phi(va, vb);
-        store_some(h + r * a.ld_h + c, v, part);
+        if constexpr (K::out) store_some(h + r * a.ld_h + c, v, part);
+        else store_some(out + r * a.O + c, v, part);
       }
-      if (sizeof(A) == 2 && j + n == a.F && a.F % 2) h[r * a.ld_h + n] = {};
+      if (K::out && sizeof(A) == 2 && j + n == a.F && a.F % 2) h[r * a.ld_h + n] = {};
     }
   }
 

@@ -140,7 +140,7 @@ def _sections(spec: KernelSpec, sizes: Sizes, tokens: Size, t: Tuning, copied: C
         "x_rows": n * 8,
         "h_rows": n * 8,
         "router_rows": tokens * 8,
-        "h": n * ld_h * item,
+        "h": n * ld_h * item if spec.experts.out else 0,
         "out": n * sizes.O * 4,
     }
 

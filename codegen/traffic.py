@@ -97,5 +97,5 @@ def least_bytes(load: Load, sorted_pairs: bool) -> int:
     s, e = load.sizes, load.spec.experts
     each, wide = STORED[e.dtype].itemsize, STORED[load.spec.y_dtype].itemsize
     router = s.E * s.H * each if load.spec.router else 0
-    rows = load.rows * (s.F + (s.O if sorted_pairs else 0))
+    rows = load.rows * ((s.F if e.out else 0) + (s.O if sorted_pairs else 0))
     return sum(map(load.param_bytes, e.param_groups)) + router + s.T * (s.H * each + s.O * wide) + 2 * rows * each

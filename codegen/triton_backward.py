@@ -67,7 +67,7 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
         *forward.tile_buffers(at),
         Buffer("grad_rows", dtype, (pairs, sizes.O)),
         *((Buffer("x_rows", dtype, (pairs, sizes.H)),) if x_wanted else ()),
-        Buffer("h", dtype, (pairs, sizes.F)),
+        *((Buffer("h", dtype, (pairs, sizes.F)),) if spec.experts.out else ()),
         Buffer("dinputs", dtype, (pairs, at.columns)),
         Buffer("slots", dtype, (pairs, sizes.H)),
         Buffer("parts", "f32", (pairs, columns)),
@@ -121,15 +121,17 @@ def _inputs(at: forward.At) -> list[Launch]:
 def _hidden(at: forward.At, saved: bool) -> Launch:
     s, e = at.sizes, at.spec.experts
     last, strides = forward.param_arguments(at, False)
+    hidden = "h" if e.out else "dinputs"  # without a second product h is not kept
     arguments = (
         replace(forward.pointer("rows", e.dtype), binding="grad_rows"),
         forward.pointer("weights", at.operands.weights_dtype), *last, *forward.tile_pointers(at),
         replace(forward.pointer("inputs", e.dtype), binding="inputs" if saved else "dinputs"),
-        forward.pointer("dinputs", e.dtype), forward.pointer("h", e.dtype), forward.pointer("parts", "f32"),
+        forward.pointer("dinputs", e.dtype), replace(forward.pointer("h", e.dtype), binding=hidden),
+        forward.pointer("parts", "f32"),
     )  # fmt: skip
     consts = {
         "O": s.O, "F": s.F, "WIDTH": at.columns, "SAVED": saved, **strides, **forward.gemm_consts(at, s.O),
-        "WIDE_W": at.wide_w("out"),
+        "WIDE_W": e.out and at.wide_w("out"),
     }  # fmt: skip
     return _grouped(at, "backward_hidden", s.F, arguments, **consts)
 

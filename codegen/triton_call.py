@@ -131,7 +131,7 @@ class At:
     @property
     def atomic(self) -> bool:
         """Whether tiles add to one row a token, in any order."""
-        return self.config.combine == "atomic"
+        return self.config.combine == "atomic" and self.spec.experts.out
 
     @property
     def columns(self) -> int:
@@ -170,6 +170,8 @@ def at(
         raise CodegenError(f"moec::moe needs a spec with a router, got {str(spec)!r}")
     if min(sizes.T, sizes.k, sizes.E, sizes.H, sizes.F, sizes.O) < 1 or (entry == "moe" and sizes.k > sizes.E):
         raise CodegenError(f"{sizes}: expected T, H, F, O, E, k ≥ 1, and k ≤ E where a router chooses")
+    if not spec.experts.out and sizes.O != sizes.F:
+        raise CodegenError(f"{sizes}: experts without an output matrix give F numbers; expected O={sizes.F}")
     if sizes.T * sizes.k >= WIDE // 2:
         raise CodegenError(f"{sizes}: expected T·k < 2³⁰; split the batch")
     return At(spec, sizes, config, operands or ops.contiguous(spec, sizes), entry == "moe", capacity, save)

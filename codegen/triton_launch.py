@@ -87,12 +87,12 @@ def _sorted(at: At) -> Program:
     reason = undescribable(at.spec, at.sizes, at.config, at.operands) if at.config.weights == "descriptors" else None
     if reason:
         raise CodegenError(f"weights='descriptors': {reason}; use weights='pointers'")
-    steps = [dispatch(at), _gate_up(at), _down(at)]
+    steps = [dispatch(at), _gate_up(at), *((_down(at),) if at.spec.experts.out else ())]
     if at.config.specialized:
         steps.insert(1, permute(at))
     if at.routed:
         steps.insert(0, _router(at))
-    if at.config.combine == "separate":
+    if at.config.combine == "separate" or not at.spec.experts.out:
         steps.append(_combine(at))
     return Program(tuple(steps), buffers(at), at.config.weights == "descriptors")
 
@@ -100,12 +100,18 @@ def _sorted(at: At) -> Program:
 def buffers(at: At) -> tuple[Buffer, ...]:
     """What the launches share; T may be a symbol."""
     s, dtype = at.sizes, at.spec.experts.dtype
-    h = Buffer("h", dtype, (at.pairs, s.F))
+    h = Buffer(_hidden(at), dtype, (at.pairs, s.F))
     if at.config.variant == "decode":
         return (h,)
     slots = Buffer("slots", "f32", (s.T, s.O), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.O))
     rows = (Buffer("rows", dtype, (at.rows, s.H)),) if at.config.specialized else ()
-    return (*tile_buffers(at), replace(h, shape=(at.rows, s.F)), slots, *rows)
+    between = (replace(h, shape=(at.rows, s.F)),) if at.spec.experts.out else ()
+    return (*tile_buffers(at), *between, slots, *rows)
+
+
+def _hidden(at: At) -> str:
+    """Where φ's results go: without a second product they are the slots."""
+    return "h" if at.spec.experts.out else "slots"
 
 
 def buffer_formula(
@@ -133,7 +139,7 @@ def buffer_formula(
 
 
 def _decode(at: At) -> Program:
-    steps = [_decode_gate_up(at), _decode_down(at)]
+    steps = [_decode_gate_up(at), _decode_down(at) if at.spec.experts.out else _combine(at)]
     if at.routed:
         steps.insert(0, _decode_logits(at))
     return Program(tuple(steps), buffers(at))
@@ -230,8 +236,8 @@ def _gate_up(at: At) -> Launch:
     )  # fmt: skip
     x = replace(pointer("x", at.spec.experts.dtype), binding="rows") if c.specialized else pointer("x", o.x_dtype)
     arguments = (
-        x, *weights, *pointers, *tile_pointers(at), pointer("h", at.spec.experts.dtype),
-        replace(pointer("saved", at.spec.experts.dtype), binding="saved" if at.save else "h"),
+        x, *weights, *pointers, *tile_pointers(at), replace(pointer("h", at.spec.experts.dtype), binding=_hidden(at)),
+        replace(pointer("saved", at.spec.experts.dtype), binding="saved" if at.save else _hidden(at)),
         Argument("m_tiles", "i32", at.m_tiles), *consts,
     )  # fmt: skip
     return Launch("gate_up", (_blocks(at, at.m_tiles * n_tiles),), arguments, c.num_warps, c.num_stages)
@@ -311,7 +317,7 @@ def _decode_gate_up(at: At) -> Launch:
         **_gemv_consts(at, s.H),
     )  # fmt: skip
     kernel = "decode_route_gate_up" if at.routed else "decode_gate_up"
-    h = pointer("h", at.spec.experts.dtype)
+    h = replace(pointer("h", at.spec.experts.dtype), binding=_hidden(at))
     grid = (ceil_div(s.F, c.block_n), s.k, s.T)
     return Launch(kernel, grid, (pointer("x", o.x_dtype), *routing, *pointers, h, *consts), c.num_warps, 1)
 

@@ -253,7 +253,7 @@ def _cycles(spec: KernelSpec, t: Tuning, sizes: Sizes, target: Target, threads: 
         (sizes.H, sizes.F * spec.experts.ab_views, spec.experts.layout_in),
         (sizes.F, sizes.O, spec.experts.layout_out),
     )
-    for phase, (depth, width, layout) in enumerate(shapes):
+    for phase, (depth, width, layout) in enumerate(shapes[: 1 + spec.experts.out]):
         m = min(rows, t.row_block)
         blocks = -(-rows // t.row_block)
         streamed = m <= t.few[phase]

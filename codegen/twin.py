@@ -69,11 +69,11 @@ def _keep_best_groups(choice: Tensor, spec: RouterSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert's parameters as views: w_a and w_b are [F, H], w_out is [O, F], biases are vectors or None."""
+    """One expert's parameters as views: w_a and w_b are [F, H], w_out is [O, F] or None, as biases are."""
 
     w_a: Tensor
     w_b: Tensor | None
-    w_out: Tensor
+    w_out: Tensor | None
     b_a: Tensor | None
     b_b: Tensor | None
     b_out: Tensor | None
@@ -95,7 +95,7 @@ def selected(params: Sequence[Tensor], spec: ExpertsSpec, e: int) -> dict[str, T
 def _views(named: dict[str, Tensor], spec: ExpertsSpec) -> Expert:
     named = _dequantised(named, spec)
     nk_in, nk_out = spec.layout_in == "nk", spec.layout_out == "nk"
-    w_out = named["out"] if nk_out else named["out"].t()
+    w_out = None if not spec.out else named["out"] if nk_out else named["out"].t()
     if spec.gate == "separate":
         w_a, w_b = (named[g] if nk_in else named[g].t() for g in ("a", "b"))
         return Expert(w_a, w_b, w_out, named.get("bias_a"), named.get("bias_b"), named.get("bias_out"))
@@ -195,7 +195,7 @@ def experts(
         if saved is not None:
             saved[tokens * experts.shape[1] + slots] = torch.cat(list(env.values()), -1).to(saved.dtype)
         h = evaluate(s.phi, env).to(dtype)
-        out = nnf.linear(h, at.w_out, at.b_out).to(wide)
+        out = (h if at.w_out is None else nnf.linear(h, at.w_out, at.b_out)).to(wide)
         y.index_add_(0, tokens, out if s.weight_on == "input" else out * w)
     return y.to(y_dtype(spec, dtype))
 
@@ -248,10 +248,11 @@ def _expert_backward(
     scaled = (rows * w).to(dtype) if on_input else rows.to(dtype)
     env = _phi_inputs(scaled, at, wide)
     h = evaluate(s.phi, env).to(dtype).to(wide)
-    scaled, w_out = scaled.to(wide), at.w_out.to(wide)
+    scaled, w_out = scaled.to(wide), None if at.w_out is None else at.w_out.to(wide)
     g_out = g if on_input else g * w
-    dh = g_out @ w_out
-    _put(grads.w_out, g_out, h)
+    dh = g_out if w_out is None else g_out @ w_out
+    if grads.w_out is not None:
+        _put(grads.w_out, g_out, h)
     _put_bias(grads.b_out, g_out)
     drows = torch.zeros_like(rows)
     for name, weight, dweight, dbias in (("a", at.w_a, grads.w_a, grads.b_a), ("b", at.w_b, grads.w_b, grads.b_b)):
@@ -263,7 +264,7 @@ def _expert_backward(
         _put_bias(dbias, slope)
     if on_input:
         return drows * w, (drows * rows).sum(-1)
-    out = h @ w_out.t()
+    out = h if w_out is None else h @ w_out.t()
     out = out if at.b_out is None else out + at.b_out.to(wide)
     return drows, (g * out.to(dtype).to(wide)).sum(-1)
 

@@ -101,7 +101,7 @@ class ParamTransform:
 
 @dataclass(frozen=True)
 class Body:
-    """What an expert does with one row: mlp | gated | opaque.
+    """What an expert does with one row: mlp | gated, or without an output matrix linear | glu, or opaque.
 
     activation is an expression over the projections a and b (`mul(silu(a), b)`); params are (role, value name[s]) pairs
     in kernel order; layouts: nk (output axis first) or kn.

@@ -227,7 +227,7 @@ def _dispatch(reader: Reader, draft: Draft, left: str) -> None:
 def _body(reader: Reader, draft: Draft, left: str) -> None:
     if draft.body:
         reader.fail("one 'body' a site", found="a second one")
-    into: dict[str, Any] = {"kind": reader.word("mlp, gated or opaque"), "activation": _activation(reader)}
+    into: dict[str, Any] = {"kind": reader.word("mlp, gated, linear, glu or opaque"), "activation": _activation(reader)}
     _is(reader, "of", "%r", "in")
     into["dtype"] = reader.word("a dtype")
     at = reader.peek

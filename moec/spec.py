@@ -96,6 +96,7 @@ class ExpertsSpec:
     activation  φ as an expression over a and b
     weight_on   output: y is multiplied by the routing weight; input: x is
     stacked     True: one [E, …] tensor a parameter; False: E separate tensors (a ModuleList), bound by pointer table
+    out         False: there is no second product, y = φ(W_a·x + b_a, W_b·x + b_b), and O is F
     codes       how matrices are kept (a `moec.coding.Coding`'s text); empty: in `dtype`. int8 and fp8 have scales in
                 fp32, groups of their own. Products are computed in `dtype` in any case
     """
@@ -110,6 +111,7 @@ class ExpertsSpec:
     weight_on: str = "output"
     stacked: bool = True
     codes: str = ""
+    out: bool = True
 
     @property
     def coding(self) -> Coding | None:
@@ -129,8 +131,9 @@ class ExpertsSpec:
         """
         first = ("a", "b") if self.gate == "separate" else ("ab",)
         biases = tuple(f"bias_{g}" for g in first) if self.bias_in else ()
-        scales = tuple(f"scale_{g}" for g in (*first, "out")) if self.coding and self.coding.scaled else ()
-        return (*first, "out", *biases, *(("bias_out",) if self.bias_out else ()), *scales)
+        matrices = (*first, "out") if self.out else first
+        scales = tuple(f"scale_{g}" for g in matrices) if self.coding and self.coding.scaled else ()
+        return (*matrices, *biases, *(("bias_out",) if self.bias_out else ()), *scales)
 
     def stored(self, group: str) -> str:
         """The element type of a parameter group: f32, bf16, f16, int8 or fp8."""
@@ -147,15 +150,15 @@ class ExpertsSpec:
 
         Without O, experts give rows as wide as they read them.
         """
-        O = H if O is None else O
+        wide = H if O is None else O
         if group.startswith("scale_"):
             assert self.coding is not None
             rows, columns = self.shape(group.removeprefix("scale_"), H, F, O)
             return self.coding.scale_shape(rows, columns)
         width = 2 * F if self.gate in ("concat", "interleaved") else F
         if group.startswith("bias_"):
-            return (O,) if group == "bias_out" else (width,)
-        return (O, F) if group == "out" else (width, H)
+            return (wide,) if group == "bias_out" else (width,)
+        return (wide, F) if group == "out" else (width, H)
 
     def stored_shape(self, group: str, H: N, F: N, O: N | None = None) -> tuple[N, ...]:
         """The shape of one expert's parameter as it is stored."""
@@ -194,11 +197,14 @@ def stored_dtypes(s: ExpertsSpec, count: int) -> list[torch.dtype]:
 
 def widths(s: ExpertsSpec, params: Sequence[torch.Tensor]) -> tuple[int, int, int]:
     """(H, F, O), from the tensors of a spec's parameter groups."""
-    groups = s.param_groups
+    groups, first = s.param_groups, params[0].shape
+    rows, hidden = (first[-2], first[-1]) if s.layout_in == "nk" else (first[-1], first[-2])
+    if not s.out:
+        width = rows // 2 if s.gate in ("concat", "interleaved") else rows
+        return hidden, width, width
     out = params[groups.index("out") * (1 if s.stacked else len(params) // len(groups))].shape
-    first = params[0].shape
     wide, deep = (out[-2], out[-1]) if s.layout_out == "nk" else (out[-1], out[-2])
-    return first[-1 if s.layout_in == "nk" else -2], deep, wide
+    return hidden, deep, wide
 
 
 def _fields_text(name: str, spec: RouterSpec | ExpertsSpec) -> str:

@@ -126,7 +126,7 @@ VOCABULARY: Mapping[str, frozenset[str]] = {
         "capacity.order": "position choice score",
         "capacity.drop": "zero passthrough never",
         "dispatch.granularity": "token sequence sample",
-        "body.kind": "mlp gated opaque",
+        "body.kind": "mlp gated linear glu opaque",
         "body.gate": "none concat interleaved separate",
         "body.layout_in": "nk kn",
         "body.layout_out": "nk kn",
@@ -179,8 +179,8 @@ def _body_problems(body: ir.Body) -> Iterable[str]:
         yield f"the body's parameters {', '.join(roles)} have a role twice"
     if body.kind == "opaque":
         return
-    if (body.kind == "mlp") != (body.gate == "none"):
-        yield f"a body of kind {body.kind!r} has gate={body.gate!r}, expected 'none' for mlp and only for mlp"
+    if (body.kind in ("mlp", "linear")) != (body.gate == "none"):
+        yield f"a body of kind {body.kind!r} has gate={body.gate!r}, expected 'none' for mlp and linear, and only there"
     try:
         names = ex.variables(ex.parse(body.activation))
     except ParseError as error:

@@ -57,14 +57,10 @@ def match_body(graph: Graph, row: Row, first: int | None = None) -> BodyMatch | 
     weight, inner = split_weight(row)
     if isinstance(inner, NoMatch):
         return inner
-    down, bias_out = _split_bias(inner)
-    if not isinstance(down, Dot):
-        return NoMatch(f"an expert's output is {text(inner)[:120]}, expected a product with its output matrix", depth=2)
-    found: list[Projection] = []
-    tokens: set[Row] = set()
-    phi = _activation(graph, down.row, found, tokens)
-    if isinstance(phi, NoMatch):
-        return phi.deeper(4)
+    read = _read(graph, inner)
+    if isinstance(read, NoMatch):
+        return read
+    phi, found, tokens, down, bias_out = read
     if len(tokens) != 1 or not found:
         return NoMatch(f"an expert reads {len(tokens)} inputs, expected one token row", depth=4)
     given, token = split_weight(next(iter(tokens)))
@@ -80,6 +76,9 @@ def split_weight(row: Row) -> tuple[Slot | Gate | None, Row | NoMatch]:
     row = strip(row)
     if isinstance(row, Apply) and row.fn == "mul":
         for factor, rest in (row.args, row.args[::-1]):
+            if isinstance(strip(factor), Number) and not isinstance(strip(rest), Slot | Gate):
+                weight, inner = split_weight(rest)
+                return (None, row) if weight is None else (weight, _times(inner, factor))
             if isinstance(strip(factor), Slot | Gate):
                 again, inner = split_weight(rest)
                 if again is not None:
@@ -88,6 +87,51 @@ def split_weight(row: Row) -> tuple[Slot | Gate | None, Row | NoMatch]:
                 assert isinstance(held, Slot | Gate)
                 return held, inner
     return None, row
+
+
+_Read = tuple[ex.Expr, list[Projection], set[Row], Dot | None, Expert | None]
+
+
+def _read(graph: Graph, inner: Row) -> _Read | NoMatch:
+    """φ, the projections that it reads, what these read, and the output matrix with its bias, where there is one."""
+    found: list[Projection] = []
+    tokens: set[Row] = set()
+    phi = _activation(graph, inner, found, tokens)
+    if not isinstance(phi, NoMatch) and all(isinstance(_unweighted(token), Token) for token in tokens):
+        return phi, found, tokens, None, None
+    factor, scaled = _split_number(inner)
+    down, bias_out = _split_bias(scaled)
+    if not isinstance(down, Dot):
+        return NoMatch(f"an expert's output is {text(inner)[:120]}, expected a product with its output matrix", depth=2)
+    found, tokens = [], set()
+    phi = _activation(graph, down.row, found, tokens)
+    if isinstance(phi, NoMatch):
+        return phi.deeper(4)
+    if factor != 1.0 and bias_out is not None:
+        return NoMatch(f"an expert's output and its bias are multiplied by {factor}", depth=4)
+    # A number times the output is that number times what the output matrix reads.
+    return (phi if factor == 1.0 else ex.call("mul", phi, ex.Const(factor))), found, tokens, down, bias_out
+
+
+def _times(row: Row | NoMatch, number: Row) -> Row | NoMatch:
+    return row if isinstance(row, NoMatch) else Apply("mul", (row, number))
+
+
+def _unweighted(row: Row) -> Row | NoMatch:
+    inner = split_weight(row)[1]
+    return inner if isinstance(inner, NoMatch) else strip(inner)
+
+
+def _split_number(row: Row) -> tuple[float, Row]:
+    """c·r → (c, r); (1, r) where no number multiplies r."""
+    row = strip(row)
+    if isinstance(row, Apply) and row.fn == "mul":
+        for number, rest in (row.args, row.args[::-1]):
+            held = strip(number)
+            if isinstance(held, Number):
+                value, inner = _split_number(rest)
+                return held.value * value, inner
+    return 1.0, row
 
 
 def _split_bias(row: Row) -> tuple[Row, Expert | None]:
@@ -184,7 +228,7 @@ def _assemble(
     graph: Graph,
     phi: ex.Expr,
     found: list[Projection],
-    down: Dot,
+    down: Dot | None,
     bias_out: Expert | None,
     token: Row,
     factors: tuple[Slot | Gate | None, Slot | Gate | None],
@@ -197,17 +241,21 @@ def _assemble(
     kind, order = gate
     names = {f"p{found.index(p)}": letter for p, letter in zip(order, "ab", strict=False)}
     one = order[:1] if kind != "separate" else order
-    weights = [*(p.weight for p in one), down.weight]
+    weights = [*(p.weight for p in one), *([] if down is None else [down.weight])]
     biases = [p.bias for p in one]
     some = next((b for b in biases if b is not None), None)
     if first is not None and some is not None and None in biases:
         return NoMatch("one projection has a bias, the other has none, in a loop over some experts", depth=6)
+    flat = next((w for w in weights if len(w.order) != 2), None)
+    if flat is not None:
+        return NoMatch(f"an expert's matrix %{flat.values[0]} has {len(flat.order)} axes, expected 2", depth=6)
     layouts = {_layout(p.weight, p.axis) for p in one}
     tensors = [*weights, *(b for b in (*biases, bias_out) if b is not None)]
     plain = _plain(graph, tensors, first)
     if isinstance(plain, NoMatch):
         return plain
-    coded = coding_of(graph, [*((p.weight, p.axis) for p in one), (down.weight, down.axis)])
+    last = () if down is None else ((down.weight, down.axis),)
+    coded = coding_of(graph, [*((p.weight, p.axis) for p in one), *last])
     if isinstance(coded, NoMatch):
         return coded
     codes, dtype = coded
@@ -227,14 +275,19 @@ def _assemble(
         dtype=dtype,
         gate=kind,
         layout_in=layouts.pop(),
-        layout_out=_layout(down.weight, down.axis),
+        layout_out="nk" if down is None else _layout(down.weight, down.axis),
         activation=str(_rename(phi, names)),
         bias_in=some is not None,
         bias_out=bias_out is not None,
         weight_on="input" if given is not None else "output",
         stacked=weights[0].stacked,
         codes="" if codes == "cast" else codes,
+        out=down is not None,
     )
+    rows = _matrix_dims(graph, order[0].weight)[1 - order[0].axis]
+    width = rows / 2 if kind in ("concat", "interleaved") else rows
+    if down is not None:
+        width, rows = (_matrix_dims(graph, down.weight)[axis] for axis in (down.axis, 1 - down.axis))
     assert isinstance(token, Token)
     return BodyMatch(
         spec,
@@ -243,8 +296,8 @@ def _assemble(
         isinstance(factor, Gate),
         (*(t.values for t in weights), *groups, *(w.scale for w in scales)),
         plain,
-        _matrix_dims(graph, down.weight)[down.axis],
-        _matrix_dims(graph, down.weight)[1 - down.axis],
+        width,
+        width if down is None else rows,
         tuple(scale_shape(graph, w) for w in scales),
         dtype if codes == "cast" else "",
     )

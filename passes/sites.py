@@ -10,7 +10,7 @@ from moec import ir
 from moec.capacity import size_of
 from moec.graph import Graph, Instr, Ref, normal_dim
 from moec.passes.find_routers import describe
-from moec.spec import KernelSpec, RouterSpec
+from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 
 def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
@@ -22,7 +22,7 @@ def site_of(graph: Graph, instr: Instr, name: str, training: bool) -> ir.Site:
     experts = _dim(attrs["experts"])
     k = sympy.Integer(int(str(attrs["k"]))) if instr.word == "moe" else graph.types[instr.uses[2]].shape[1]
     body = ir.Body(
-        kind="mlp" if spec.experts.gate == "none" else "gated",
+        kind=kind_of(spec.experts),
         activation=spec.experts.activation,
         width=_dim(attrs["width"]),
         gate=spec.experts.gate,
@@ -128,14 +128,24 @@ def router_text(graph: Graph, instr: Instr) -> str:
     return f"{describe(router, int(graph.types[instr.uses[2]].shape[1]))} (in the graph)"
 
 
+_NAMES = {"mlp": "mlp", "gated": "gated mlp", "linear": "linear", "glu": "gated linear"}
+
+
+def kind_of(spec: ExpertsSpec) -> str:
+    """What an expert does with a row, in the IR's words."""
+    if spec.out:
+        return "mlp" if spec.gate == "none" else "gated"
+    return "linear" if spec.gate == "none" else "glu"
+
+
 def experts_text(graph: Graph, instr: Instr) -> str:
     """The experts in a few words."""
     attrs = dict(instr.attrs)
     spec = KernelSpec.parse(str(attrs["spec"])).experts
     parts = [
-        f"{attrs['experts']} × {'mlp' if spec.gate == 'none' else 'gated mlp'}",
+        f"{attrs['experts']} × {_NAMES[kind_of(spec)]}",
         spec.activation,
-        f"F={attrs['width']}{_output(graph, instr)}",
+        f"F={attrs['width']}{_output(graph, instr)}" if spec.out else f"O={attrs['width']}",
         spec.dtype,
     ]
     if spec.bias_in or spec.bias_out:

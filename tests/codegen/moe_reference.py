@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moec.codegen import twin
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.spec import DTYPES, ExpertsSpec, KernelSpec, widths
 
 _GATE = "mul(clamp_max(a, 7.0), sigmoid(mul(1.702, clamp_max(a, 7.0))))"
 CLAMPED = f"mul({_GATE}, add(clamp_max(clamp_min(b, -7.0), 7.0), 1.0))"
@@ -27,7 +27,7 @@ def halves(rows, gate):
     return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
-def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None):
+def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None, O=None):
     """Parameters in the order of the spec's groups; inner strides 1, row strides wider than the rows."""
     g = torch.Generator().manual_seed(seed)
     dtype = dtype or DTYPES[spec.dtype]
@@ -41,9 +41,9 @@ def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None):
     made = []
     for group in spec.param_groups:
         if group == "out":
-            tensor = matrix(H, F, spec.layout_out)
+            tensor = matrix(O or H, F, spec.layout_out)
         elif group == "bias_out":
-            tensor = torch.randn(E, H, generator=g).to(dtype)
+            tensor = torch.randn(E, O or H, generator=g).to(dtype)
         elif group.startswith("bias_"):
             tensor = torch.randn(E, widths[group[5:]], generator=g).to(dtype)
         else:
@@ -53,14 +53,15 @@ def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None):
 
 
 def layer(x, weights, experts, params, spec: KernelSpec):
-    """y[T, H] in float64, differentiable."""
+    """y[T, O] in float64, differentiable."""
     s = spec.experts
     count = 1 if s.stacked else len(params) // len(s.param_groups)
     groups = {g: params[i] if s.stacked else params[i * count : (i + 1) * count] for i, g in enumerate(s.param_groups)}
-    E = len(groups["out"])
+    E = len(groups[s.param_groups[0]])
+    wide = widths(s, params)[2]
     rows = []
     for t in range(x.shape[0]):
-        y = torch.zeros(x.shape[1], dtype=torch.float64)
+        y = torch.zeros(wide, dtype=torch.float64)
         for slot in range(experts.shape[1]):
             e = int(experts[t, slot])
             if not 0 <= e < E:
@@ -77,11 +78,11 @@ def layer(x, weights, experts, params, spec: KernelSpec):
             va = a @ row if bias_a is None else a @ row + bias_a
             vb = None if b is None else (b @ row if bias_b is None else b @ row + bias_b)
             h = PHI[s.activation](va, vb)
-            out = (p["out"] if s.layout_out == "nk" else p["out"].t()) @ h
+            out = ((p["out"] if s.layout_out == "nk" else p["out"].t()) @ h) if s.out else h
             out = out + p["bias_out"] if s.bias_out else out
             y = y + (out if s.weight_on == "input" else out * w)
         rows.append(y)
-    return torch.stack(rows) if rows else torch.zeros_like(x, dtype=torch.float64)
+    return torch.stack(rows) if rows else torch.zeros(0, wide, dtype=torch.float64)
 
 
 def routing(kind, T, E, k, seed=0):

@@ -52,8 +52,8 @@ def with_gate(gate, layout, stacked, bias, on, dtype="f32"):
     )
 
 
-def check_experts(spec, config, T, H, F, E, k, kind="random", x=None):
-    params = make_params(spec.experts, H, F, E)
+def check_experts(spec, config, T, H, F, E, k, kind="random", x=None, O=None):
+    params = make_params(spec.experts, H, F, E, O=O)
     weights, experts = routing(kind, T, E, k)
     x = torch.randn(T, H).to(params[0].dtype) if x is None else x
     y = kernel(spec, config).experts(x, weights, experts, params)
@@ -85,6 +85,23 @@ ALL_FORMS = list(
 @pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
 def test_forms(form, config):
     check_experts(with_gate(*form), config, 5, 20, 24, 3, 2, "sentinels")
+
+
+def one_matrix(form, dtype="f32"):
+    spec = with_gate(*form, dtype)
+    return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, bias_out=False, out=False))
+
+
+@pytest.mark.parametrize("config", [SORTED, ATOMIC, DECODE], ids=lambda c: f"{c.variant}-{c.combine}")
+@pytest.mark.parametrize("O", [1, 37])
+def test_outputs_of_another_width(O, config):
+    check_experts(with_gate(*FORMS[2]), config, 5, 20, 24, 3, 2, "sentinels", O=O)
+
+
+@pytest.mark.parametrize("config", [SORTED, ATOMIC, DECODE, SCHEDULES["persistent"]], ids=str)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[5]], ids=str)
+def test_experts_without_an_output_matrix(form, config):
+    check_experts(one_matrix(form), config, 5, 20, 17, 3, 2, "sentinels")
 
 
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[8]], ids=str)
@@ -221,23 +238,26 @@ def test_separate_tensors_of_unlike_strides_and_bad_shapes():
     y = kernel(spec).experts(x, weights, experts, params)
     assert relative(y, layer(x, weights, experts, params, spec)) < LIMITS["f32"]
     with pytest.raises(CodegenError, match=r"parameter 'ab' is \[24, 15\], expected \[24, 16\]"):
-        kernel(spec).experts(x, weights, experts, [params[0][:, :15], *params[1:]])
+        kernel(spec).experts(x, weights, experts, [params[0], params[1][:, :15], *params[2:]])
 
 
 BACKWARD_FORMS = [FORMS[i] for i in (0, 1, 2, 5, 6, 8)]
 
 
-def check_backward(form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, save=False, config=None):
-    spec = with_gate(*form, dtype)
-    params = make_params(spec.experts, H, F, E)
+def check_backward(
+    form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, save=False, config=None, O=None, one=False
+):
+    spec = one_matrix(form, dtype) if one else with_gate(*form, dtype)
+    O = F if one else O or H
+    params = make_params(spec.experts, H, F, E, O=O)
     weights, experts = routing(kind, T, E, k)
-    x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, H).to(params[0].dtype)
+    x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, O).to(params[0].dtype)
     needs = [True] * (2 + len(params))
     saved, forward = None, TritonKernel(spec, DEVICE)
     if save:
         saved = moved(torch.full((T * k, spec.experts.ab_views * F), torch.nan, dtype=params[0].dtype))
         y = There(forward).experts(x, weights, experts, params, "", "", saved)
-        same = forward.with_config(sorted_config(forward.config_for(Sizes(T, H, F, E, k))))
+        same = forward.with_config(sorted_config(forward.config_for(Sizes(T, H, F, E, k, O))))
         assert torch.equal(y, There(same).experts(x, weights, experts, params))
     backward = There(TritonBackward(forward.with_config(config) if config else forward))
     dx, dweights, dparams = backward(g, x, weights, experts, params, needs, saved)
@@ -262,6 +282,16 @@ def test_gradients(form):
 @pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
 def test_gradients_from_what_forward_kept(form):
     check_backward(form, "f32", save=True)
+
+
+@pytest.mark.parametrize(("form", "O"), [(FORMS[0], 1), (FORMS[2], 37)], ids=str)
+def test_gradients_of_another_width(form, O):
+    check_backward(form, "f32", O=O)
+
+
+@pytest.mark.parametrize(("form", "save"), [(FORMS[0], True), (FORMS[2], False), (FORMS[5], False)], ids=str)
+def test_gradients_without_an_output_matrix(form, save):
+    check_backward(form, "f32", F=17, save=save, one=True)
 
 
 @pytest.mark.parametrize("save", [False, True])

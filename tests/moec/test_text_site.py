@@ -18,7 +18,7 @@ from moec.site_text import dump_site, names_text, run
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 T = symbol("T")
-I = sympy.Integer  # noqa: E741
+I = sympy.Integer
 
 EXAMPLE = """\
 moe @model.layers.0.mlp (%x: bf16[T, 2048]) -> (%y: bf16[T, 2048]) E=64 form=grouped {    # model.py:279
