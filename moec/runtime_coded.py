@@ -51,7 +51,7 @@ class CodedKernel(TritonKernel):
 
     def _encoded(self, params: Sequence[Tensor]) -> Bound:
         start = time.perf_counter()
-        count, _, _ = checked_sizes(self.user.experts, params)
+        count, *_ = checked_sizes(self.user.experts, params)
         copy = encode(params, self.user, self.spec)
         if copy.tensors["out"].is_cuda:
             torch.cuda.synchronize(copy.tensors["out"].device)

@@ -1,4 +1,4 @@
-"""What every test sees: one folder of built kernels for a run, the terminal of a pipe, and the options of the fuzzer."""
+"""What every test sees: one folder of kernels for a run, the terminal of a pipe, and the options of the fuzzer."""
 
 from __future__ import annotations
 
