@@ -175,10 +175,21 @@ class ActionHeads(nn.Module):
         return torch.tanh(y) * weight.unsqueeze(-1)
 
 
+class ValuesByEinsum(ActionHeads):
+    """One number of each chosen expert."""
+
+    O = 1
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        y = torch.einsum("th,tkho->tko", x, self.weight[ids]) + self.bias[ids]
+        return (y * weights.unsqueeze(-1)).sum(1)
+
+
 class GatheredLinears(ActionHeads):
     """The same for k slots, as batched products."""
 
-    O = 1
+    O = 2
 
     def forward(self, x):
         weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
@@ -207,8 +218,12 @@ class SortedLinears(ActionHeads):
         weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
         flat = ids.flatten()
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=E).tolist()
-        made = [rows @ self.weight[e] for e, rows in enumerate(x[order // K].split(counts))]
+        rows = x[order // K]
+        counts = torch.bincount(flat, minlength=E)
+        made, begin = [], 0
+        for e, n in enumerate(counts.tolist()):
+            made.append(rows[begin : begin + n] @ self.weight[e])
+            begin += n
         y = torch.cat(made)[order.argsort()].view(x.shape[0], K, self.O)
         return (y * weights.unsqueeze(-1)).sum(1)
 
@@ -272,7 +287,10 @@ class GatedLinear(nn.Module):
         return out
 
 
-ONE = (OneLinear, ActionHeads, GatheredLinears, DenseLinears, SortedLinears, LowRank, StackedLowRank, GatedLinear)
+ONE = (
+    *(OneLinear, ActionHeads, ValuesByEinsum, GatheredLinears, DenseLinears, SortedLinears),
+    *(LowRank, StackedLowRank, GatedLinear),
+)
 
 
 class SoftMixtures(ActionHeads):
@@ -287,20 +305,17 @@ class SoftMixtures(ActionHeads):
         return torch.cat([torch.einsum("be,beo->bo", gate(x).softmax(-1), rows) for gate in self.gates], -1)
 
 
-class ScaledBias(OneLinear):
+class ScaledBias(ActionHeads):
     """A number times an output with its bias, behind a product of another matrix."""
 
     def __init__(self):
         super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(H, F) for _ in range(E))
-        self.heads = nn.ModuleList(nn.Linear(F, self.O) for _ in range(E))
+        self.up = nn.Parameter(torch.randn(E, H, H) * 0.3)
 
     def forward(self, x):
-        weights, ids = self.gate(x).softmax(-1).topk(self.k, dim=-1)
-        hit = torch.einsum("th,tkfh->tkf", x, torch.stack([up.weight for up in self.ups])[ids])
-        y = torch.einsum("tkf,tkof->tko", hit, torch.stack([head.weight for head in self.heads])[ids])
-        y = (y + torch.stack([head.bias for head in self.heads])[ids]) * 0.5
-        return (y * weights.unsqueeze(-1)).sum(1)
+        weights, ids = self.gate(x).softmax(-1).topk(K, dim=-1)
+        y = torch.einsum("tkf,tkfo->tko", torch.einsum("th,tkhf->tkf", x, self.up[ids]), self.weight[ids])
+        return ((y + self.bias[ids]) * 0.5 * weights.unsqueeze(-1)).sum(1)
 
 
 class OneVector(ActionHeads):
@@ -313,7 +328,7 @@ class OneVector(ActionHeads):
 
 
 NEAR = (
-    (SoftMixtures, ""),
+    (SoftMixtures, "every expert counts for every token"),
     (ScaledBias, "multiplied by 0.5"),
-    (OneVector, ""),
+    (OneVector, "`mul` of no rows"),
 )

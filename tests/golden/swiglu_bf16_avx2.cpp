@@ -16,7 +16,7 @@ struct Kernel {
   static constexpr Gate gate = Gate::concat;
   static constexpr Layout layout_in = Layout::nk, layout_out = Layout::nk;
   static constexpr bool bias_in = false, bias_out = false;
-  static constexpr bool weight_on_input = false;
+  static constexpr bool weight_on_input = false, out = true;
   static MOEC_INLINE vf phi(vf a, vf b) {
     return mul(silu(a), b);
   }
