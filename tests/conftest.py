@@ -1,4 +1,4 @@
-"""What every test sees: one folder of kernels for a run, the terminal of a pipe, and the options of the fuzzer."""
+"""What every test sees: a run's one folder of built kernels, the terminal of a pipe, and the fuzzer's options."""
 
 from __future__ import annotations
 

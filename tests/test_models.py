@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import moec
+from compiling import compiled
 
 zoo = pytest.importorskip("zoo")
 pytest.importorskip("transformers")
@@ -20,11 +19,10 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize(("name", "implementation"), zoo.CASES)
 def test_all_layers_are_fused_in_one_graph_with_equal_logits(name, implementation):
     model, ids = zoo.library_model(name, implementation), zoo.prompt(13)
-    torch._dynamo.reset()
+    run, report = compiled(model)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-        report = moec.explain(model, ids, use_cache=False, moec_options=QUICK)
-        got = torch.compile(model, backend="moec", options=QUICK)(ids, use_cache=False).logits
+        got = run(ids, use_cache=False).logits
     assert report.graphs == 1, report.graph_breaks
     assert [s.status for s in report.sites] == ["fused"] * zoo.MODELS[name][2], report
     assert relative_error(got, want) <= 1e-5
@@ -32,7 +30,7 @@ def test_all_layers_are_fused_in_one_graph_with_equal_logits(name, implementatio
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_logits_in_bf16(name):
-    model, ids = zoo.library_model(name, "eager", torch.bfloat16), zoo.prompt(13)
+    model, ids = zoo.library_model(name, "eager", torch.bfloat16, layers=1), zoo.prompt(13)
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
@@ -42,7 +40,7 @@ def test_logits_in_bf16(name):
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_greedy_decoding_with_a_cache_is_identical(name):
-    model, ids = zoo.library_model(name, "eager"), zoo.prompt(5, batch=1)
+    model, ids = zoo.library_model(name, "eager", layers=1), zoo.prompt(5, batch=1)
     torch._dynamo.reset()
     with torch.no_grad():
         want = model.generate(ids, max_new_tokens=32, do_sample=False, use_cache=True)

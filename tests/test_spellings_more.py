@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiling import compiled
 from spellings_more import SPELLINGS, Spelling
-
-from moec.backend import Backend
-from moec.options import Options
-from moec.report import Report
 
 COUNTS = (13, 7, 40)  # one dynamic compile; the gradients' test compiles for 13 alone
 SMALL = ("CountsByScatter", "SplitAndCat", "OpaqueMasks-LoraExpert", "CheckpointedHits")
-
-
-def compiled(module, dynamic=None, **options):
-    torch._dynamo.reset()
-    report = Report()
-    backend = Backend(Options.make({"rest": "eager", **options}), report=report)
-    return torch.compile(module, backend=backend, dynamic=dynamic), report
 
 
 def made(spelling: Spelling):

@@ -76,12 +76,17 @@ CASES = tuple((name, how) for name in MODELS for how in IMPLEMENTATIONS if how =
 """Every family in every experts implementation that the library offers for it."""
 
 
-def library_model(name: str, implementation: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A random model of the family `name`, in evaluation mode, with that experts implementation."""
+def library_model(name: str, implementation: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
+    """A random model of the family `name`, in evaluation mode, with that experts implementation; its last is MoE."""
     import transformers
 
     config_class, extra, _ = MODELS[name]
-    config = getattr(transformers, config_class)(**{**COMMON, **extra})
+    values = {**COMMON, **extra, "num_hidden_layers": layers}
+    if "layer_types" in values:
+        values["layer_types"] = values["layer_types"][:layers]
+    if "first_k_dense_replace" in values:
+        values["first_k_dense_replace"] = min(values["first_k_dense_replace"], layers - 1)
+    config = getattr(transformers, config_class)(**values)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
         config, dtype=dtype, experts_implementation=implementation, attn_implementation="eager"

@@ -76,14 +76,14 @@ def graphs_of(model, x, name):
 
 def test_other_backends_see_no_difference():
     x = torch.randn(6, 8)
-    for model in (Plain(), Decorated()):
-        for name in ("eager", "aot_eager"):
-            install.install()
-            on, out_on = graphs_of(model, x, name)
-            install.uninstall()
-            off, out_off = graphs_of(model, x, name)
-            assert [_without_lines(g) for g in on] == [_without_lines(g) for g in off]
-            assert torch.equal(out_on, out_off)
+    cases = [(model, name) for model in (Plain(), Decorated()) for name in ("eager", "aot_eager")]
+    install.install()
+    with_moec = [graphs_of(model, x, name) for model, name in cases]
+    install.uninstall()
+    without = [graphs_of(model, x, name) for model, name in cases]
+    for (on, out_on), (off, out_off) in zip(with_moec, without, strict=True):
+        assert [_without_lines(g) for g in on] == [_without_lines(g) for g in off]
+        assert torch.equal(out_on, out_off)
 
 
 def _without_lines(graph):
