@@ -18,44 +18,41 @@ from moec.spec import ExpertsSpec, KernelSpec
 HERE = Path(__file__).parent
 
 
-def interpreted(name, *arguments):
-    run_cases(name, {"TRITON_INTERPRET": "1"}, *arguments)
+def interpreted(*names, marks="not slow"):
+    run_cases(names, {"TRITON_INTERPRET": "1"}, marks)
 
 
-def run_cases(name, changes, *arguments):
+def run_cases(names, changes, marks="not slow"):
+    """The tests of some files in one process, of which each must have run."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
-    command = [sys.executable, "-m", "pytest", str(HERE / name), "-p", "no:cacheprovider", *arguments]
+    how = ["-p", "no:cacheprovider", "-m", marks, "-o", "addopts=--import-mode=importlib", "-rA"]
+    command = [sys.executable, "-m", "pytest", *(str(HERE / name) for name in names), *how]
     done = subprocess.run(command, cwd=HERE.parent.parent, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    for name in names:
+        assert f"PASSED tests/codegen/{name}::" in done.stdout
 
 
 def test_kernels_equal_the_twin():
-    interpreted("triton_cases.py", "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+    interpreted("triton_cases.py")
 
 
-def test_kernels_over_codes_equal_the_twin_on_what_they_stand_for():
-    interpreted("triton_codes_cases.py", "-m", "not slow", "-o", "addopts=--import-mode=importlib")
-
-
-def test_layers_with_a_capacity_equal_eager():
-    interpreted("triton_capacity_cases.py", "-o", "addopts=--import-mode=importlib")
-
-
-def test_launches_and_bytes_are_those_of_the_trace():
+def test_codes_capacities_and_traces():
+    """Kernels over codes equal the twin on what they stand for; layers with a capacity equal eager; launches and bytes
+    are those of the trace."""
     pytest.importorskip("transformers")
-    interpreted("triton_trace_cases.py", "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+    interpreted("triton_codes_cases.py", "triton_capacity_cases.py", "triton_trace_cases.py")
 
 
 def test_models_equal_eager():
     pytest.importorskip("transformers")
-    interpreted("triton_models.py", "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+    interpreted("triton_models.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["triton_cases.py", "triton_codes_cases.py", "triton_models.py"])
 def test_the_full_cross_product(name):
-    interpreted(name, "-m", "slow", "-o", "addopts=--import-mode=importlib")
+    interpreted(name, marks="slow")
 
 
 @pytest.mark.gpu
@@ -64,7 +61,7 @@ def test_the_full_cross_product(name):
 )
 def test_on_a_gpu(name):
     assert torch.cuda.is_available(), "torch sees no GPU"
-    run_cases(name, {"MOEC_TEST_DEVICE": "cuda"}, "-m", "not slow", "-o", "addopts=--import-mode=importlib")
+    run_cases([name], {"MOEC_TEST_DEVICE": "cuda"})
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")

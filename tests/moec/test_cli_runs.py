@@ -4,15 +4,18 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 
 import moec.backend
 from moec import cli
 from moec.errors import ParseError
 from moec.loads import Load, read_loads, write_loads
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
 import torch
 from torch import nn
@@ -207,15 +210,14 @@ def test_repro_writes_a_file_that_runs(model, tmp_path, capsys, name, tokens):
         assert "no layer is fused" in capsys.readouterr().err
         return
     assert cli.run([*arguments, "1"] if tokens is None else arguments) == cli.OK
-    done = subprocess.run([sys.executable, str(out)], capture_output=True, text=True, check=False, cwd=moec_root())
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"T={tokens or 7} H=32 F=16 E=4 k=2" in done.stdout
-
-
-def moec_root():
-    from pathlib import Path
-
-    return Path(__file__).resolve().parents[2]
+    if tokens is None:
+        done = subprocess.run([sys.executable, str(out)], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "T=7 H=32 F=16 E=4 k=2" in done.stdout
+        return
+    done = run_script(out)
+    assert done.code == 0, done.err
+    assert f"T={tokens} H=32 F=16 E=4 k=2" in done.out
 
 
 def test_routes_records_every_layer(model, tmp_path, capsys):
