@@ -109,7 +109,8 @@ def test_neon_compiles(tmp_path):
     source.write_text(cpp.emit(SPEC, target, "bf16"))
     headers = Path(cpp.__file__).resolve().parent
     command = [compiler, "-O2", "-std=c++17", "-fopenmp", *target.flags, f"-I{headers}", "-c", source]
-    subprocess.run([*command, "-o", tmp_path / "kernel.o"], check=True)
+    done = subprocess.run([*command, "-o", tmp_path / "kernel.o"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_an_older_kernel_would_be_noticed():

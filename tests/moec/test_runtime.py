@@ -162,8 +162,9 @@ def test_ops_pass_the_checks_of_torch(layer):
     weights, experts = torch.rand(5, K), torch.randint(0, E, (5, K))
     leaves = [p.clone().requires_grad_() for p in params]
     x = torch.randn(5, H, requires_grad=True)
-    torch.library.opcheck(torch.ops.moec.experts.default, (x, weights, experts, leaves, ONLY, "eager"))
-    torch.library.opcheck(torch.ops.moec.moe.default, (torch.randn(5, H), [w], params, K, SPEC, "eager"))
+    done = [torch.library.opcheck(torch.ops.moec.experts.default, (x, weights, experts, leaves, ONLY, "eager"))]
+    done.append(torch.library.opcheck(torch.ops.moec.moe.default, (torch.randn(5, H), [w], params, K, SPEC, "eager")))
+    assert [set(checks.values()) for checks in done] == [{"SUCCESS"}] * 2
 
 
 def test_without_a_compiler_the_twin_runs_with_one_warning(layer, monkeypatch):
@@ -209,4 +210,6 @@ def test_no_warnings_on_the_happy_path(layer):
     w, params = layer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.ops.moec.moe(torch.randn(3, H), [w], params, K, SPEC, "auto")
+        x = torch.randn(3, H)
+        y = torch.ops.moec.moe(x, [w], params, K, SPEC, "auto")[0]
+    assert torch.allclose(y, plain(x, w, *params)[0], atol=1e-4)
