@@ -62,3 +62,13 @@ def cache_dir(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFact
         patch.setenv("MOEC_TESTS_CACHE", str(folder))
         patch.setenv("MOEC_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guards_are_not_timed() -> Iterator[None]:
+    """Dynamo times its guards, on a flushed cache, for a line in its log: a twentieth of a small layer's compile."""
+    from torch._dynamo import guards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "profile_guard_manager", lambda root, scope, rounds: 0.0)
+        yield

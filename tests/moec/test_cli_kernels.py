@@ -17,13 +17,6 @@ SPEC = "experts{dtype=bf16} -> bf16"
 SIZES = "T=64,H=2048,F=128,E=8,k=2"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def moec(*words):
     return cli.run(["kernels", *words])
 
