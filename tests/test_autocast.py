@@ -116,7 +116,8 @@ def test_a_training_step(form, tokens):
     model, x = made(form), torch.randn(tokens, H)
     with torch.no_grad():  # no token's choice may hang on the rounding of its scores
         model.gate.weight *= 8
-    compiled = torch.compile(model, backend="moec", dynamic=False)
+    rest = "inductor" if tokens == 7 else "aot_eager"  # who compiles what is not MoE is not on trial for every size
+    compiled = torch.compile(model, backend="moec", dynamic=False, options={"rest": rest})
     assert_as_good(results(compiled, x), results(model, x), results(model, x, enabled=False))
 
 

@@ -1,10 +1,12 @@
-"""Every example runs, in a process of its own as a reader would start it."""
+"""Every example runs, two in processes of their own as a reader would start them."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from scripts import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
@@ -14,16 +16,27 @@ EXPECTED = {
     "04_library_model.py": ["2 fused", "logits equal to eager"],
     "05_ranks.py": ["gradients of experts [0, 1, 2, 3], equal to eager: True", "[4, 5, 6, 7], equal to eager: True"],
 }
+BY_ITSELF = ("01_compile.py", "05_ranks.py")  # the first, and one that forks
 
 
 def test_every_example_is_listed():
     assert sorted(path.name for path in (ROOT / "examples").glob("*.py")) == sorted(EXPECTED)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_example(name):
+@pytest.mark.parametrize("name", BY_ITSELF)
+def test_example_by_itself(name):
     command = [sys.executable, str(ROOT / "examples" / name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for part in EXPECTED[name]:
         assert part in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - set(BY_ITSELF)))
+def test_example(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    torch._dynamo.reset()
+    done = run_script(ROOT / "examples" / name)
+    assert done.code == 0, done.err[-3000:]
+    for part in EXPECTED[name]:
+        assert part in done.out, done.out[-3000:]
