@@ -320,11 +320,22 @@ def _keep(
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weights, experts, saved, *params = ctx.saved_tensors
     spec, engine = ctx.texts[:2]
-    wants = ctx.needs_input_grad
-    needs = [wants[0], wants[1], *param_needs(wants[3], ctx.count)]
-    dx, dweights, dparams = torch.ops.moec.experts_backward(
-        grad, x, weights, experts, params, saved, spec, engine, needs
-    )
+    needs = wanted(ctx)
+    found = torch.ops.moec.experts_backward(grad, x, weights, experts, params, saved, spec, engine, needs)
+    return by_input(ctx, needs, *found)
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Which gradients torch asks an op of experts for: of x, of the weights, of each of `ctx.count` parameters."""
+    x, weights, _, params = ctx.needs_input_grad[:4]
+    each = params if isinstance(params, (list, tuple)) else [params] * ctx.count  # torch may give one flag for all
+    return [x, weights, *map(bool, each)]
+
+
+def by_input(
+    ctx: Any, needs: Sequence[bool], dx: Tensor, dweights: Tensor, dparams: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """Gradients as torch takes them: one for each input of the op (x, weights, experts, params, texts), or None."""
     return (
         dx if needs[0] else None,
         dweights if needs[1] else None,
@@ -334,12 +345,10 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     )
 
 
-def param_needs(wants: Any, count: int) -> list[bool]:
-    """One flag a parameter; torch gives a list for a tensor list, or one flag for all of it."""
-    return [bool(w) for w in wants] if isinstance(wants, (list, tuple)) else [bool(wants)] * count
+Ops = Sequence[tuple[str, Callable[..., Any], Callable[..., Any]]]
+"""Names of ops, what they do, and what they give for tensors without data."""
 
-
-_OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+_OPS: Ops = (
     ("moe", _moe, moe_fake),
     ("experts", _experts, experts_fake),
     ("experts_training", _experts_training, experts_training_fake),
@@ -361,8 +370,13 @@ def outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
     return call
 
 
-for _name, _real, _fake in _OPS:
-    _LIB.impl(_name, outside_autocast(_real), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moec::{_name}", _fake, lib=_LIB)
+def register(library: torch.library.Library, ops: Ops) -> None:
+    """Give ops that `library` defines their meaning."""
+    for name, real, fake in ops:
+        library.impl(name, outside_autocast(real), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moec::{name}", fake, lib=library)
+
+
+register(_LIB, _OPS)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

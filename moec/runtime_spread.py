@@ -8,7 +8,7 @@ Letters: T tokens of this rank, H hidden, E experts, k experts a token, M rows t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that run on the rows
 from moec.codegen import twin
 from moec.engine import Engine
 from moec.errors import CodegenError
 from moec.exchange import Exchange
 from moec.process_groups import group_named
-from moec.runtime import outside_autocast, param_needs
+from moec.runtime import Ops, by_input, register, wanted
 from moec.runtime_fakes import experts_backward_fake, experts_fake
 from moec.runtime_hop import Hop
 from moec.spec import DTYPES, KernelSpec
@@ -136,10 +135,9 @@ def _spread_experts(
     return arrived.home(y)[0]
 
 
-def _spread_fake(
-    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, exchange: str
-) -> Tensor:
-    return experts_fake(x, weights, experts, params, spec, engine)
+def _spread_fake(*args: Any) -> Tensor:
+    """As moec::experts without the exchange."""
+    return experts_fake(*args[:-1])
 
 
 def _spread_backward(
@@ -170,16 +168,10 @@ def _spread_backward(
 
 
 def _spread_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    params: Sequence[Tensor],
-    spec: str,
-    engine: str,
-    exchange: str,
-    needs: Sequence[bool],
+    grad: Tensor, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], *rest: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As moec::experts_backward that is given nothing of the forward, without the exchange."""
+    spec, engine, _, needs = rest
     return experts_backward_fake(grad, x, weights, experts, params, x, spec, engine, needs)
 
 
@@ -191,24 +183,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weights, experts, *params = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [wants[0], wants[1], *param_needs(wants[3], ctx.count)]
-    dx, dweights, dparams = torch.ops.moec.spread_experts_backward(grad, x, weights, experts, params, *ctx.texts, needs)
-    return (
-        dx if needs[0] else None,
-        dweights if needs[1] else None,
-        None,
-        [d if n else None for d, n in zip(dparams, needs[2:], strict=True)],
-        *(None for _ in ctx.texts),
-    )
+    needs = wanted(ctx)
+    found = torch.ops.moec.spread_experts_backward(grad, x, weights, experts, params, *ctx.texts, needs)
+    return by_input(ctx, needs, *found)
 
 
-_OPS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+_OPS: Ops = (
     ("route", _route, _route_fake),
     ("spread_experts", _spread_experts, _spread_fake),
     ("spread_experts_backward", _spread_backward, _spread_backward_fake),
 )
-for _name, _real, _fake in _OPS:
-    _LIB.impl(_name, outside_autocast(_real), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moec::{_name}", _fake, lib=_LIB)
+register(_LIB, _OPS)
 torch.library.register_autograd("moec::spread_experts", _backward, setup_context=_save, lib=_LIB)
