@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -37,32 +38,58 @@ def compiler_version(compiler: str) -> str:
 def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
     """`source` as a loaded library, built unless the cache has it; raises BuildError.
 
-    The cache key covers the source, the headers, the flags and the compiler, so entries are never stale.
+    The cache key covers the source, the headers, the flags and the compiler, so entries are never stale. Where nothing
+    can be written to the cache, it is built for this process alone, with one warning.
     """
     if target.compiler is None:
         raise BuildError(
             "no C++ compiler found (looked for CXX, g++, clang++, c++); install one or use kernels='eager'"
         )
     flags = (*_FLAGS_FAST, *target.flags)
-    path = cache_dir / f"{_key(source, flags, target.compiler)}.so"
+    name = f"{_key(source, flags, target.compiler)}.so"
     try:
-        loaded = _load(path) or _built(source, flags, target.compiler, path)
-    except OSError as error:
-        raise BuildError(f"the cache folder {cache_dir} cannot be written: {error}; set MOEC_CACHE_DIR") from error
-    if loaded is None:
-        raise BuildError(f"{path} was built but cannot be loaded; remove it and check {target.compiler!r}")
-    return loaded
+        return _kept(source, flags, target.compiler, cache_dir / name)
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        _warn_not_kept(cache_dir, str(error))
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded does not need its file any more
+            return _kept(source, flags, target.compiler, Path(folder, name))
+    except (OSError, NotImplementedError) as error:
+        raise BuildError(
+            f"no kernel can be built: neither {cache_dir} nor the system's temporary folder can be written ({error}); "
+            "set MOEC_CACHE_DIR or TMPDIR to a folder that can"
+        ) from error
 
 
-def _built(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctypes.CDLL | None:
-    """The library, built by one process at a time; raises OSError where the folder cannot be written."""
+def _kept(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, built where it is not there; raises OSError where nothing can be written."""
+    loaded = _load(path)
+    if loaded is not None:
+        return loaded
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         loaded = _load(path)  # another process may have built it meanwhile
         if loaded is not None:
             return loaded
         _compile(source, flags, compiler, path)
-    return _load(path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(
+                f"{path} was built but cannot be loaded ({error}); check {compiler!r}, and that programs may run from "
+                "that folder, or set MOEC_CACHE_DIR to another"
+            ) from error
+
+
+@lru_cache(maxsize=16)
+def _warn_not_kept(cache_dir: Path, why: str) -> None:
+    """Say once that kernels are built anew in every process."""
+    warnings.warn(
+        f"moec: kernels are not kept: the cache folder {cache_dir} cannot be written ({why}); they are built anew in "
+        "every process, which takes seconds; set MOEC_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _key(source: str, flags: Sequence[str], compiler: str) -> str:

@@ -25,7 +25,7 @@ from moec.collector import no_collections
 from moec.describe import Sorted, describe, layers_of, site_name, with_opaque, with_ranks
 from moec.graph import Graph, sweep
 from moec.kept_graph import KeptGraph
-from moec.options import Environment, Options
+from moec.options import Environment, Options, check_mode
 from moec.passes import PASSES
 from moec.passes.autocast import outside_autocast, spell_casts, under_autocast
 from moec.passes.canonicalize import Canonicalize
@@ -49,6 +49,10 @@ Compiled = Callable[..., Any]
 
 install.install()
 
+TRANSFORMED = (
+    "a transform of torch.func (grad, vmap, jvp) is inside what is compiled: this graph is compiled without moec; "
+    "compile the model itself for gradients by backward()"
+)
 NO_NODE = "its rows cannot be sorted: a value that this needs is overwritten before the loop"
 
 
@@ -109,6 +113,8 @@ class Backend:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
         if self.report is None and not can_hold_experts(gm):  # a report also says what was looked at
             return GraphReport((), (), len(gm.graph.nodes))
+        if transforms(gm):
+            return GraphReport((), (), len(gm.graph.nodes), (TRANSFORMED,))
         before = KeptGraph.of(gm.graph)
         try:
             with no_collections():
@@ -244,8 +250,9 @@ def compile_graph(
 ) -> Compiled:
     """The backend that `torch.compile(model, backend="moec", options={…})` finds by its entry point.
 
-    Raises OptionError for an unknown option or value.
+    Raises OptionError for an unknown option, value or mode.
     """
+    check_mode(mode)
     return Backend(Options.make(options), mode)(gm, example_inputs)
 
 
@@ -303,6 +310,11 @@ def _whole(parts: Sequence[GraphReport]) -> GraphReport:
 def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph and the graphs that its higher-order ops run (checkpointed blocks, scans)."""
     return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def transforms(gm: fx.GraphModule) -> bool:
+    """Whether a graph enters a transform of torch.func: custom operators with a gradient cannot run inside of one."""
+    return any(getattr(node.target, "__name__", "").endswith("_increment_nesting") for node in gm.graph.nodes)
 
 
 def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool) -> Facts:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from moec.engine import Engine, Schedule, check_weights
 from moec.errors import OptionError, ParseError
@@ -88,10 +88,15 @@ class Options:
     def make(values: Mapping[str, Any] | None = None) -> Options:
         """Options from a user's dictionary; raises OptionError with the nearest valid name or value."""
         hints = get_type_hints(Options)
+        if values is not None and not isinstance(cast(object, values), Mapping):
+            raise OptionError(
+                f"options={values!r} is {type(values).__name__}; expected a dictionary of option and value"
+            )
         for name, value in (values or {}).items():
             if name not in hints:
                 raise OptionError(
                     f"unknown option {name!r}{_nearest(str(name), hints)}; valid options: {', '.join(hints)}"
+                    + (_INDUCTORS if "." in str(name) else "")
                 )
             _check(name, value, hints[name])
             if name in _CHECKS:
@@ -145,8 +150,28 @@ def _check_placement(path: Path, ranks: int) -> None:
         raise OptionError(f"option placement={str(path)!r}: made for {read.ranks} ranks, the group has {ranks}")
 
 
-_CHECKS: Mapping[str, Callable[[str], None]] = {"weights": check_weights, "tokens": _check_tokens}
-"""Options whose text has a form of its own."""
+def _check_fuel(fuel: int) -> None:
+    if fuel < -1:
+        raise OptionError(f"option fuel={fuel}: expected a number of rewrites, or -1 for no limit")
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise OptionError for a mode that torch.compile does not know, whatever the model leaves to Inductor."""
+    if mode is not None and mode not in MODES:
+        raise OptionError(f"mode={mode!r}{_nearest(str(mode), MODES)}; expected one of {', '.join(MODES)}")
+
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What Inductor makes of the rest, as `torch.compile` calls it."""
+
+_INDUCTORS = "; Inductor's own are set by torch._inductor.config"
+
+_CHECKS: Mapping[str, Callable[[Any], None]] = {
+    "weights": check_weights,
+    "tokens": _check_tokens,
+    "fuel": _check_fuel,
+}
+"""Options that take more than their type says."""
 
 
 def _nearest(word: str, known: Any) -> str:

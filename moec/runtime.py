@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from moec.codegen import twin
 from moec.engine import Engine
-from moec.errors import BuildError, CodegenError
+from moec.errors import BuildError, CodegenError, MoecError
 from moec.runtime_backward import BackwardKernel, fresh, load_backward
 from moec.runtime_coded import coded_kernel
 from moec.runtime_cpu import Kernel, kernel_source, load_kernel
@@ -345,6 +345,14 @@ def by_input(
     )
 
 
+def no_second_gradient(ctx: Any, *_: Any) -> NoReturn:
+    """The gradient of a gradient, which no kernel computes."""
+    raise MoecError(
+        "the gradient of experts' gradients is not computed by moec (create_graph=True, a gradient penalty, a Hessian); "
+        "call the model that was compiled, not the compiled one, where it is needed"
+    )
+
+
 Ops = Sequence[tuple[str, Callable[..., Any], Callable[..., Any]]]
 """Names of ops, what they do, and what they give for tensors without data."""
 
@@ -378,5 +386,6 @@ def register(library: torch.library.Library, ops: Ops) -> None:
 
 
 register(_LIB, _OPS)
+torch.library.register_autograd("moec::experts_backward", no_second_gradient, lib=_LIB)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

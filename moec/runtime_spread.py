@@ -21,7 +21,7 @@ from moec.engine import Engine
 from moec.errors import CodegenError
 from moec.exchange import Exchange
 from moec.process_groups import group_named
-from moec.runtime import Ops, by_input, register, wanted
+from moec.runtime import Ops, by_input, no_second_gradient, register, wanted
 from moec.runtime_fakes import experts_backward_fake, experts_fake
 from moec.runtime_hop import Hop
 from moec.spec import DTYPES, KernelSpec
@@ -194,4 +194,5 @@ _OPS: Ops = (
     ("spread_experts_backward", _spread_backward, _spread_backward_fake),
 )
 register(_LIB, _OPS)
+torch.library.register_autograd("moec::spread_experts_backward", no_second_gradient, lib=_LIB)
 torch.library.register_autograd("moec::spread_experts", _backward, setup_context=_save, lib=_LIB)

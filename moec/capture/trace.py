@@ -21,6 +21,7 @@ from moec.capture.state import (
     declined,
     loops_of,
     retrace_without,
+    transforming,
 )
 from moec.capture.totals import fix_total
 
@@ -39,7 +40,7 @@ _COMPARE = {
 def _compiling_for_moec() -> bool:
     tx = current_tx()
     # Where Dynamo skips the user's frame it meets these words as frames of their own: then nothing is rolled.
-    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx):
+    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx) or transforming():
         return False
     allow_data_dependence(tx)
     return True

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moec.errors import MoecError, OptionError
-from moec.options import Environment, Options
+from moec.options import MODES, Environment, Options, check_mode
 
 
 def test_defaults():
@@ -41,6 +41,12 @@ def test_values_given(values):
         ({"verify": "yes"}, "option verify='yes' is str; expected bool"),
         ({"fuel": True}, "option fuel=True is bool; expected int"),
         ({"fuel": 1.5}, "option fuel=1.5 is float; expected int"),
+        ({"fuel": -5}, "option fuel=-5: expected a number of rewrites, or -1 for no limit"),
+        (
+            {"triton.cudagraphs": True},
+            "unknown option 'triton.cudagraphs'.*; Inductor's own are set by torch._inductor",
+        ),
+        ("kernels=cpp", "options='kernels=cpp' is str; expected a dictionary of option and value"),
     ],
 )
 def test_errors_name_the_option_and_the_way_out(values, message):
@@ -78,3 +84,12 @@ def test_a_user_without_a_home_names_a_folder(monkeypatch):
 def test_environment_is_read_when_asked(monkeypatch):
     monkeypatch.setenv("MOEC_CPU_ISA", "avx2")
     assert Environment.read().cpu_isa == "avx2"
+
+
+def test_a_mode_that_torch_does_not_know():
+    for mode in (None, *MODES):
+        check_mode(mode)
+    with pytest.raises(
+        OptionError, match=r"mode='max-autotun' \(did you mean 'max-autotune'\?\); expected"
+    ):
+        check_mode("max-autotun")

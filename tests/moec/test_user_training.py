@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moec
+from moec.errors import MoecError
 
 H, WIDTH, E = 16, 24, 4
 QUICK = {"rest": "eager"}
@@ -72,3 +73,33 @@ def test_a_router_with_other_outputs_than_there_are_experts(outputs, grad):
     with torch.set_grad_enabled(grad):
         assert moec.explain(model, x, moec_options=QUICK).sites[0].status == "fused"
         close(torch.compile(model, backend="moec", options=QUICK)(x), model(x))
+
+
+def test_a_gradient_of_gradients_is_refused_and_not_wrong():
+    x = torch.randn(7, H, requires_grad=True)
+    y = torch.compile(Layer(), backend="moec", options=QUICK)(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(MoecError, match="gradient of experts' gradients is not computed"):
+        gradient.square().sum().backward()
+
+
+class Dense(Layer):
+    """Every expert on every token, times a gate."""
+
+    def forward(self, x):
+        weights, chosen = F.softmax(self.gate(x), -1).topk(2, -1)
+        gates = x.new_zeros(x.shape[0], self.up.shape[0]).scatter(1, chosen, weights)
+        a, b = torch.einsum("th,ewh->tew", x, self.up).chunk(2, -1)
+        return torch.einsum("tew,ehw,te->th", F.silu(a) * b, self.down, gates)
+
+
+@pytest.mark.parametrize("kind", [Layer, Dense])
+def test_inside_of_a_transform_of_torch_func_the_model_stays_as_it_is(kind):
+    model, x = kind(), torch.randn(7, H)
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def gradients(given):
+        return torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(given)
+
+    found = torch.compile(gradients, backend="moec", options=QUICK)(parameters)
+    close(found, gradients(parameters))
