@@ -348,7 +348,7 @@ def by_input(
 def no_second_gradient(ctx: Any, *_: Any) -> NoReturn:
     """The gradient of a gradient, which no kernel computes."""
     raise MoecError(
-        "the gradient of experts' gradients is not computed by moec (create_graph=True, a gradient penalty, a Hessian); "
+        "the gradient of experts' gradients is not computed by moec (create_graph=True, a penalty, a Hessian); "
         "call the model that was compiled, not the compiled one, where it is needed"
     )
 

@@ -12,7 +12,7 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.exc import (
     RestartAnalysis,
     SkipFrame,
@@ -63,7 +63,7 @@ def current_tx() -> Any:
 
 def transforming() -> bool:
     """Whether what is traced is inside torch.func's grad, vmap or jvp, where moec's operators cannot run."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return peek_interpreter_stack() is not None
 
 
 def compiles_for_moec(tx: Any) -> bool:
