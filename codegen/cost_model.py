@@ -276,6 +276,15 @@ def least_bytes(sizes: Sizes, histogram: Sequence[int], dtype: str = "bf16", pro
     }
 
 
+def rows_past_codes(target: GpuTarget, dtype: str = "bf16") -> float:
+    """Rows an expert from which its matrices in 16 bits are no slower to multiply by than as codes of a byte.
+
+    Codes halve what is read. From half as many rows as make a product (2 operations a row and number) take as long as
+    reading the matrix, arithmetic alone takes longer than reading codes, and converting them in the loop comes on top.
+    """
+    return _BYTES[dtype] * target.flops.get(dtype, target.flops["f32"]) / (4 * target.memory)
+
+
 def tile_of(config: GpuConfig) -> tuple[int, int, int]:
     """What ranking by tiles compares: block_m, block_n, block_k."""
     return config.block_m, config.block_n, config.block_k

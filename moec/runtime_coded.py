@@ -1,10 +1,11 @@
 """Triton kernels that read a copy of the weights in codes: made at first use, and again when the weights changed.
 
-Letters: E experts.
+Letters: T tokens, E experts, k experts a token.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moec.binding import checked_sizes
+from moec.codegen.cost_model import rows_past_codes
 from moec.codegen.encode import coded_spec, encode
 from moec.copies import Copies
 from moec.errors import CodegenError
+from moec.gpu_target import gpu_targets
 from moec.report import PackRecord
 from moec.runtime_bound import Bound, bind
 from moec.runtime_memory import capturing, outside_of_graphs
@@ -25,16 +28,52 @@ from moec.spec import DTYPES
 
 
 class CodedKernel(TritonKernel):
-    """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel."""
+    """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel.
+
+    Where an expert has so many rows that arithmetic is the limit (`rows_past_codes`), the parameters themselves are
+    read: they are there, and nothing is to be converted. A configuration given by hand always reads the copy.
+    """
 
     def __init__(self, plain: TritonKernel, weights: str) -> None:
         super().__init__(coded_spec(plain.spec, weights), plain.device, plain.combine, plain.schedule)
-        self.user, self.weights = plain.spec, weights
+        self.plain, self.user, self.weights = plain, plain.spec, weights
         self._copies = Copies(plain.spec.experts, self._copied)
+        dtype = self.user.experts.dtype
+        target = next((t for t in gpu_targets() if self.figures and t.name == self.figures.name), None)
+        short = dtype != "f32"  # beside fp32's products, which no tensor core does, converting is nothing
+        self._many_rows = rows_past_codes(target, dtype) if target and short else math.inf
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the user's spec."""
         return x.dtype in DTYPES.values() and all(p.dtype == DTYPES[self.user.experts.dtype] for p in params)
+
+    def experts(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        capacity: str = "",
+        tokens: str = "",
+        saved: Tensor | None = None,
+    ) -> Tensor:
+        """As `TritonKernel.experts`."""
+        run = self.plain.experts if self._reads_stored(experts.numel(), params) else super().experts
+        return run(x, weights, experts, params, capacity, tokens, saved)
+
+    def moe(
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, tokens: str = ""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `TritonKernel.moe`."""
+        run = self.plain.moe if self._reads_stored(x.shape[0] * k, params) else super().moe
+        return run(x, router, params, k, tokens)
+
+    def _reads_stored(self, pairs: int, params: Sequence[Tensor]) -> bool:
+        count = params[0].shape[0] if self.user.experts.stacked else len(params) // len(self.user.experts.param_groups)
+        if self._fixed is not None or pairs < self._many_rows * count:
+            return False
+        self.bound(params)  # made at the first call whatever its T is: a CUDA graph may record the next one
+        return True
 
     def bound(self, params: Sequence[Tensor]) -> Bound:
         """Where the copy of the parameters lies."""
