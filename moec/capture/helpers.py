@@ -1,9 +1,10 @@
-"""A method that a loop's body hands its item to is written out in the body: what it indexes is then seen.
+"""A method or function that a loop's body hands its item to is written out in the body: what it does is then seen.
 
 def run(self, i, rows): return self.experts[i](rows)      y[t] += self.run(e, x[t])   →   y[t] += self.experts[e](x[t])
 
-Only methods of straight lines with one return at their end. While it is traced, the rolled body asks whether the method
-is still the one that was written out: a subclass may have another.
+A helper may hold the whole of a body; where it returns nothing, or zeros that are only added, the iteration ends.
+While it is traced, the rolled body asks whether the helper is still the one that was written out: a subclass may have
+another.
 """
 
 from __future__ import annotations
@@ -13,43 +14,57 @@ import copy
 import itertools
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from moec.capture import source
 from moec.capture.events import stored
-from moec.capture.recognise import aliases_of, in_place_names, is_alias
+from moec.capture.one_exit import one_exit
+from moec.capture.recognise import aliases_of, in_place_names, is_alias, tainted_by
 from moec.capture.state import loop_key
 from moec.capture.words import call, name
 
-Methods = Callable[[str], types.FunctionType | None]
-"""A method of the class that a function belongs to, by name."""
+Lookup = Callable[[str], types.FunctionType | None]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a function may call by name: methods of its class, functions of its file."""
+
+    method: Lookup = lambda name: None
+    function: Lookup = lambda name: None
+
 
 _PREFIX = "_moec_in"
-_STRAIGHT = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
+_DEPTH = 4  # helpers that call helpers
+_LINES = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.If, ast.For, ast.Return, ast.Continue, ast.Pass)
 _SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.FunctionDef, ast.NamedExpr)
-_LEAVES = (ast.Return, ast.Yield, ast.YieldFrom, ast.Await)
+_LEAVES = (ast.Yield, ast.YieldFrom, ast.Await)
 _MAYBE = (ast.IfExp, ast.BoolOp, *_SCOPES)
 
 
-def written_out(loop: ast.For, owner: ast.FunctionDef, file: str, methods: Methods) -> ast.For | None:
-    """A copy of the loop with its item's helper methods written out; None where there are none."""
+@dataclass(frozen=True)
+class _Call:
+    """A call in a statement, and the helper that it calls."""
+
+    made: ast.Call
+    helper: ast.FunctionDef
+    function: types.FunctionType
+
+    @property
+    def of(self) -> ast.expr | None:
+        """What the helper is a method of, or None."""
+        return self.made.func.value if isinstance(self.made.func, ast.Attribute) else None
+
+
+def written_out(loop: ast.For, owner: ast.FunctionDef, file: str, known: Known) -> ast.For | None:
+    """A copy of the loop with its item's helpers written out; None where there are none."""
     own = owner.args.args[0].arg if owner.args.args else ""
     key = ast.Constant(loop_key(file, loop.lineno))
     out, numbers = copy.deepcopy(loop), itertools.count()
-    aliases = aliases_of(out)
     asked: dict[str, ast.stmt] = {}
-    for block in _blocks(out):
-        for stmt in list(block):
-            found = _helper(stmt, own, aliases, file, methods)
-            if found is None:
-                continue
-            made, helper, function = found
-            lines = _lines(stmt, made, helper, next(numbers))
-            if lines is None:
-                continue
-            place = block.index(stmt)
-            block[place : place + 1] = lines
-            where = ast.Constant(f"{file}:{function.__code__.co_firstlineno}")
-            asked[helper.name] = ast.Expr(call("expects", key, name(own), ast.Constant(helper.name), where))
+    for _ in range(_DEPTH):
+        if not _one_level(out, own, file, known, key, numbers, asked):
+            break
     if not asked:
         return None
     out.body[:0] = asked.values()
@@ -59,70 +74,110 @@ def written_out(loop: ast.For, owner: ast.FunctionDef, file: str, methods: Metho
     return out
 
 
-def _blocks(loop: ast.For) -> Iterator[list[ast.stmt]]:
-    """The loop's body and the blocks of the `if`s in it."""
-    todo = [loop.body]
+def _one_level(
+    out: ast.For,
+    own: str,
+    file: str,
+    known: Known,
+    key: ast.Constant,
+    numbers: Iterator[int],
+    asked: dict[str, ast.stmt],
+) -> bool:
+    """Write out the helpers that the statements of a loop call; whether there were any."""
+    aliases, tainted, found = aliases_of(out), tainted_by(out), False
+    for block, tail in list(_blocks(out)):
+        for stmt in list(block):
+            made = _helper(stmt, own, aliases, tainted, file, known)
+            lines = None if made is None else _lines(stmt, made, next(numbers), tail and stmt is block[-1])
+            if made is None or lines is None:
+                continue
+            place = block.index(stmt)
+            block[place : place + 1] = lines
+            where = ast.Constant(loop_key(file, made.function.__code__.co_firstlineno))
+            obj = name(own) if made.of is not None else name(made.helper.name)
+            called = ast.Constant(made.helper.name if made.of is not None else "")
+            asked.setdefault(made.helper.name, ast.Expr(call("expects", key, obj, called, where)))
+            found = True
+    return found
+
+
+def _blocks(loop: ast.For) -> Iterator[tuple[list[ast.stmt], bool]]:
+    """The loop's body and the blocks of the `if`s in it; whether the iteration ends where the block ends."""
+    todo = [(loop.body, True)]
     while todo:
-        block = todo.pop()
-        yield block
-        todo += [part for stmt in block if isinstance(stmt, ast.If) for part in (stmt.body, stmt.orelse) if part]
+        block, tail = todo.pop()
+        yield block, tail
+        for stmt in block:
+            if isinstance(stmt, ast.If):
+                todo += [(part, tail and stmt is block[-1]) for part in (stmt.body, stmt.orelse) if part]
 
 
-def _helper(
-    stmt: ast.stmt, own: str, aliases: set[str], file: str, methods: Methods
-) -> tuple[ast.Call, ast.FunctionDef, types.FunctionType] | None:
-    """The one call in a statement that hands the item to a method which can be written out."""
+def _helper(stmt: ast.stmt, own: str, aliases: set[str], tainted: set[str], file: str, known: Known) -> _Call | None:
+    """The one call in a statement that hands the item, or what it selects, to a helper which can be written out."""
     if not isinstance(stmt, (ast.Assign, ast.AugAssign, ast.Expr)):
         return None
     hidden = {id(n) for m in ast.walk(stmt) if isinstance(m, _MAYBE) for n in ast.walk(m)}
-    calls = [
-        n
+    found = [
+        made
         for n in ast.walk(stmt.value)
-        if isinstance(n, ast.Call)
-        and isinstance(n.func, ast.Attribute)
-        and isinstance(n.func.value, ast.Name)
-        and n.func.value.id == own
-        and any(is_alias(a, aliases) for a in (*n.args, *(k.value for k in n.keywords)))
+        if isinstance(n, ast.Call) and (made := _resolved(n, own, file, known)) is not None
     ]
-    if len(calls) != 1 or id(calls[0]) in hidden or not isinstance(calls[0].func, ast.Attribute):
+    if len(found) != 1 or id(found[0].made) in hidden:
         return None
-    function = methods(calls[0].func.attr)
+    given = [*found[0].made.args, *(k.value for k in found[0].made.keywords)]
+    params = {a.arg for a in found[0].helper.args.args}
+    writes = bool(in_place_names(found[0].helper.body) & params)
+    names = {n.id for arg in given for n in ast.walk(arg) if isinstance(n, ast.Name)}
+    handed = any(is_alias(arg, aliases) for arg in given) or (writes and bool(names & tainted))
+    return found[0] if handed else None
+
+
+def _resolved(made: ast.Call, own: str, file: str, known: Known) -> _Call | None:
+    """The helper that a call calls, where its lines can stand in the place of the call."""
+    func = made.func
+    if isinstance(func, ast.Attribute):
+        of_own = isinstance(func.value, ast.Name) and func.value.id == own
+        function = known.method(func.attr) if of_own else None
+    else:
+        function = known.function(func.id) if isinstance(func, ast.Name) else None
     if function is None or function.__code__.co_filename != file or function.__code__.co_freevars:
         return None
     try:
         helper = source.parse(function.__code__)
     except source.NoSource:
         return None
-    return (calls[0], helper, function) if _is_straight(helper) else None
+    return _Call(made, helper, function) if _is_plain(helper) else None
 
 
-def _is_straight(helper: ast.FunctionDef) -> bool:
+def _is_plain(helper: ast.FunctionDef) -> bool:
+    """Whether a helper's lines may stand elsewhere: no decorators, scopes or private names of its own."""
     args = helper.args
-    if helper.decorator_list or args.vararg or args.kwarg or args.kwonlyargs or args.defaults or args.posonlyargs:
+    if helper.decorator_list or args.vararg or args.kwarg or args.kwonlyargs or args.posonlyargs:
         return False
-    if any(isinstance(n, _SCOPES) and n is not helper for n in ast.walk(helper)):
+    if not all(isinstance(default, ast.Constant) for default in args.defaults):
         return False
-    if any(isinstance(n, ast.Attribute) and n.attr.startswith("__") for n in ast.walk(helper)):
+    inner = [n for stmt in helper.body for n in ast.walk(stmt)]
+    if any(isinstance(n, (*_SCOPES, *_LEAVES)) for n in inner):
         return False
-    *lines, last = helper.body
-    straight = all(isinstance(s, _STRAIGHT) for s in lines) and isinstance(last, (*_STRAIGHT, ast.Return))
-    return straight and sum(isinstance(n, _LEAVES) for n in ast.walk(helper)) == isinstance(last, ast.Return)
+    if any(isinstance(n, ast.Attribute) and n.attr.startswith("__") for n in inner):
+        return False
+    return all(isinstance(n, _LINES) for n in inner if isinstance(n, ast.stmt))
 
 
-def _lines(stmt: ast.stmt, made: ast.Call, helper: ast.FunctionDef, number: int) -> list[ast.stmt] | None:
-    """The helper's statements, then the statement with what the helper returns in the place of its call."""
-    params = [a.arg for a in helper.args.args]
-    given: dict[str, ast.expr] = {params[0]: made.func.value}  # type: ignore[attr-defined]
-    given |= dict(zip(params[1:], made.args, strict=False))
-    given |= {k.arg: k.value for k in made.keywords if k.arg is not None}
-    if set(given) != set(params) or len(made.args) + len(made.keywords) + 1 != len(params):
+def _lines(stmt: ast.stmt, found: _Call, number: int, tail: bool) -> list[ast.stmt] | None:
+    """The helper's statements, then the statement with what the helper returns in the place of its call.
+
+    tail: whether the iteration ends with the statement, so that a helper that returns nothing ends it too.
+    """
+    given = _arguments(found)
+    if given is None:
         return None
-    body = copy.deepcopy(helper.body)
-    if ast.get_docstring(helper) is not None:
+    body = copy.deepcopy(found.helper.body)
+    if ast.get_docstring(found.helper) is not None:
         body = body[1:]
     bound = stored(body)
     kept = {p: arg.id for p, arg in given.items() if isinstance(arg, ast.Name) and p not in bound}
-    renamed = {p: f"{_PREFIX}{number}_{p}" for p in {*params, *bound} if p not in kept} | kept
+    renamed = {p: f"{_PREFIX}{number}_{p}" for p in {*given, *bound} if p not in kept} | kept
     for node in (n for each in body for n in ast.walk(each)):
         if isinstance(node, ast.Name):
             node.id = renamed.get(node.id, node.id)
@@ -131,14 +186,65 @@ def _lines(stmt: ast.stmt, made: ast.Call, helper: ast.FunctionDef, number: int)
         for p, arg in given.items()
         if p not in kept
     ]
-    last = body[-1] if body else None
-    returned = last.value if isinstance(last, ast.Return) else None
-    if returned is None:
-        return [*first, *body] if isinstance(stmt, ast.Expr) and stmt.value is made else None
+    return _with_result(stmt, found.made, [*first, *body], f"{_PREFIX}{number}_", tail)
+
+
+def _with_result(
+    stmt: ast.stmt, made: ast.Call, body: list[ast.stmt], result: str, tail: bool
+) -> list[ast.stmt] | None:
+    """The lines of a helper with one exit, then the statement that reads what is returned there."""
+    alone = isinstance(stmt, ast.Expr) and stmt.value is made
+    nothing = _adds_nothing if _only_adds(stmt, made) else _is_none if alone else None
+    lines = one_exit(body, result, nothing if tail else None)
+    if lines is None:
+        return None
+    last = lines[-1] if lines else None
+    whole = isinstance(last, ast.Assign) and isinstance(last.targets[0], ast.Name) and last.targets[0].id == result
+    straight = whole and not any(result in stored([line]) for line in lines[:-1])
+    if alone:
+        return lines[:-1] if straight and isinstance(last, ast.Assign) and _is_none(last.value) else lines
     if in_place_names(body) and not (isinstance(stmt, ast.Assign) and stmt.value is made):
         return None  # what the statement reads beside it would be read too late
+    returned = last.value if straight and isinstance(last, ast.Assign) else name(result)
     _Swap(made, returned).visit(stmt)
-    return [*first, *body[:-1], stmt]
+    return [*(lines[:-1] if straight else lines), stmt]
+
+
+def _arguments(found: _Call) -> dict[str, ast.expr] | None:
+    """What each parameter of the helper is given; None where that is not plain."""
+    args = found.helper.args
+    params = [a.arg for a in args.args]
+    placed = [*([found.of] if found.of is not None else []), *found.made.args]
+    named = {k.arg: k.value for k in found.made.keywords if k.arg is not None}
+    if len(placed) > len(params) or len(named) != len(found.made.keywords) or set(named) & set(params[: len(placed)]):
+        return None
+    if any(isinstance(arg, ast.Starred) for arg in placed):
+        return None
+    defaults = dict(zip(params[len(params) - len(args.defaults) :], args.defaults, strict=True))
+    given = {**defaults, **dict(zip(params, placed, strict=False)), **named}
+    return given if set(given) == set(params) else None
+
+
+def _only_adds(stmt: ast.stmt, made: ast.Call) -> bool:
+    """`y += helper(…)` and `y = y + helper(…)`."""
+    if isinstance(stmt, ast.AugAssign):
+        return isinstance(stmt.op, ast.Add) and stmt.value is made
+    if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1 or not isinstance(stmt.value, ast.BinOp):
+        return False
+    old = {id(side): ast.unparse(side) for side in (stmt.value.left, stmt.value.right) if side is not made}
+    return isinstance(stmt.value.op, ast.Add) and list(old.values()) == [ast.unparse(stmt.targets[0])]
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+def _adds_nothing(value: ast.expr) -> bool:
+    """Zeros, however they are made."""
+    if isinstance(value, ast.Call):
+        called = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+        return called in ("zeros", "zeros_like", "new_zeros")
+    return isinstance(value, ast.Constant) and type(value.value) in (int, float) and value.value == 0
 
 
 class _Swap(ast.NodeTransformer):

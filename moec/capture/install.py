@@ -20,7 +20,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from moec.capture.rewrite import promising, rewrite
+from moec.capture.helpers import Known
+from moec.capture.rewrite import promising, promising_by, rewrite
 from moec.capture.state import NotRolled
 
 
@@ -115,8 +116,9 @@ def install_function(function: Callable[..., Any], cls: type = object) -> None:
     for inner in functions_of(function):
         if not _first_time(inner):
             continue
-        if promising(inner.__code__):
-            _exchange(inner, cls)
+        known = _known(inner, cls)
+        if promising(inner.__code__) or promising_by(inner.__code__, known):
+            _exchange(inner, known)
         for helper in _helpers(inner):
             install_function(helper)
 
@@ -129,13 +131,25 @@ def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
             yield value
 
 
-def _exchange(function: types.FunctionType, cls: type) -> None:
+def _exchange(function: types.FunctionType, known: Known) -> None:
     state = _installation()
-    result = rewrite(function.__code__, functools.partial(_method, cls))
+    result = rewrite(function.__code__, known)
     state.declined += result.declined
     if result.code is not None:
         state.originals.append((function, function.__code__))
         function.__code__ = result.code
+
+
+def _known(function: types.FunctionType, cls: type) -> Known:
+    """The helpers that a function of a class may call."""
+    named = functools.partial(_named, function.__globals__)
+    return Known(functools.partial(_method, cls), named)
+
+
+def _named(names: dict[str, object], name: str) -> types.FunctionType | None:
+    """A plain function of the same file."""
+    value = names.get(name)
+    return value if isinstance(value, types.FunctionType) and value.__globals__ is names else None
 
 
 def _method(cls: type, name: str) -> types.FunctionType | None:

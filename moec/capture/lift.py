@@ -40,13 +40,17 @@ def lift(ctx: Any) -> None:
 
 
 def same_method(ctx: Any) -> None:
-    """Run by Dynamo inside `expects`: gives the loop up where the object has another method of that name."""
+    """Run by Dynamo inside `expects`: gives the loop up where a helper is another one than was written out."""
     tx = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     key, name, where = (tx.symbolic_locals[each].as_python_constant() for each in ("key", "name", "where"))
-    value = _value(tx.symbolic_locals["obj"].realize())
-    code = getattr(getattr(type(value), name, None), "__code__", None)
-    if code is None or loop_key(code.co_filename, code.co_firstlineno) != where or name in vars(value):
-        retrace_without(tx, key, f"{name} is another method than the one of the class that the loop stands in")
+    held = tx.symbolic_locals["obj"].realize()
+    value = _value(held) if name else None
+    function = getattr(type(value), name, None) if name else getattr(held, "fn", None)
+    code = getattr(function, "__code__", None)
+    if code is None or loop_key(code.co_filename, code.co_firstlineno) != where or (name and name in vars(value)):
+        method = f"{name} is another method than the one of the class that the loop stands in"
+        what = method if name else "a function that the body calls is another one than its file defines"
+        retrace_without(tx, key, what)
 
 
 Member = tuple[Any, Any]  # the value (real, or fake for an intermediate) and its source or its variable

@@ -13,7 +13,7 @@ from moec.capture.comprehend import unfolded
 from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
-from moec.capture.helpers import Methods, written_out
+from moec.capture.helpers import Known, written_out
 from moec.capture.host import hands_over, keep_on_device, scope_of
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -30,6 +30,7 @@ _LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = dis.opmap["LIST_APPEND"]
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
+_NOTHING = Known()
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,21 @@ def promising(code: types.CodeType) -> bool:
         return True
     if not JOINING.isdisjoint(code.co_names) and _lists(code):
         return True
-    if not _LOOPING.isdisjoint(ops) and (_STORE in ops or not _WRITES.isdisjoint(code.co_names)):
+    if not _LOOPING.isdisjoint(ops) and _stores(code):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
+
+
+def promising_by(code: types.CodeType, known: Known) -> bool:
+    """The same where the write stands in a helper that is called in a loop."""
+    if _LOOPING.isdisjoint(code.co_code[::2]):
+        return False
+    called = (find(name) for name in code.co_names for find in (known.method, known.function))
+    return any(_stores(function.__code__) for function in called if function is not None)
+
+
+def _stores(code: types.CodeType) -> bool:
+    return _STORE in code.co_code[::2] or not _WRITES.isdisjoint(code.co_names)
 
 
 def _lists(code: types.CodeType) -> bool:
@@ -72,14 +85,14 @@ def _lists(code: types.CodeType) -> bool:
     return any(_LISTED in c.co_code[::2] or (_FOR in c.co_code[::2] and "append" in c.co_names) for c in codes)
 
 
-def rewrite(code: types.CodeType, methods: Methods = lambda name: None) -> Rewritten:
-    """The code with its loops over experts rolled; `methods` knows those of the class that it belongs to."""
+def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
+    """The code with its loops over experts rolled; `known`: the helpers that it may call."""
     line = code.co_firstlineno
     try:
         node = held(counted(single(source.parse(code))))
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
-    found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, methods)]
+    found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, known)]
     handing = hands_over(node)
     if not any(one.verdict for one in found) and not handing:
         return Rewritten(None)
@@ -91,10 +104,10 @@ def rewrite(code: types.CodeType, methods: Methods = lambda name: None) -> Rewri
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
 
 
-def _candidates(owner: ast.FunctionDef, file: str, methods: Methods) -> Iterator[_Found]:
+def _candidates(owner: ast.FunctionDef, file: str, known: Known) -> Iterator[_Found]:
     scope = scope_of(owner)
     for loop, path in loops(owner):
-        helped = written_out(loop, owner, file, methods)
+        helped = written_out(loop, owner, file, known)
         if helped is not None:
             holder = ast.If(ast.Constant(True), [helped], [])
             where: Path = (*path, (holder, holder.body, 0))
