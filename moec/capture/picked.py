@@ -9,28 +9,10 @@ from torch import Tensor, nn
 from torch._dynamo.comptime import comptime
 from torch.func import functional_call
 
+from moec.capture.keys import NameKey, TextKey
 from moec.capture.lift import lift, same_method
 
 _markers: Any = torch.ops.moec
-
-
-class TextKey:
-    """The key `f"{prefix}{item}{suffix}"` of a ModuleDict, with a symbolic item."""
-
-    def __init__(self, prefix: str, item: Tensor, suffix: str) -> None:
-        self.prefix = prefix
-        self.item = item
-        self.suffix = suffix
-
-
-def numbered(item: Tensor, names: list[str]) -> TextKey | None:
-    """The name at the item's place, where names are `expert_0`, `expert_1`, … in order."""
-    first = names[0] if names else ""
-    for at in [at for at, letter in enumerate(first) if letter == "0"]:
-        prefix, suffix = first[:at], first[at + 1 :]
-        if names == [f"{prefix}{i}{suffix}" for i in range(len(names))]:
-            return TextKey(prefix, item.reshape(()), suffix)
-    return None
 
 
 class Picked:
@@ -82,18 +64,27 @@ def expects(key: str, obj: Any, name: str, where: str) -> None:
     comptime(same_method)  # reads key, obj, name and where
 
 
+def _expect_all(experts: Any, names: list[str]) -> None:
+    """A function of its own: what a comprehension reads would be no local that `lift` finds."""
+    if not all(name in experts for name in names):
+        raise KeyError("the loop runs over names that are no experts")
+
+
 def pick_from(key: str, obj: Any, at: Any) -> Any:
     """`obj[at]` for a list of modules or tensors and a symbolic item: a `Picked`, or `moec::pick` of the tensors."""
     names: Any = ()
     tables: Any = ()
-    item = at.item if isinstance(at, TextKey) else at
-    _wanted = [f"{at.prefix}{i}{at.suffix}" for i in range(len(obj))] if isinstance(at, TextKey) else []
+    by_key = isinstance(at, TextKey | NameKey)
+    item = at.item if by_key else at
+    _wanted = at.wanted(len(obj)) if by_key else []
+    if isinstance(at, NameKey):
+        _expect_all(obj, at.names)
     comptime(lift)  # reads key, obj and _wanted; sets names and tables, or gives the loop up
     picks: dict[str, Tensor] = {
         name: _markers.pick.default(list(table), item) for name, table in zip(names, tables, strict=True)
     }
     if names == ("",):
         return picks[""]
-    if isinstance(at, TextKey):
+    if by_key:
         return Picked(key, obj[_wanted[0]], picks)
     return Picked(key, next(iter(obj.values())) if isinstance(obj, nn.ModuleDict) else obj[0], picks)

@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moec.capture.state import current_tx
+
 _M = torch.ops.moec
 _SAME = frozenset(("to", "long", "int", "cpu", "float", "type", "contiguous", "clone", "detach"))
+
+
+@torch.compiler.assume_constant_result
+def fix_last_total() -> None:
+    """The same for the graph that Dynamo is tracing; traced."""
+    fix_total(current_tx().output.graph)
 
 
 def fix_total(graph: Graph) -> None:

@@ -11,9 +11,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
 from moec.capture.axes import One, Span, axis_of, narrows
+from moec.capture.keys import NameKey, TextKey, are_names, key_at
+from moec.capture.keys import text_key as text_key  # a word too
 from moec.capture.numbers import counted
-from moec.capture.picked import TextKey, numbered, pick_from
 from moec.capture.picked import expects as expects  # a word too
+from moec.capture.picked import pick_from
 from moec.capture.state import (
     allow_data_dependence,
     compiles_for_moec,
@@ -23,7 +25,7 @@ from moec.capture.state import (
     retrace_without,
     transforming,
 )
-from moec.capture.totals import fix_total
+from moec.capture.totals import fix_last_total
 
 _markers: Any = torch.ops.moec
 _COMPARE = {
@@ -74,11 +76,6 @@ def _close() -> None:
 
 
 @torch.compiler.assume_constant_result
-def _fix_total() -> None:
-    fix_total(current_tx().output.graph)
-
-
-@torch.compiler.assume_constant_result
 def give_up(key: str, reason: str) -> NoReturn:
     """Traced in a rolled body that turns out not to be one; Dynamo starts again with the loop as written."""
     retrace_without(current_tx(), key, reason)
@@ -95,7 +92,7 @@ def _hand(key: str) -> bool:
 
 
 def handing(key: str) -> bool:
-    """Whether the numbers that a function moves to the host and returns stay symbols of this compile."""
+    """Whether numbers that a function moves to the host and returns stay symbols of this compile."""
     return torch.compiler.is_dynamo_compiling() and _hand(key)
 
 
@@ -147,8 +144,7 @@ def each(key: str, items: Any, item: Tensor, as_key: bool) -> Any:
         return index(key, items, item)
     if not as_key:
         give_up(key, "the body does something else with the names of a dictionary than look it up")
-    found = numbered(item, list(items.keys()))
-    return give_up(key, "the names of a dictionary are not numbers in order") if found is None else found
+    return key_at(item, list(items.keys()))
 
 
 def _device(like: Any) -> torch.device:
@@ -167,6 +163,8 @@ def is_row(x: Any) -> bool:
 
 def item_of(x: Any) -> Any:
     """`x.item()` or `int(x)` of the loop's item: still symbolic."""
+    if isinstance(x, NameKey):
+        raise TypeError("the body makes a number of a name that is none in order")
     x = x.item if isinstance(x, TextKey) else x
     return x.reshape(()) if isinstance(x, Tensor) else x
 
@@ -200,7 +198,9 @@ def index(key: str, obj: Any, at: Any) -> Any:
         at = at.reshape(())
     if is_item(at) and isinstance(obj, range):
         return obj.start + obj.step * at if (obj.start, obj.step) != (0, 1) else at
-    if is_item(at) or isinstance(at, TextKey):
+    if is_item(at) and are_names(obj):
+        return key_at(at, list(obj))
+    if is_item(at) or isinstance(at, TextKey | NameKey):
         return pick_from(key, obj, at)
     return obj[at]
 
@@ -298,6 +298,12 @@ def skip_compare(key: str, item: Tensor, left: Any, how: str, right: Any, negate
     return give_up(key, "a condition in the body compares sizes with something else than zero")
 
 
+def expects_mask(key: str, rows: Any) -> None:
+    """`if rows.any()` was left out, which asks whether there are rows only of a mask: numbers of rows may be 0."""
+    if not isinstance(rows, Tensor) or rows.dtype != torch.bool:
+        give_up(key, "the body asks numbers of rows for one that is not 0")
+
+
 def joint(key: str, every: bool, *conds: Any) -> Any:
     """Conditions joined by `and` (every) or `or`: a constant where one decides, else one tensor."""
     left: list[Tensor] = []
@@ -335,7 +341,7 @@ def collect(key: str, rows: Any, item: Tensor) -> Tensor:
     if not isinstance(rows, Tensor) or rows.dim() == 0:
         give_up(key, "the body collects something that is no tensor of rows")
     joined = _markers.collect.default(rows, item)
-    _fix_total()
+    fix_last_total()
     return joined
 
 
@@ -386,13 +392,6 @@ def in_place(key: str, head: Any, new: Any) -> Any:
     if new.dtype != head.dtype or new.device != head.device:
         give_up(key, f"the body makes the sum {new.dtype} where it began as {head.dtype}")
     return head
-
-
-def text_key(prefix: str, item: Any, suffix: str) -> Any:
-    """`f"{prefix}{item}{suffix}"` of the loop's item, for a ModuleDict."""
-    if isinstance(item, TextKey):
-        return TextKey(prefix + item.prefix, item.item, item.suffix + suffix)
-    return TextKey(prefix, item.reshape(()), suffix) if isinstance(item, Tensor) else f"{prefix}{item}{suffix}"
 
 
 def keeps(key: str) -> bool:
