@@ -15,7 +15,7 @@ import sympy
 
 from moec.graph import Graph, Instr, Ref, sweep
 from moec.passes.pairs import Writer, joined
-from moec.passes.token_axes import shaped_like
+from moec.passes.token_axes import column_of, seen, shaped_like
 from moec.pipeline import Facts, Outcome
 
 
@@ -73,7 +73,7 @@ def _alike(graph: Graph, leaves: Sequence[str]) -> list[list[Instr]]:
         attrs = tuple(item for item in site.attrs if item[0] != "form")
         if "capacity" not in dict(attrs):
             kinds = (graph.types[weights].dtype, graph.types[choice].dtype)
-            groups.setdefault((_seen(graph, rows), graph.types[rows], site.args[3], attrs, kinds), []).append(site)
+            groups.setdefault((seen(graph, rows), graph.types[rows], site.args[3], attrs, kinds), []).append(site)
     return [sites for sites in groups.values() if len(sites) > 1]
 
 
@@ -88,15 +88,6 @@ def _site(graph: Graph, name: str) -> Instr | None:
         name = made.uses[0]
         made = graph.defs.get(name)
     return None
-
-
-def _seen(graph: Graph, name: str) -> str:
-    """What a value is a view of: the same numbers in the same order."""
-    made = graph.defs.get(name)
-    while made is not None and made.word in ("reshape", "same"):
-        name = made.uses[0]
-        made = graph.defs.get(name)
-    return name
 
 
 def _joined(graph: Graph, root: Instr, leaves: Sequence[str], groups: Sequence[Sequence[Instr]]) -> tuple[Instr, ...]:
@@ -118,7 +109,7 @@ def _joined(graph: Graph, root: Instr, leaves: Sequence[str], groups: Sequence[S
         rows = name if first.types == root.types else f"{name}.rows"
         out.instrs.append(Instr((rows,), "experts", args, first.types, first.attrs, first.loc or root.loc))
         if rows != name:
-            shaped = shaped_like(graph, _seen(graph, first.uses[0]), root.types[0].shape)
+            shaped = shaped_like(graph, seen(graph, first.uses[0]), root.types[0].shape)
             like = [Ref(shaped)] if shaped else []
             out.instrs.append(Instr((name,), "reshape", (Ref(rows), *like), root.types, (), root.loc))
         rest.append(name)
@@ -154,20 +145,10 @@ def _pairs(out: Writer, source: str) -> str:
 
 def _whole(graph: Graph, names: Sequence[str]) -> tuple[str, tuple[int, ...]] | None:
     """The […, k] tensor that [T, 1] tensors are all the columns of, and which column each is."""
-    found = [_column(graph, name) for name in names]
+    found = [column_of(graph, name) for name in names]
     columns = tuple(column[1] for column in found if column is not None)
     sources = {column[0] for column in found if column is not None}
     if len(columns) != len(names) or len(sources) != 1:
         return None
     source = sources.pop()
     return (source, columns) if graph.types[source].shape[-1] == len(names) == len(set(columns)) else None
-
-
-def _column(graph: Graph, name: str) -> tuple[str, int] | None:
-    """(source[…, k], j) of a value that is source[…, j] in any shape."""
-    made = graph.defs.get(_seen(graph, name))
-    if made is None or made.word not in ("slice", "narrow"):
-        return None
-    source, start, last = made.uses[0], made.attr("start"), made.types[0].rank - 1
-    one = made.attr("dim") == last >= 1 and made.types[0].shape[-1] == 1
-    return (source, start) if one and isinstance(start, int) else None

@@ -168,3 +168,22 @@ def at_choice(out: Writer, gates: str, choice: str) -> str | NoMatch:
     table = out.reshape(gates, (tokens, given.shape[-1]))
     picked = out.reshape(choice, (tokens, slots))
     return out.emit("gather", (Ref(table), Ref(picked)), Type(given.dtype, (tokens, slots)), dim=1)
+
+
+def seen(graph: Graph, name: str) -> str:
+    """What a value is a view of: the same numbers in the same order."""
+    made = graph.defs.get(name)
+    while made is not None and made.word in ("reshape", "same"):
+        name = made.uses[0]
+        made = graph.defs.get(name)
+    return name
+
+
+def column_of(graph: Graph, name: str) -> tuple[str, int] | None:
+    """(source[…, k], j) of a value that is source[…, j] in any shape."""
+    made = graph.defs.get(seen(graph, name))
+    if made is None or made.word not in ("slice", "narrow"):
+        return None
+    source, start, last = made.uses[0], made.attr("start"), made.types[0].rank - 1
+    one = made.attr("dim") == last >= 1 and made.types[0].shape[-1] == 1
+    return (source, start) if one and isinstance(start, int) else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 from dataclasses import dataclass, field
 
 from moec.capture.branches import branches
+from moec.capture.empty import unguarded
 from moec.capture.events import loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
 from moec.capture.rebinds import recast
@@ -21,7 +23,8 @@ def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
     """The straight-line body that stands for the loop in `function`; raises Unrollable."""
     scope = scope_of(function)
     out: list[ast.stmt] = []
-    for part in branches(candidate):
+    loop = unguarded(candidate.loop, candidate.tainted, ast.Constant(key))
+    for part in branches(dataclasses.replace(candidate, loop=loop)):
         again = [ast.Expr(call("enter", ast.Constant(key)))] if out else []
         out += [*again, *_Roller(part, ast.Constant(key), scope.hosts, scope.given).run()]
     return out

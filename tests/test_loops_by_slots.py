@@ -1,0 +1,164 @@
+"""Loops over experts that go through the slots inside: rows cut again by a slot's mask, weights filled slot by slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spelling import E, H, K
+from test_loops_apart import Chosen
+from test_spellings_more import assert_close, assert_same_call, compiled, gradients, skewed
+
+
+class RowsCutAgain(Chosen):
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            mine = (chosen == e).any(dim=-1)
+            if mine.any():
+                rows = self.experts[e](x[mine])
+                for k in range(K):
+                    here = chosen[:, k] == e
+                    if here.any():
+                        y[here] += w[here, k].unsqueeze(-1) * rows[here[mine]]
+        return y
+
+
+class RowsCutByBoth(Chosen):
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(dim=1)
+            if mine.sum() == 0:
+                continue
+            rows = expert(x[mine])
+            for k in range(chosen.shape[1]):
+                here = mine & (chosen[:, k] == e)
+                if here.sum() > 0:
+                    at = torch.where(here)[0]
+                    y.index_add_(0, at, w[at, k].unsqueeze(-1) * rows[here[mine]])
+        return y
+
+
+class WeightsBySlot(Chosen):
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(-1)
+            if not mine.any():
+                continue
+            gate = torch.zeros(x.shape[0])
+            for k in range(K):
+                here = chosen[:, k] == e
+                gate[here] = w[here, k]
+            y[mine] += gate[mine].unsqueeze(-1) * expert(x[mine])
+        return y
+
+
+FUSED = (RowsCutAgain, RowsCutByBoth, WeightsBySlot)
+
+
+@pytest.mark.parametrize("kind", FUSED, ids=lambda k: k.__name__)
+def test_fused_and_equal(kind):
+    torch.manual_seed(0)
+    module = kind()
+    run, report = compiled(module, dynamic=True)
+    with torch.no_grad():
+        for count in (13, 7, 200):
+            assert_same_call(run, module, (torch.randn(count, H),))
+        assert [s.status for s in report.sites] == ["fused"], report
+        assert report.graphs == 1
+        assert_same_call(run, module, (torch.randn(0, H),))
+        skewed(module)
+        assert_same_call(run, module, (torch.randn(7, H),))
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    module = RowsCutAgain()
+    run, _ = compiled(module)
+    x = (torch.randn(13, H),)
+    assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
+
+
+class OneSlotShort(WeightsBySlot):
+    """The last slot's weights are left out."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(-1)
+            gate = torch.zeros(x.shape[0])
+            for k in range(K - 1):
+                here = chosen[:, k] == e
+                gate[here] = w[here, k]
+            y[mine] += gate[mine].unsqueeze(-1) * expert(x[mine])
+        return y
+
+
+class AnotherSlotsWeight(WeightsBySlot):
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(-1)
+            gate = torch.zeros(x.shape[0])
+            for k in range(K):
+                here = chosen[:, k] == e
+                gate[here] = w[here, K - 1 - k]
+            y[mine] += gate[mine].unsqueeze(-1) * expert(x[mine])
+        return y
+
+
+class NeighboursRows(Chosen):
+    """The mask that cuts the rows is another expert's."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            mine = (chosen == e).any(dim=-1)
+            rows = self.experts[e](x[mine])
+            here = (chosen[:, 0] == (e + 1) % E)[mine]
+            y[torch.where(mine)[0][here]] += rows[here]
+        return y
+
+
+class RowsNotAMask(Chosen):
+    """Numbers of rows are asked for one that is not 0: where only row 0 is an expert's, nothing is added."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            rows = torch.where(chosen[:, 0] == e)[0]
+            if rows.any():
+                y[rows] += x[rows]
+            t, s = torch.where(chosen == e)
+            y.index_add_(0, t, self.experts[e](x[t]) * w[t, s, None])
+        return y
+
+
+NEAR = (OneSlotShort, AnotherSlotsWeight, NeighboursRows, RowsNotAMask)
+
+
+@pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)
+def test_near_misses_compute_what_they_did(kind):
+    torch.manual_seed(0)
+    module = kind()
+    run, report = compiled(module)
+    with torch.no_grad():
+        for count in (13, 1):
+            assert_same_call(run, module, (torch.randn(count, H),))
+    assert all(site.status != "fused" for site in report.sites), report
+
+
+def test_the_guard_that_is_left_out_must_ask_a_mask():
+    torch.manual_seed(0)
+    run, report = compiled(RowsNotAMask())
+    with torch.no_grad():
+        run(torch.randn(13, H))
+    assert any("asks numbers of rows" in str(each) for each in report.not_rolled), report
