@@ -125,8 +125,12 @@ class RowBytes:
     step: int
 
     @staticmethod
-    def of(hidden: int, x: int, y: int, weight: int, carried: int) -> RowBytes:
-        """x, y, weight: bytes of a number of x, of the result, of a routing weight; `carried` choices go with a row."""
+    def of(hidden: int, x: int, y: int, weight: int, carried: int, out: int | None = None) -> RowBytes:
+        """x, y, weight: bytes of a number of x, of the result, of a routing weight; `carried` choices go with a row.
+
+        `out`: numbers of the result's row; as many as of x's where it is not given.
+        """
+        result = (hidden if out is None else out) * y
         sent = hidden * x + carried * (NUMBER + weight)
-        forward = sent + hidden * y
-        return RowBytes(forward, forward + sent + hidden * y + hidden * x + carried * weight)
+        forward = sent + result
+        return RowBytes(forward, forward + sent + result + hidden * x + carried * weight)

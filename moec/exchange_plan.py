@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moec.codegen.tuning import Sizes
 from moec.errors import TargetError
 from moec.exchange_cost import Reach, RowBytes, Rows, chances_of, reach, recorded_reach, rows_of
 from moec.loads import Load
@@ -103,7 +104,7 @@ def _plan(site: Site, cluster: Cluster, load: Load | None) -> Plan:
         chances = chances_of(load.total if load else (0,) * sizes.E, sizes.k)
         based = "recorded loads, otherwise random choices" if load else "even random choices"
         reaches = [(blocks, reach(chances, sizes.k, blocks, cluster.size))]
-    schemes = tuple(s for at, found in reaches for s in _schemes(site, cluster, at is blocks, found, sizes.k, sizes.H))
+    schemes = tuple(s for at, found in reaches for s in _schemes(site, cluster, at is blocks, found, sizes))
     return Plan(site.name, sizes.E, sizes.k, sizes.H, cluster, based, schemes, placed)
 
 
@@ -111,12 +112,13 @@ def _placed(load: Load, choices: Sequence[Sequence[int]], cluster: Cluster) -> P
     return place(together(choices, load.experts), load.total, cluster.ranks, cluster.size if cluster.size > 1 else 0)
 
 
-def _schemes(site: Site, cluster: Cluster, blocks: bool, found: Reach, k: int, hidden: int) -> list[Scheme]:
+def _schemes(site: Site, cluster: Cluster, blocks: bool, found: Reach, sizes: Sizes) -> list[Scheme]:
     parsed, spec = parse_site(site.ir), KernelSpec.parse(site.spec)
     x, y, weight = (DTYPES[name].itemsize for name in (parsed.x_type.dtype, spec.y_dtype, parsed.weight.dtype))
     made: list[Scheme] = []
+    k = sizes.k
     for name, rows in rows_of(found, k, cluster.ranks, cluster.size).items():
-        size = RowBytes.of(hidden, x, y, weight, 1 if name.endswith("choice") else k)
+        size = RowBytes.of(sizes.H, x, y, weight, 1 if name.endswith("choice") else k, sizes.O)
         forward = Rows(rows.ranks * size.forward, rows.nodes * size.forward)
         step = Rows(rows.ranks * size.step, rows.nodes * size.step)
         made.append(Scheme("blocks" if blocks else "by co-activation", name, rows, forward, step, found.busiest))

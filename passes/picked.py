@@ -148,32 +148,25 @@ def match_picked(lifter: Lifter, instr: Instr) -> BodyMatch | NoMatch:
     body = _body(lifter, instr)
     if isinstance(body, NoMatch):
         return body
-    return NoMatch("part of an expert on picked rows") if _goes_on(lifter, instr) else body
-
-
-def _goes_on(lifter: Lifter, instr: Instr) -> bool:
-    """Whether what is computed of these rows is an expert as well."""
-    steps = [u for u in lifter.graph.users.get(instr.results[0], ()) if u.results and _picked(lifter, u) is not None]
-    return any(not isinstance(_body(lifter, step), NoMatch) or _goes_on(lifter, step) for step in steps)
-
-
-def _picked(lifter: Lifter, instr: Instr) -> Rows | None:
-    """The rows that an instruction makes of those that experts picked."""
-    rows = lifter.lift(Ref(instr.results[0]))
-    if not isinstance(rows, Rows) or not on_grid(rows) or not isinstance(rows.space, Grid):
-        return None
-    return rows if rows.space.key.startswith(f"{PICKED}:") else None
+    for user in lifter.graph.users.get(instr.results[0], ()):
+        if user.word in ("add", "reshape", "permute") and not isinstance(_body(lifter, user), NoMatch):
+            return NoMatch("part of an expert on picked rows")
+    return body
 
 
 def _body(lifter: Lifter, instr: Instr) -> BodyMatch | NoMatch:
-    rows = _picked(lifter, instr)
-    if rows is None or not isinstance(rows.space, Grid) or rows.space.key.rpartition(":")[2] != rows.layout:
+    rows = lifter.lift(Ref(instr.results[0]))
+    if not isinstance(rows, Rows) or not on_grid(rows) or not isinstance(rows.space, Grid):
+        return NoMatch("not picked rows")
+    if not rows.space.key.startswith(f"{PICKED}:") or rows.space.key.rpartition(":")[2] != rows.layout:
         return NoMatch("not picked rows")
     body = match_body(lifter.graph, rows.row)
     if isinstance(body, NoMatch):
         return body
     if body.weight or dict(rows.space.sizes)["e"] != body.num_experts or not body.width.is_Integer:
         return NoMatch("picked rows of other experts", depth=2)
+    if not body.spec.out:
+        return NoMatch("one product of picked rows, which no kernel does better", depth=2)
     return body
 
 
