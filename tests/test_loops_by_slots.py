@@ -117,7 +117,7 @@ class NeighboursRows(Chosen):
     """The mask that cuts the rows is another expert's."""
 
     def forward(self, x):
-        w, chosen = self.choose(x)
+        _, chosen = self.choose(x)
         y = torch.zeros_like(x)
         for e in range(E):
             mine = (chosen == e).any(dim=-1)

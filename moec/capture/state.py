@@ -10,7 +10,7 @@ import functools
 import sys
 import types
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo.exc import (
@@ -63,7 +63,7 @@ def current_tx() -> Any:
 
 def transforming() -> bool:
     """Whether what is traced is inside torch.func's grad, vmap or jvp, where moec's operators cannot run."""
-    return peek_interpreter_stack() is not None
+    return cast("object | None", peek_interpreter_stack()) is not None  # its declaration leaves None out
 
 
 def compiles_for_moec(tx: Any) -> bool:

@@ -89,7 +89,5 @@ def test_environment_is_read_when_asked(monkeypatch):
 def test_a_mode_that_torch_does_not_know():
     for mode in (None, *MODES):
         check_mode(mode)
-    with pytest.raises(
-        OptionError, match=r"mode='max-autotun' \(did you mean 'max-autotune'\?\); expected"
-    ):
+    with pytest.raises(OptionError, match=r"mode='max-autotun' \(did you mean 'max-autotune'\?\); expected"):
         check_mode("max-autotun")

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from proof_layers import (
     Dense,
     DenseRest,
