@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 
+import proof_layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -260,7 +261,7 @@ def test_large_sizes_are_made_small(kind, dynamic, monkeypatch):
     seen = []
     values = compare.values
     monkeypatch.setattr(compare, "values", lambda *a: seen.append(values(*a)) or seen[-1])
-    monkeypatch.setitem(globals(), "H", 384)
+    monkeypatch.setattr(proof_layers, "H", 384)
     model, x = made(kind, h=384, n=768), torch.randn(320, 384)
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
