@@ -16,6 +16,7 @@ from moec.runtime_triton import load_triton
 from moec.spec import ExpertsSpec, KernelSpec
 
 HERE = Path(__file__).parent
+KERNELS = ("triton_cases.py", "triton_router_cases.py")
 
 
 def interpreted(*names, marks="not slow"):
@@ -34,7 +35,7 @@ def run_cases(names, changes, marks="not slow"):
 
 
 def test_kernels_equal_the_twin():
-    interpreted("triton_cases.py")
+    interpreted(*KERNELS)
 
 
 def test_codes_capacities_and_traces():
@@ -50,15 +51,15 @@ def test_models_equal_eager():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["triton_cases.py", "triton_codes_cases.py", "triton_models.py"])
+@pytest.mark.parametrize(
+    "name", ["triton_cases.py", "triton_router_cases.py", "triton_codes_cases.py", "triton_models.py"]
+)
 def test_the_full_cross_product(name):
     interpreted(name, marks="slow")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name", ["triton_cases.py", "triton_codes_cases.py", "triton_capacity_cases.py", "triton_models.py"]
-)
+@pytest.mark.parametrize("name", [*KERNELS, "triton_codes_cases.py", "triton_capacity_cases.py", "triton_models.py"])
 def test_on_a_gpu(name):
     assert torch.cuda.is_available(), "torch sees no GPU"
     run_cases([name], {"MOEC_TEST_DEVICE": "cuda"})
