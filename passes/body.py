@@ -224,6 +224,43 @@ def _gate(graph: Graph, found: list[Projection]) -> tuple[str, list[Projection]]
     return kinds[0][0], sorted(found, key=lambda p: halves[p.part][1] if p.part is not None else 0)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """An expert's tensors.
+
+    kind     how projections share tensors                order     the projections a and b
+    first    one projection for each of their tensors     bias_out  what is added to the output
+    down     the output matrix's product, None where there is none
+    """
+
+    kind: str
+    order: list[Projection]
+    first: list[Projection]
+    down: Dot | None
+    bias_out: Expert | None
+
+    @property
+    def matrices(self) -> list[tuple[Expert, int]]:
+        """Each matrix and the axis of it that is summed over."""
+        last = [] if self.down is None else [(self.down.weight, self.down.axis)]
+        return [*((p.weight, p.axis) for p in self.first), *last]
+
+    @property
+    def weights(self) -> list[Expert]:
+        """The matrices, in the order of `spec.param_groups`."""
+        return [weight for weight, _ in self.matrices]
+
+    @property
+    def biases(self) -> list[Expert]:
+        """The biases that there are."""
+        return [b for b in (*(p.bias for p in self.first), self.bias_out) if b is not None]
+
+    @property
+    def bias_in(self) -> Expert | None:
+        """A bias of a projection."""
+        return next((p.bias for p in self.first if p.bias is not None), None)
+
+
 def _assemble(
     graph: Graph,
     phi: ex.Expr,
@@ -239,68 +276,79 @@ def _assemble(
     if isinstance(gate, NoMatch):
         return gate
     kind, order = gate
+    parts = _Parts(kind, order, order[:1] if kind != "separate" else order, down, bias_out)
+    stored = _stored(graph, parts, first)
+    if isinstance(stored, NoMatch):
+        return stored
+    count, codes, dtype = stored
     names = {f"p{found.index(p)}": letter for p, letter in zip(order, "ab", strict=False)}
-    one = order[:1] if kind != "separate" else order
-    weights = [*(p.weight for p in one), *([] if down is None else [down.weight])]
-    biases = [p.bias for p in one]
-    some = next((b for b in biases if b is not None), None)
-    if first is not None and some is not None and None in biases:
-        return NoMatch("one projection has a bias, the other has none, in a loop over some experts", depth=6)
-    flat = next((w for w in weights if len(w.order) != 2), None)
-    if flat is not None:
-        return NoMatch(f"an expert's matrix %{flat.values[0]} has {len(flat.order)} axes, expected 2", depth=6)
-    layouts = {_layout(p.weight, p.axis) for p in one}
-    tensors = [*weights, *(b for b in (*biases, bias_out) if b is not None)]
-    plain = _plain(graph, tensors, first)
-    if isinstance(plain, NoMatch):
-        return plain
-    last = () if down is None else ((down.weight, down.axis),)
-    coded = coding_of(graph, [*((p.weight, p.axis) for p in one), *last])
-    if isinstance(coded, NoMatch):
-        return coded
-    codes, dtype = coded
-    if dtype not in PARAM_DTYPES or {b.to or graph.types[b.values[0]].dtype for b in tensors[len(weights) :]} - {dtype}:
-        return NoMatch(f"matrices are used in {dtype}, biases in another dtype or kernels know neither", depth=6)
-    scales = [w for w in weights if w.scale]
-    if len(layouts) > 1:
-        return NoMatch("the projections are stored in different layouts", depth=6)
-    given_biases = biases if some is None else [b or some for b in biases]
-    groups = [
-        tuple(n + NOTHING for n in b.values) if had is None else b.values
-        for had, b in zip(biases, given_biases, strict=True)
-        if b is not None
-    ] + ([] if bias_out is None else [bias_out.values])
     factor = weight if weight is not None else given
     spec = ExpertsSpec(
         dtype=dtype,
         gate=kind,
-        layout_in=layouts.pop(),
+        layout_in=_layout(order[0].weight, order[0].axis),
         layout_out="nk" if down is None else _layout(down.weight, down.axis),
         activation=str(_rename(phi, names)),
-        bias_in=some is not None,
+        bias_in=parts.bias_in is not None,
         bias_out=bias_out is not None,
         weight_on="input" if given is not None else "output",
-        stacked=weights[0].stacked,
+        stacked=order[0].weight.stacked,
         codes="" if codes == "cast" else codes,
         out=down is not None,
     )
-    rows = _matrix_dims(graph, order[0].weight)[1 - order[0].axis]
-    width = rows / 2 if kind in ("concat", "interleaved") else rows
-    if down is not None:
-        width, rows = (_matrix_dims(graph, down.weight)[axis] for axis in (down.axis, 1 - down.axis))
+    scaled = [w for w in parts.weights if w.scale]
     assert isinstance(token, Token)
     return BodyMatch(
         spec,
         token.value,
         factor.value if factor is not None else "",
         isinstance(factor, Gate),
-        (*(t.values for t in weights), *groups, *(w.scale for w in scales)),
-        plain,
-        width,
-        width if down is None else rows,
-        tuple(scale_shape(graph, w) for w in scales),
+        (*(w.values for w in parts.weights), *_bias_values(parts), *(w.scale for w in scaled)),
+        count,
+        *_widths(graph, parts),
+        tuple(scale_shape(graph, w) for w in scaled),
         dtype if codes == "cast" else "",
     )
+
+
+def _stored(graph: Graph, parts: _Parts, first: int | None) -> tuple[Dim, str, str] | NoMatch:
+    """How many experts run, how matrices are kept, and the dtype of products, where all tensors agree on these."""
+    if first is not None and parts.bias_in is not None and any(p.bias is None for p in parts.first):
+        return NoMatch("one projection has a bias, the other has none, in a loop over some experts", depth=6)
+    flat = next((w for w in parts.weights if len(w.order) != 2), None)
+    if flat is not None:
+        return NoMatch(f"an expert's matrix %{flat.values[0]} has {len(flat.order)} axes, expected 2", depth=6)
+    count = _plain(graph, [*parts.weights, *parts.biases], first)
+    if isinstance(count, NoMatch):
+        return count
+    coded = coding_of(graph, parts.matrices)
+    if isinstance(coded, NoMatch):
+        return coded
+    codes, dtype = coded
+    if dtype not in PARAM_DTYPES or {b.to or graph.types[b.values[0]].dtype for b in parts.biases} - {dtype}:
+        return NoMatch(f"matrices are used in {dtype}, biases in another dtype or kernels know neither", depth=6)
+    if len({_layout(p.weight, p.axis) for p in parts.first}) > 1:
+        return NoMatch("the projections are stored in different layouts", depth=6)
+    return count, codes, dtype
+
+
+def _bias_values(parts: _Parts) -> list[tuple[str, ...]]:
+    """The values of each bias; see NOTHING for a projection that has none where the other has one."""
+    some, last = parts.bias_in, parts.bias_out
+    zeros = () if some is None else tuple(name + NOTHING for name in some.values)
+    first = [] if some is None else [zeros if p.bias is None else p.bias.values for p in parts.first]
+    return first if last is None else [*first, last.values]
+
+
+def _widths(graph: Graph, parts: _Parts) -> tuple[Dim, Dim]:
+    """(F, O)."""
+    if parts.down is not None:
+        dims = _matrix_dims(graph, parts.down.weight)
+        return dims[parts.down.axis], dims[1 - parts.down.axis]
+    some = parts.order[0]
+    rows = _matrix_dims(graph, some.weight)[1 - some.axis]
+    width = rows / 2 if parts.kind in ("concat", "interleaved") else rows
+    return width, width
 
 
 def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMatch:
