@@ -74,7 +74,8 @@ def test_training_step(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe"])
 def test_logits_in_bf16(name):
-    model, ids = zoo.library_model(name, "eager", torch.bfloat16).to(DEVICE), moved(zoo.prompt(13))
+    # In the other prompt gpt_oss's token 4 and olmoe's 8 have equal scores in bf16, of which torch.topk takes any.
+    model, ids = zoo.library_model(name, "eager", torch.bfloat16).to(DEVICE), moved(zoo.prompt(13)[1:])
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
