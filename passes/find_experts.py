@@ -37,6 +37,7 @@ from moec.passes.skips import asked_of_others, only_idle_skipped
 from moec.passes.thresholds import say_support, support, table_choice
 from moec.passes.token_axes import at_choice, names_once, token_axes
 from moec.passes.torn import GOES_ON, torn_out
+from moec.passes.weighed import weighed_choice
 from moec.pipeline import Facts, Miss, Outcome
 
 
@@ -263,6 +264,11 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
         if not body.weight:
             return made[0], "", made[1]
         return made_shape(lifter, *made, body.weight) or (made[0], body.weight, made[1])
+    if choice in lifter.weighed:
+        by_expert = NoMatch("gates of every expert weight rows that are selected by their weights", total.root)
+        return (
+            by_expert if body.by_expert else weighed_choice(lifter, lifter.graph.defs[total.root], choice, body.weight)
+        )
     once = total.rows.space.kind == "loop" and set(total.rows.space.order) <= {"t", *token_axes(lifter.graph, choice)}
     if once and (body.by_expert or not body.weight) and not names_once(lifter.graph, choice):
         return NoMatch("a token may choose an expert twice, and has one row with it", total.root)

@@ -121,7 +121,8 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1
     inner = lifter.lift(table)
     if ids.what == "token":
         if isinstance(inner, Masked) and inner.summed and inner.anchor == ids.space.key:
-            return Rows(ids.space, Slot(inner.value), ids.layout, inner.choice)
+            part = ids.choice if ids.choice in lifter.weighed else inner.choice
+            return Rows(ids.space, Slot(inner.value), ids.layout, part)
         if isinstance(inner, Column) and inner.key == ids.space.key:
             return Rows(ids.space, Gate(inner.value), ids.layout, ids.choice)
         if _one_a_token(lifter, kind, ids.choice, axes):

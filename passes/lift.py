@@ -46,6 +46,7 @@ class Lifter:
     partial   anchor → the experts that its loop runs, where it skips those of one side
     kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.kept`)
     tables    a name → the table of masks that it stands for (`moec.passes.thresholds`)
+    weighed   a name → the choice of which pairs without weight are left out (`moec.passes.weighed`)
     clamped   a choice → the largest id that parameters are looked up by, where greater ones count as it
     fallback  asked about what no rule knows, with the result's place and the rule's miss
     """
@@ -60,6 +61,7 @@ class Lifter:
     partial: dict[str, Part] = field(default_factory=dict)
     kept: dict[str, Hot] = field(default_factory=dict)
     tables: dict[str, object] = field(default_factory=dict)
+    weighed: dict[str, object] = field(default_factory=dict)
     clamped: dict[str, int] = field(default_factory=dict)
     fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None
 

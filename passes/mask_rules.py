@@ -24,6 +24,7 @@ from moec.passes.rows import (
 from moec.passes.served import lost_pairs
 from moec.passes.thresholds import compared, table_axes
 from moec.passes.token_axes import choice_axes, names_once, order_of, token_axes
+from moec.passes.weighed import weighed
 
 
 def rule_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -83,6 +84,9 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     by_number = compared(lifter, instr.word, left, right)
     if by_number is not None:
         return by_number
+    by_weight = weighed(lifter, instr.word, left, right)
+    if by_weight is not None:
+        return by_weight
     lost = lost_pairs(lifter, instr)
     if lost is not None:
         return lost

@@ -1,4 +1,4 @@
-"""Loops over experts that go through the slots inside: rows cut again by a slot's mask, weights filled slot by slot."""
+"""Loops over experts that go through the slots inside: rows cut again, weights filled in, rows selected by weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,26 @@ class WeightsBySlot(Chosen):
         return y
 
 
-FUSED = (RowsCutAgain, RowsCutByBoth, WeightsBySlot)
+class SelectedByWeight(Chosen):
+    """Rows are the tokens that have a weight for the expert; logits are weights, so that some are below 0."""
+
+    def choose(self, x):
+        return self.router(x).topk(K, dim=-1)
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            hit = chosen == e
+            if hit.any():
+                gate = (w * hit.float()).sum(dim=-1, keepdim=True)
+                rows = gate.squeeze(-1) > 0
+                if rows.any():
+                    y[rows] += self.experts[e](x[rows]) * gate[rows]
+        return y
+
+
+FUSED = (SelectedByWeight, RowsCutAgain, RowsCutByBoth, WeightsBySlot)
 
 
 @pytest.mark.parametrize("kind", FUSED, ids=lambda k: k.__name__)
@@ -142,7 +161,18 @@ class RowsNotAMask(Chosen):
         return y
 
 
-NEAR = (OneSlotShort, AnotherSlotsWeight, NeighboursRows, RowsNotAMask)
+class AboveALimit(SelectedByWeight):
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            gate = (w * (chosen == e)).sum(dim=-1)
+            rows = gate > -0.1
+            y[rows] += expert(x[rows]) * gate[rows].unsqueeze(-1)
+        return y
+
+
+NEAR = (AboveALimit, OneSlotShort, AnotherSlotsWeight, NeighboursRows, RowsNotAMask)
 
 
 @pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)
