@@ -130,6 +130,25 @@ class GoesOnAfterwards(WholeBody):
         return y * seen.sum()
 
 
+SCALE = 3.0
+
+
+class NameOfTheFile(WholeBody):
+    """The method reads a name of the file that the loop's own function uses for something else."""
+
+    def scaled(self, e, rows):
+        return self.experts[e](rows) * SCALE
+
+    def forward(self, x):
+        SCALE = 1.0
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            t, s = torch.where(chosen == e)
+            y.index_add_(0, t, SCALE * self.scaled(e, x[t]) * w[t, s].unsqueeze(-1))
+        return y
+
+
 class ReturnsOthers(WholeBody):
     """What is returned for an idle expert is added, and is no zero."""
 
@@ -147,7 +166,9 @@ class ReturnsOthers(WholeBody):
         return y
 
 
-@pytest.mark.parametrize("kind", [OverriddenBody, GoesOnAfterwards, ReturnsOthers], ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", [OverriddenBody, GoesOnAfterwards, NameOfTheFile, ReturnsOthers], ids=lambda k: k.__name__
+)
 def test_near_misses_compute_what_they_did(kind):
     torch.manual_seed(0)
     module = kind()

@@ -59,6 +59,8 @@ class _Call:
 def written_out(loop: ast.For, owner: ast.FunctionDef, file: str, known: Known) -> ast.For | None:
     """A copy of the loop with its item's helpers written out; None where there are none."""
     own = owner.args.args[0].arg if owner.args.args else ""
+    taken = stored(owner.body) | {a.arg for a in ast.walk(owner.args) if isinstance(a, ast.arg)}
+    known = Known(_free_of(known.method, taken), _free_of(known.function, taken))
     key = ast.Constant(loop_key(file, loop.lineno))
     out, numbers = copy.deepcopy(loop), itertools.count()
     asked: dict[str, ast.stmt] = {}
@@ -72,6 +74,17 @@ def written_out(loop: ast.For, owner: ast.FunctionDef, file: str, known: Known) 
         if isinstance(node, (ast.expr, ast.stmt)) and not hasattr(node, "lineno"):
             ast.copy_location(node, loop)
     return out
+
+
+def _free_of(find: Lookup, taken: set[str]) -> Lookup:
+    """Only helpers that read none of these names from their file: where they are written out, they would differ."""
+
+    def found(name: str) -> types.FunctionType | None:
+        function = find(name)
+        read = set() if function is None else set(function.__code__.co_names) & set(function.__globals__)
+        return None if read & taken else function
+
+    return found
 
 
 def _one_level(
