@@ -34,7 +34,8 @@ def skew(module):
 def test_fused_with_outputs_and_gradients(spelling):
     module = made(spelling)
     options = {} if spelling.__name__ in BY_KERNEL else {"kernels": "eager"}
-    run, report = compiled(module, dynamic=True, **options)
+    dynamic = None if "LowRank" in spelling.__name__ else True  # which makes a symbol of a scaling factor
+    run, report = compiled(module, dynamic=dynamic, **options)
     for count in (13, 7, 200):
         given = inputs(spelling, count)
         assert_close([run(*given)], [module(*given)], 1e-5)

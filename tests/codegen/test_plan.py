@@ -62,5 +62,5 @@ def test_workspace_is_bounded_for_long_inputs():
 
 
 def test_words_are_whole_numbers_in_a_fixed_count():
-    assert {len(plan(T, s).words) for T in (1, 100) for s in (F32, BF16)} == {37}
+    assert {len(plan(T, s).words) for T in (1, 100) for s in (F32, BF16)} == {38}
     assert all(type(word) is int for word in plan(3).words)
