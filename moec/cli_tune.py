@@ -147,13 +147,14 @@ def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
 
     counts = token_counts(tokens)
     layers = _layers_of_spec(what, sizes) if "experts{" in what else _layers_of_model(what)
-    for _, (_, _, experts, _) in layers:
-        shares(profile, experts)
+    for _, numbers in layers:
+        shares(profile, numbers[2])
     threads = torch.get_num_threads()
     return [Job(spec, Sizes(T, *numbers), threads, profile) for spec, numbers in layers for T in counts]
 
 
-def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, int, int]]]:
+def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, int, int, int]]]:
+    """(spec, (H, F, E, k, O)); O is H where it is not given."""
     from moec.codegen.cpp import check
     from moec.errors import CodegenError, ParseError
     from moec.spec import KernelSpec
@@ -163,16 +164,17 @@ def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, in
         check(spec)
     except (ParseError, CodegenError) as error:
         raise TargetError(f"SPEC {text!r}: {error}") from error
-    found = dict(re.findall(r"([HFEk])=(\d+)", sizes))
-    if not re.fullmatch(r"([HFEk]=\d+,?){4}", sizes) or set(found) != set("HFEk"):
+    found = dict(re.findall(r"([HFEkO])=(\d+)", sizes))
+    if not re.fullmatch(r"([HFEkO]=\d+,?){4,5}", sizes) or set(found) | {"O"} != set("HFEkO"):
         raise OptionError(f"--sizes {sizes!r}: expected all of H, F, E and k, such as H=2048,F=768,E=64,k=8")
     numbers = {name: int(value) for name, value in found.items()}
     if min(numbers.values()) < 1 or numbers["k"] > numbers["E"]:
         raise OptionError(f"--sizes {sizes!r}: expected numbers above 0, and k at most E")
-    return [(str(spec), (numbers["H"], numbers["F"], numbers["E"], numbers["k"]))]
+    wide = numbers.get("O", numbers["H"]) if spec.experts.out else numbers["F"]
+    return [(str(spec), (numbers["H"], numbers["F"], numbers["E"], numbers["k"], wide))]
 
 
-def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int]]]:
+def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int, int]]]:
     import torch
 
     from moec.backend import explain
@@ -182,11 +184,11 @@ def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int]]]
     loaded = load(target)
     with console(stderr=True).status(f"compiling {target}"), torch.no_grad():
         report = explain(loaded.model, *loaded.args, **loaded.kwargs)
-    found: dict[tuple[str, tuple[int, int, int, int]], None] = {}
+    found: dict[tuple[str, tuple[int, int, int, int, int]], None] = {}
     for site in report.sites:
         if site.status == "fused":
             s = sizes_of(site)
-            found[site.spec, (s.H, s.F, s.E, s.k)] = None
+            found[site.spec, (s.H, s.F, s.E, s.k, s.O)] = None
     if not found:
         raise TargetError(f"target {target!r}: no MoE layer was fused; `moec explain {target}` says why")
     return list(found)
