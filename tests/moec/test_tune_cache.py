@@ -140,6 +140,7 @@ def test_a_hundred_damaged_files_do_no_harm(folder):
         found = tune_cache.load()
         tune_cache._load.cache_clear()
         tune_cache.load()
+        whole = {path.name for path in folder.glob("damaged*") if not tune_cache.read_file(path)[1]}
         tune_cache.clear()
     assert tune_cache.exact(mine, HERE, found) is not None
     assert all(isinstance(e.tuning, Tuning | None) for e in found)
@@ -150,7 +151,7 @@ def test_a_hundred_damaged_files_do_no_harm(folder):
     for i, content in enumerate(contents):
         name = f"damaged{i:03}.jsonl"
         assert left.get(name, content) == content
-        assert name in left or not tune_cache.read_file(folder / name)[1]
+        assert name in left or name in whole
 
 
 def test_a_foreign_file_of_an_entrys_name_is_not_replaced(folder):
