@@ -9,13 +9,15 @@ masked_fill(%x, ge(%i, E), 0), 0 ≤ i < E        →   %x, see `moec.passes.ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moec.graph import Arg, Graph, Instr, Ref, Type, substitute, sweep
+from moec.graph import Graph, Instr, Ref, Type, substitute, sweep
+from moec.passes import bank_axes, one_hot_index, split_axes, spread_axes
+from moec.passes.fold_permutes import fold_permutes
 from moec.passes.ranges import Ranges, decided
+from moec.passes.rewriter import Rule, rewritten
 from moec.passes.slices import behind_products
-from moec.passes.word_contract import normal_equation
 from moec.pipeline import Facts, Outcome
 
 UNIQUE = frozenset(
@@ -45,48 +47,30 @@ class Canonicalize:
 
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The canonical graph; rewrites counts removed and changed instructions."""
-        folded = tuple(_fold_permutes(graph))
-        sunk = tuple(behind_products(folded))
-        once = _number(sunk, graph, facts.grad)
-        outputs = tuple(once.names.get(name, name) for name in graph.outputs)
+        folded = tuple(fold_permutes(graph))
+        plain = rewritten(graph.with_instrs(folded), RULES, facts.grad, (bank_axes.rule_first,))
+        sunk = tuple(behind_products(plain.graph.instrs))
+        once = _number(sunk, plain.graph, plain.grad)
+        outputs = tuple(once.names.get(name, name) for name in plain.graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
         return Outcome(result, changed + len(sunk) - len(once.instrs))
 
 
-def _fold_permutes(graph: Graph) -> Iterator[Instr]:
-    """contract(permute(w)) → contract(w)."""
-    for instr in graph.instrs:
-        yield _folded(graph.defs, instr) if instr.word == "contract" else instr
-
-
-def _folded(defs: Mapping[str, Instr], instr: Instr) -> Instr:
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
-    args: list[Arg] = []
-    for i, arg in enumerate(instr.args):
-        made = defs.get(arg.name) if isinstance(arg, Ref) else None
-        if made is None or made.word != "permute" or _is_rows(letters, i, out):
-            args.append(arg)
-            continue
-        dims = made.attr("dims")
-        assert isinstance(dims, tuple)
-        stored = [""] * len(dims)
-        for letter, dim in zip(letters[i], dims, strict=True):
-            assert isinstance(dim, int)
-            stored[dim] = letter
-        letters[i] = "".join(stored)
-        args.append(made.args[0])
-    if tuple(args) == instr.args:
-        return instr
-    eq = normal_equation(f"{','.join(letters)}->{out}")
-    return replace(instr, args=tuple(args), attrs=(("eq", eq),))
-
-
-def _is_rows(letters: list[str], i: int, out: str) -> bool:
-    """Whether an operand is tokens with their features last, [B, S, H] times [H, F]: as stored they may not be."""
-    mine, other = letters[i], letters[1 - i]
-    return len(mine) > 2 and mine[:-1] == out[:-1] and set(mine) & set(other) == {mine[-1]} and len(other) == 2
+RULES: tuple[Rule, ...] = (
+    split_axes.rule_reshape,
+    split_axes.rule_half,
+    split_axes.rule_table,
+    bank_axes.rule_index,
+    bank_axes.rule_gathered,
+    one_hot_index.rule_product,
+    one_hot_index.rule_place,
+    split_axes.rule_joined,
+    bank_axes.rule_first,
+    spread_axes.rule_expand,
+    spread_axes.rule_column,
+)
+"""Canonical forms, in the order in which they are tried on an instruction."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ class Numbered:
 def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
     """The other values that are the same as a value, in the graph before this pass."""
     found: dict[str, list[str]] = {}
-    for name, kept in _number(tuple(_fold_permutes(graph)), graph, grad).names.items():
+    for name, kept in _number(tuple(fold_permutes(graph)), graph, grad).names.items():
         found.setdefault(kept, []).append(name)
     return {name: tuple(others) for name, others in found.items()}
 

@@ -61,7 +61,9 @@ def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """Another order of axes."""
+    """Another order of axes; a bank whose experts' axis was put first is a value of its own."""
+    if dict(instr.attrs).get("bank"):
+        return _miss(instr, "parameters with experts first")
     value, dims = cell(lifter, instr.args[0]), instr.attr("dims")
     assert isinstance(dims, tuple)
     return _viewed(instr, value, None if value is None else tuple(value.axes[int(str(d))] for d in dims))

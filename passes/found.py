@@ -14,6 +14,7 @@ from moec.passes.body import NOTHING, BodyMatch
 from moec.passes.combine import Combined
 from moec.passes.lift import same
 from moec.passes.pairs import Writer
+from moec.passes.rewriter import STORED
 from moec.passes.say_experts import filled, site_attrs
 from moec.passes.token_axes import as_pairs, each_token, shaped_like, slots_of
 from moec.pipeline import Facts
@@ -36,7 +37,8 @@ def idle_is_zero(body: BodyMatch) -> bool:
 
 def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
     """Why kernels cannot run this layer although it is understood."""
-    names = [name.removesuffix(NOTHING) for group in body.params for name in group]
+    given = [name.removesuffix(NOTHING) for group in body.params for name in group]
+    names = list(dict.fromkeys(str(graph.behind(Ref(name), STORED)).removeprefix("%") for name in given))
     for name in names:
         if name in facts.not_plain:
             return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)

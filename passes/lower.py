@@ -94,6 +94,7 @@ def lower(
     gm: fx.GraphModule, raised: Raised, graph: Graph, engine: str, grad: frozenset[str], save: str = "auto"
 ) -> int:
     """Rewrite `gm` in place to what `graph` says, `grad` naming values with a gradient; the number of sites lowered."""
+    grad = _with_views(graph, grad)
     state = Lowering(gm, raised, engine, any_views(raised.graph), twins(raised.graph, grad), grad, save)
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
@@ -106,6 +107,15 @@ def lower(
         gm.graph.lint()
         gm.recompile()
     return sum(i.word in SITES for instrs in groups.values() for i in instrs)
+
+
+def _with_views(graph: Graph, grad: frozenset[str]) -> frozenset[str]:
+    """The values with a gradient, views of parameters that passes added included."""
+    found = set(grad)
+    for instr in graph.instrs:
+        if instr.word in ("reshape", "permute", "cast") and not found.isdisjoint(instr.uses):
+            found.update(instr.results)
+    return frozenset(found)
 
 
 def _written_later(state: Lowering, graph: Graph, groups: Mapping[str, list[Instr]]) -> frozenset[str]:
@@ -123,15 +133,31 @@ def _written_later(state: Lowering, graph: Graph, groups: Mapping[str, list[Inst
 def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:
     """What `graph` says anew: the value that is replaced → the instructions that make it, in order."""
     groups: dict[str, list[Instr]] = {}
-    new: list[Instr] = []
+    new: dict[str, Instr] = {}
     for instr in graph.instrs:
         if not _is_new(raised, instr):
             continue
-        new.append(instr)
         root = instr.results[0]
-        if root in raised.carriers:
-            groups[root], new = new, []
+        if root not in raised.carriers:
+            new.update(dict.fromkeys(instr.results, instr))
+            continue
+        mine = _needed(new, instr)
+        again = instr.word == "same" and not groups.keys().isdisjoint(instr.uses)
+        if again or any(i.word in SITES for i in mine):
+            groups[root] = mine
+            new = {name: other for name, other in new.items() if other not in mine}
     return groups
+
+
+def _needed(new: Mapping[str, Instr], root: Instr) -> list[Instr]:
+    """The new instructions that `root` needs and itself, in order: canonical forms that no site reads are left out."""
+    wanted, pending = {root.results[0]}, [root]
+    while pending:
+        for name in pending.pop().uses:
+            if name in new and name not in wanted:
+                wanted.update(new[name].results)
+                pending.append(new[name])
+    return [*(instr for instr in dict.fromkeys(new.values()) if not wanted.isdisjoint(instr.results)), root]
 
 
 def any_views(graph: Graph) -> frozenset[str]:
