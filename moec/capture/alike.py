@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -16,7 +16,7 @@ _HOOKS = (
 # Held by every module and compared elsewhere, or without effect on a call.
 _OWN = frozenset(
     (
-        *_HOOKS,
+        *HOOKS,
         "_parameters",
         "_buffers",
         "_modules",
@@ -46,7 +46,7 @@ def difference(modules: Sequence[nn.Module]) -> str | None:
 
 
 def _hooked(module: nn.Module, name: str) -> str | None:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
         return f"{name} has hooks"
     for child_name, child in module._modules.items():
         reason = _hooked(child, f"{name}.{child_name}") if child is not None else None
@@ -58,7 +58,7 @@ def _hooked(module: nn.Module, name: str) -> str | None:
 def _differs(a: nn.Module, b: nn.Module, name: str) -> str | None:
     if type(a) is not type(b):
         return f"{name} is a {type(b).__name__}, expected {type(a).__name__} as in expert 0"
-    if any(getattr(b, hooks, None) for hooks in _HOOKS):
+    if any(getattr(b, hooks, None) for hooks in HOOKS):
         return f"{name} has hooks"
     for field in ("_parameters", "_buffers", "_modules"):
         if list(getattr(a, field)) != list(getattr(b, field)):
@@ -75,11 +75,16 @@ def _held_differ(a: nn.Module, b: nn.Module, name: str) -> str | None:
     return None
 
 
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's own attributes: no tensors, children or hooks."""
+    return ((name, value) for name, value in module.__dict__.items() if name not in _OWN)
+
+
 def _attributes_differ(a: nn.Module, b: nn.Module, name: str) -> str | None:
     if a.__dict__.keys() != b.__dict__.keys():
         return f"{name} has attributes that expert 0 lacks, or the other way round"
-    for key, x in a.__dict__.items():
-        if key not in _OWN and not _same(x, b.__dict__[key]):
+    for key, x in attributes(a):
+        if not _same(x, b.__dict__[key]):
             return f"{name}.{key} is {_short(b.__dict__[key])}, expected {_short(x)} as in expert 0"
     return None
 

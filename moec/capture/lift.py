@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import AttrSource, DictGetItemSource, Source, UnspecializedNNModuleSource
+from torch._dynamo.source import AttrSource, DictGetItemSource, Source
 from torch._dynamo.variables.builder import VariableBuilder
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture.alike import difference
+from moec.capture.guards import child, guard_module
 from moec.capture.state import loop_key, retrace_without
 
 
@@ -30,6 +31,9 @@ def lift(ctx: Any) -> None:
     reason = difference(values) or _rewritten(tx, values) if modules else _unlike_tensors(values)
     if reason:
         retrace_without(tx, key, reason)
+    if modules:
+        for module, where in members:
+            guard_module(module, where if isinstance(where, Source) else where.source)
     paths = [name for name, _ in _named(values[0])] if modules else [""]
     tables = [[_variable(tx, member, path) for member in members] for path in paths]
     reason = next(filter(None, (_unlike_tensors([_value(var) for var in table]) for table in tables)), None)
@@ -96,11 +100,7 @@ def _value(var: Any) -> Any:
 
 
 def _children(parent: nn.Module, source: Source, names: Sequence[str]) -> list[Member]:
-    return [(parent._modules[name], _child(source, name)) for name in names]
-
-
-def _child(source: Source, name: str) -> Source:
-    return UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), name))
+    return [(parent._modules[name], child(source, name)) for name in names]
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -119,7 +119,7 @@ def _variable(tx: Any, member: Member, path: str) -> Any:
     *parents, leaf = path.split(".")
     module = value
     for name in parents:
-        where, module = _child(where, name), module._modules[name]
+        where, module = child(where, name), module._modules[name]
     field = "_parameters" if leaf in module._parameters else "_buffers"
     exchanged = _exchanged(tx, getattr(module, field), leaf)
     if exchanged is not None:

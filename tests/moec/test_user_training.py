@@ -103,3 +103,73 @@ def test_inside_of_a_transform_of_torch_func_the_model_stays_as_it_is(kind):
 
     found = torch.compile(gradients, backend="moec", options=QUICK)(parameters)
     close(found, gradients(parameters))
+
+
+class Scaled(nn.Module):
+    """An expert with a number and a function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.phi = 1.0, torch.relu
+        self.up, self.down = nn.Linear(H, WIDTH), nn.Linear(WIDTH, H)
+
+    def forward(self, x):
+        return self.down(self.phi(self.up(x))) * self.scale
+
+
+class Modules(nn.Module):
+    """A loop over experts that are modules."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(H, E), nn.ModuleList(Scaled() for _ in range(E))
+
+    def forward(self, x):
+        weights, chosen = F.softmax(self.gate(x), -1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == e)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def another_module(experts, i):
+    experts[i] = nn.Sequential(nn.Linear(H, H), nn.Tanh())
+
+
+def another_child(experts, i):
+    experts[i].up = nn.Sequential(nn.Linear(H, WIDTH), nn.Tanh())
+
+
+def another_number(experts, i):
+    experts[i].scale = 3.0
+
+
+def another_function(experts, i):
+    experts[i].phi = torch.tanh
+
+
+def one_less(experts, i):
+    del experts[i].down.bias
+    experts[i].down.bias = None
+
+
+@pytest.mark.parametrize("change", [another_module, another_child, another_number, another_function, one_less])
+def test_an_expert_that_becomes_another_after_the_first_call(change):
+    model, x = Modules(), torch.randn(40, H)
+    call = torch.compile(model, backend="moec", options=QUICK)
+    with torch.no_grad():
+        close(call(x), model(x))
+        change(model.experts, 2)
+        close(call(x), model(x))
+
+
+def test_a_hook_that_is_added_to_an_expert_later_is_seen_where_torch_is_asked_to(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+    model, x = Modules(), torch.randn(40, H)
+    call = torch.compile(model, backend="moec", options=QUICK)
+    with torch.no_grad():
+        close(call(x), model(x))
+        model.experts[2].register_forward_hook(lambda module, args, out: 2 * out)
+        close(call(x), model(x))
