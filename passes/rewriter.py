@@ -56,6 +56,13 @@ class Rewriter:
         arg = self.behind(arg, *STORED)
         return isinstance(arg, Ref) and arg.name not in self.defs and self.type(arg).dtype in ("f32", "bf16", "f16")
 
+    def held(self, arg: Arg) -> bool:
+        """Whether a value can be read when the graph is lowered: an input, or what rules made.
+
+        What stands between the parts of one line of the user's has no node of its own.
+        """
+        return isinstance(arg, Ref) and (arg.name not in self.defs or arg.name not in self.graph.types)
+
     def emit(self, word: str, args: Sequence[Arg], kind: Type, **attrs: Attr) -> Ref:
         """A value that is made before the instruction at hand."""
         assert self._at is not None
@@ -78,7 +85,7 @@ class Rewriter:
         if kind.shape == tuple(shape):
             return arg
         before = self.by(arg, "reshape")
-        if before is not None and self.type(before.args[0]).shape == tuple(shape):
+        if before is not None and self.type(before.args[0]).shape == tuple(shape) and self.held(before.args[0]):
             return before.args[0]
         return self.emit("reshape", (arg,), Type(kind.dtype, tuple(shape)))
 

@@ -46,13 +46,23 @@ def rule_reshape(state: Rewriter, instr: Instr) -> Instr | Ref | None:
     if instr.word != "reshape" or len(instr.args) != 1:
         return None
     before = state.by(instr.args[0], "reshape")
-    if before is not None and isinstance(before.args[0], Ref) and state.type(before.args[0]) == instr.types[0]:
-        return before.args[0]
+    source = None if before is None else before.args[0]
+    if isinstance(source, Ref) and state.type(source) == instr.types[0] and state.held(source):
+        return source
     how = split_of(state.type(instr.args[0]).shape, instr.types[0].shape)
-    if how is None or _only_cut(state, instr, how) or not made_in_parts(state, instr.args[0], how):
+    if how is None or _only_cut(state, instr, how) or not _all_split(state, instr):
+        return None
+    if not made_in_parts(state, instr.args[0], how):
         return None
     said = _split(state, instr.args[0], how)
     return said if isinstance(said, Ref) else None
+
+
+def _all_split(state: Rewriter, instr: Instr) -> bool:
+    """Whether nobody reads the value unsplit, as a router does that looks at its scores in groups and as they are."""
+    value = instr.args[0]
+    users = state.graph.users.get(value.name, ()) if isinstance(value, Ref) else ()
+    return all(user.word == "reshape" and user.types[0].shape == instr.types[0].shape for user in users)
 
 
 def _only_cut(state: Rewriter, instr: Instr, how: Split) -> bool:

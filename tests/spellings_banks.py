@@ -241,7 +241,7 @@ class OtherPlace(FlatPlace):
 
 
 class Merged(Bank):
-    """Near miss: one matrix a token, the weighted sum of its experts' matrices."""
+    """One matrix a token, the weighted sum of its experts' matrices: up to φ a sum of experts of one matrix."""
 
     def forward(self, x):
         gates = self.gates(x)
@@ -258,15 +258,15 @@ class CutElsewhere(SideBySide):
 
 
 class Twice(Bank):
-    """Near miss: the one-hot mask counts slots, so an expert's matrices are added up over a token's slots."""
+    """The mask counts a token's slots, whose matrices are added up: up to φ a sum of experts of one matrix."""
 
     def forward(self, x):
         w, ids = self.choose(x)
         hot = F.one_hot(ids, E).to(x.dtype).sum(1)
         up, down = torch.einsum("te,ehf->thf", hot, self.up), torch.einsum("te,efh->tfh", hot, self.down)
-        return torch.einsum("tf,tfh->th", torch.einsum("th,thf->tf", x, up).relu(), down) * w.sum(-1, keepdim=True)
+        return torch.einsum("tf,tfh->th", torch.einsum("th,thf->tf", x, up).relu(), down) * w[:, :1]
 
 
-NEAR = (OtherPlace, Merged, Twice)
-LEGAL = (CutElsewhere,)
+NEAR = (OtherPlace,)
+LEGAL = (CutElsewhere, Merged, Twice)
 """What may be fused or not, and computes what it did."""
