@@ -142,8 +142,7 @@ def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:
             new.update(dict.fromkeys(instr.results, instr))
             continue
         mine = _needed(new, instr)
-        again = instr.word == "same" and not groups.keys().isdisjoint(instr.uses)
-        if again or any(i.word in SITES for i in mine):
+        if instr.word == "same" or any(i.word in SITES for i in mine):
             groups[root] = mine
             new = {name: other for name, other in new.items() if other not in mine}
     return groups
