@@ -231,7 +231,7 @@ def rule_table(state: Rewriter, instr: Instr) -> Instr | None:
         return None
     for lead in range(1, len(shape) - 1):
         rest = shape[lead:]
-        if sympy.Mul(*rest) != table.shape[1] or not all(d.is_Integer for d in rest):
+        if sympy.Mul(*rest) != table.shape[1] or not all(d.is_Integer and d > 1 for d in rest):
             continue
         if not same(sympy.Mul(*shape[:lead]), sympy.Mul(*ids.shape)):
             continue

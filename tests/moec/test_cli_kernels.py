@@ -34,7 +34,7 @@ def test_json_holds_every_figure(capsys):
     (layer,) = json.loads(capsys.readouterr().out)
     (kernel,) = layer["kernels"]
     assert layer["clean"] is True
-    assert layer["sizes"] == {"T": 64, "H": 2048, "F": 128, "E": 8, "k": 2}
+    assert layer["sizes"] == {"T": 64, "H": 2048, "F": 128, "E": 8, "k": 2, "O": 2048}
     assert kernel["figures"]["spill_stores"] == 0
     assert kernel["figures"]["loop"]["per_step"] > 0
 
