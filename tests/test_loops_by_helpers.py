@@ -6,7 +6,7 @@ import pytest
 import torch
 from spelling import E, H
 from test_loops_apart import Chosen
-from test_spellings_more import assert_close, assert_same_call, compiled, gradients, skewed
+from test_spellings_more import assert_close, assert_fused_at_any_size, assert_same_call, compiled, gradients
 
 
 def add_rows(number, x, chosen, w, experts, y):
@@ -93,16 +93,7 @@ FUSED = (WholeBody, FunctionBody, Branches, HelperOfHelper)
 @pytest.mark.parametrize("kind", FUSED, ids=lambda k: k.__name__)
 def test_fused_and_equal(kind):
     torch.manual_seed(0)
-    module = kind()
-    run, report = compiled(module, dynamic=True)
-    with torch.no_grad():
-        for count in (13, 7, 200):
-            assert_same_call(run, module, (torch.randn(count, H),))
-        assert [s.status for s in report.sites] == ["fused"], report
-        assert report.graphs == 1
-        assert_same_call(run, module, (torch.randn(0, H),))
-        skewed(module)  # ties: some experts get all tokens, the others none
-        assert_same_call(run, module, (torch.randn(7, H),))
+    assert_fused_at_any_size(kind(), H)
 
 
 def test_gradients():

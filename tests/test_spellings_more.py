@@ -45,6 +45,19 @@ def assert_same_call(run, module, inputs):
     assert_close(got.after.values(), want.after.values(), 1e-5)
 
 
+def assert_fused_at_any_size(module, width):
+    """One graph, one fused layer, equal outputs for x[T, width] with several T and with all tokens at one expert."""
+    run, report = compiled(module, dynamic=True)
+    with torch.no_grad():
+        for count in (13, 7, 200):
+            assert_same_call(run, module, (torch.randn(count, width),))
+        assert [s.status for s in report.sites] == ["fused"], report
+        assert report.graphs == 1
+        assert_same_call(run, module, (torch.randn(0, width),))
+        skewed(module)
+        assert_same_call(run, module, (torch.randn(7, width),))
+
+
 def gradients(run, module, inputs):
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     module.zero_grad()

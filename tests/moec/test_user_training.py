@@ -165,11 +165,10 @@ def test_an_expert_that_becomes_another_after_the_first_call(change):
         close(call(x), model(x))
 
 
-def test_a_hook_that_is_added_to_an_expert_later_is_seen_where_torch_is_asked_to(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+def test_a_hook_that_is_added_to_an_expert_later_is_seen_where_torch_is_asked_to():
     model, x = Modules(), torch.randn(40, H)
     call = torch.compile(model, backend="moec", options=QUICK)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
         close(call(x), model(x))
         model.experts[2].register_forward_hook(lambda module, args, out: 2 * out)
         close(call(x), model(x))
