@@ -66,6 +66,12 @@ class Instr:
                 return value
         raise KeyError(f"{self.word} has no attribute {name!r}")
 
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """An attribute that is a tuple of numbers, the order of axes of a permute for instance."""
+        value = self.attr(name)
+        assert isinstance(value, tuple)
+        return tuple(int(str(each)) for each in value)
+
     @cached_property
     def uses(self) -> tuple[str, ...]:
         """Names of the values used, in order, with repetitions."""

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from moec.graph import Arg, Instr, Ref, Type
 from moec.passes.fold_permutes import folded
-from moec.passes.rewriter import Rewriter, again
-from moec.passes.split_axes import POINTS
-from moec.passes.word_contract import normal_equation
+from moec.passes.rewriter import STORED, Rewriter, again
+from moec.passes.split_axes import POINTS, inner_of
+from moec.passes.word_contract import equation_of, normal_equation
 
 
 def rule_index(state: Rewriter, instr: Instr) -> Instr | None:
@@ -53,8 +53,7 @@ def rule_first(state: Rewriter, instr: Instr) -> Instr | None:
     """contract(x, W[H, E, F]) → contract(x, permute(W)[E, H, F])."""
     if instr.word != "contract":
         return None
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(instr)
     for i, arg in enumerate(instr.args):
         if not state.stored(arg) or state.type(arg).rank != 3:
             continue
@@ -108,23 +107,20 @@ def _before(state: Rewriter, arg: Arg, names: list[str], axes: Pair) -> str:
         if made.word == "contract":
             return _of_product(state, made, names, axes)
         if made.word == "permute":
-            dims = made.attr("dims")
-            assert isinstance(dims, tuple)
-            axes = (int(str(dims[axes[0]])), int(str(dims[axes[1]])))
+            dims = made.numbers("dims")
+            axes = (dims[axes[0]], dims[axes[1]])
         else:
             told = _told(state, made, axes)
             if told is not None:
                 return names[told]
-        wide = [a for a in made.args if isinstance(a, Ref) and state.type(a).rank == made.types[0].rank]
-        inner = [a for a in wide if state.by(a, *POINTS, "contract", "permute") is not None]
-        arg = inner[0] if inner else None
+        arg = inner_of(state, made)
     return ""
 
 
 def _of_product(state: Rewriter, made: Instr, names: list[str], axes: Pair) -> str:
     """A parameter that leads with one of the two axes has experts there."""
-    inputs, out = str(made.attr("eq")).split("->")
-    for arg, part in zip(made.args, inputs.split(","), strict=True):
+    parts, out = equation_of(made)
+    for arg, part in zip(made.args, parts, strict=True):
         if state.stored(arg) and state.type(arg).rank == 3 and part[0] in (out[axes[0]], out[axes[1]]):
             return names[0 if part[0] == out[axes[0]] else 1]
     return names[0]
@@ -145,8 +141,7 @@ def _after(state: Rewriter, name: str, names: list[str], axes: Pair) -> str:
             elif user.word in POINTS:
                 told = _told(state, user, at)
             elif user.word == "permute":
-                dims = user.attr("dims")
-                assert isinstance(dims, tuple)
+                dims = user.numbers("dims")
                 pending.append((user.results[0], (dims.index(at[0]), dims.index(at[1]))))
                 continue
             else:
@@ -160,13 +155,12 @@ def _after(state: Rewriter, name: str, names: list[str], axes: Pair) -> str:
 
 def _by_product(state: Rewriter, user: Instr, value: str, axes: Pair) -> int | None:
     """In a product: the axis that stays apart beside a parameter, or that gates are summed over."""
-    inputs, out = str(user.attr("eq")).split("->")
-    parts = inputs.split(",")
+    parts, out = equation_of(user)
     which = next((i for i, arg in enumerate(user.args) if isinstance(arg, Ref) and arg.name == value), None)
     if which is None or not isinstance(user.args[1 - which], Ref):
         return None
     mine, other = parts[which], parts[1 - which]
-    root = state.graph.behind(user.args[1 - which], ("reshape", "permute"))
+    root = state.graph.behind(user.args[1 - which], STORED)
     stored = isinstance(root, Ref) and root.name not in state.graph.defs
     shared = [mine[a] in other for a in axes]
     if not stored:

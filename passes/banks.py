@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from moec.graph import Arg, Graph, Instr, Ref, Type
 from moec.passes.choices import dependence, is_choice
+from moec.passes.word_contract import equation_of
 
 ANCHORS = frozenset({"anchor", "anchor_range"})
 SAME_ITEM = frozenset({"skip", "skip_size", "reshape", "slice", "cast", "same"})
@@ -88,8 +89,7 @@ def _bank(graph: Graph, instr: Instr, inputs: set[str]) -> Bank | None:
 
 def _contracted(graph: Graph, instr: Instr, inputs: set[str]) -> Bank | None:
     """Two operands: one made of activations, one a parameter with an expert axis, or matrices picked from one."""
-    left, right = str(instr.attr("eq")).split("->")[0].split(",")
-    out = str(instr.attr("eq")).split("->")[1]
+    (left, right), out = equation_of(instr)
     for (x, rows), (w, letters) in (
         ((instr.args[0], left), (instr.args[1], right)),
         ((instr.args[1], right), (instr.args[0], left)),

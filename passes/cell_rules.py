@@ -17,6 +17,7 @@ from moec.passes.coded import cast_expert
 from moec.passes.grid_stack import merged
 from moec.passes.lift import FLOATS, INTEGER, Lift, Lifter, Rule
 from moec.passes.rows import Apply, Cast, Expert, Number, Row, Slice
+from moec.passes.word_contract import equation_of
 
 
 def cell_lifter(graph: Graph) -> Lifter:
@@ -64,9 +65,8 @@ def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Another order of axes; a bank whose experts' axis was put first is a value of its own."""
     if dict(instr.attrs).get("bank"):
         return _miss(instr, "parameters with experts first")
-    value, dims = cell(lifter, instr.args[0]), instr.attr("dims")
-    assert isinstance(dims, tuple)
-    return _viewed(instr, value, None if value is None else tuple(value.axes[int(str(d))] for d in dims))
+    value, order = cell(lifter, instr.args[0]), instr.numbers("dims")
+    return _viewed(instr, value, None if value is None else tuple(value.axes[d] for d in order))
 
 
 def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -154,8 +154,7 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Rows times matrices; without a sum, a product of each with each."""
-    inputs, out = str(instr.attr("eq")).split("->")
-    left, right = inputs.split(",")
+    (left, right), out = equation_of(instr)
     found = product(lifter, instr, instr.args, (left, right, out))
     if not isinstance(found, NoMatch) or set(left + right) - set(out):
         return found

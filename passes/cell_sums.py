@@ -16,6 +16,7 @@ from moec.passes.grid import Grid
 from moec.passes.lift import Lifter
 from moec.passes.pairs import Writer
 from moec.passes.rows import Apply, Rows
+from moec.passes.word_contract import equation_of
 
 SUMS = frozenset({"reduce_sum", "contract"})
 """Words that may sum rows over slots or experts."""
@@ -90,8 +91,7 @@ def _reduced(lifter: Lifter, instr: Instr) -> tuple[Cells, Axes] | NoMatch:
 
 def _contracted(lifter: Lifter, instr: Instr) -> tuple[Cells, Axes] | NoMatch:
     """einsum of rows and their weights, or of weighted rows and their experts' last matrices."""
-    inputs, out = str(instr.attr("eq")).split("->")
-    left, right = inputs.split(",")
+    (left, right), out = equation_of(instr)
     misses: list[NoMatch] = []
     for x, other, row, at in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
         found = _weighted(lifter, x, other, (row, at, out))

@@ -11,6 +11,7 @@ from moec.passes.lift import Lift, Lifter
 from moec.passes.rows import Apply, Ids, Rows, Slot, Space
 from moec.passes.thresholds import table_axes
 from moec.passes.token_axes import choice_axes, is_token
+from moec.passes.word_contract import equation_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
 
 def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     """einsum("tk,tkh->th", w, rows) and its batched-matmul spelling."""
-    eq = str(instr.attr("eq"))
-    (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
+    (left, right), out = equation_of(instr)
     w, x = instr.args
     w, left, out = _narrow(lifter, w, left, right, out)
     x, right, out = _narrow(lifter, x, right, left, out)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -15,9 +15,10 @@ from moec.match import NoMatch
 from moec.passes.grid import Grid, on_grid
 from moec.passes.hot import Below, Cond, Flag, Labels, Running, Seats, Source, Term, floors, letters_of, relabel, whose
 from moec.passes.hot_choice import chosen
-from moec.passes.lift import FLOATS, Lift, Lifter, same
+from moec.passes.lift import FLOATS, First, Lift, Lifter, same
 from moec.passes.rows import Rows, Special, Token
 from moec.passes.seat_ids import SeatIds
+from moec.passes.word_contract import equation_of
 
 SPARE = "~"
 """Behind the label of a flat table: it has one row more, for pairs that are dropped."""
@@ -230,7 +231,7 @@ def viewed(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if instr.word in ("cast", "same"):
         return held
     if instr.word == "permute":
-        dims = [int(str(d)) for d in instr.attr("dims")]  # type: ignore[union-attr]
+        dims = instr.numbers("dims")
         if dims[-1] != len(held.axes):
             return NoMatch("the features of rows taken back are moved", instr.results[0], 3)
         return replace(held, axes=tuple(held.axes[d] for d in dims[:-1]))
@@ -259,8 +260,7 @@ def _sum(lifter: Lifter, held: Returned, dim: int, name: str) -> Lift:
 
 def contracted(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """einsum("tk,tkh->th", w, rows)."""
-    letters, out = str(instr.attr("eq")).split("->")
-    left, right = letters.split(",")
+    (left, right), out = equation_of(instr)
     for x, w, of, at in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
         held = lifter.lift(x)
         if not isinstance(held, Returned) or not isinstance(w, Ref):
@@ -274,7 +274,7 @@ def contracted(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     return None
 
 
-FLAT_SEATS: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
+FLAT_SEATS: Mapping[str, First] = {
     **dict.fromkeys(("index_put", "scatter", "index_copy", "index_add", "scatter_add"), write),
     **dict.fromkeys(("index", "gather"), read),
     **dict.fromkeys(("reshape", "permute", "cast", "same"), viewed),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from moec.graph import Arg, Graph, Instr, Ref
-from moec.passes.word_contract import normal_equation
+from moec.passes.word_contract import equation_of, normal_equation
 
 
 def fold_permutes(graph: Graph) -> Iterator[Instr]:
@@ -17,19 +17,16 @@ def fold_permutes(graph: Graph) -> Iterator[Instr]:
 
 def folded(defs: Mapping[str, Instr], instr: Instr) -> Instr:
     """The contraction, reading its operands as they are before they are permuted."""
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(instr)
     args: list[Arg] = []
     for i, arg in enumerate(instr.args):
         made = defs.get(arg.name) if isinstance(arg, Ref) else None
         if made is None or made.word != "permute" or _is_rows(letters, i, out):
             args.append(arg)
             continue
-        dims = made.attr("dims")
-        assert isinstance(dims, tuple)
+        dims = made.numbers("dims")
         stored = [""] * len(dims)
         for letter, dim in zip(letters[i], dims, strict=True):
-            assert isinstance(dim, int)
             stored[dim] = letter
         letters[i] = "".join(stored)
         args.append(made.args[0])

@@ -38,7 +38,8 @@ def idle_is_zero(body: BodyMatch) -> bool:
 def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
     """Why kernels cannot run this layer although it is understood."""
     given = [name.removesuffix(NOTHING) for group in body.params for name in group]
-    names = list(dict.fromkeys(str(graph.behind(Ref(name), STORED)).removeprefix("%") for name in given))
+    behind = (graph.behind(Ref(name), STORED) for name in given)
+    names = list(dict.fromkeys(held.name for held in behind if isinstance(held, Ref)))
     for name in names:
         if name in facts.not_plain:
             return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)

@@ -15,6 +15,7 @@ from moec.match import NoMatch, nearest
 from moec.passes.hot import Hot, Seats, flat, letters_of, relabel
 from moec.passes.lift import Lift, Lifter, same
 from moec.passes.rows import Apply, Cast, Dot, Expert, Gate, Row, Rows, Slice, Space, Token
+from moec.passes.word_contract import equation_of
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,10 @@ def _gate(lifter: Lifter, rows: Rows, arg: Arg) -> Gate | NoMatch:
         )
     order = axes
     if made is not None and made.word == "permute" and isinstance(made.args[0], Ref):
-        dims = made.attr("dims")
-        assert isinstance(dims, tuple)
+        dims = made.numbers("dims")
         stored = [""] * len(dims)
         for label, d in zip(order, dims, strict=False):
-            stored[int(str(d))] = label
+            stored[d] = label
         order, arg = tuple(stored), made.args[0]
     if not isinstance(arg, Ref) or lifter.type(arg).rank != len(order) or order[-1] != "e":
         return NoMatch("gates are not a number a token and expert", str(arg), 2)
@@ -215,8 +215,7 @@ def rule_expand(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Tokens sent to seats; rows times their expert's matrix; every expert's matrix on every token."""
-    letters, out = str(instr.attr("eq")).split("->")
-    left, right = letters.split(",")
+    (left, right), out = equation_of(instr)
     sent = _sent(lifter, instr, left, right, out)
     if sent is not None:
         return sent

@@ -8,7 +8,7 @@ from moec.graph import Instr
 from moec.match import NoMatch, nearest
 from moec.passes import grid, grid_stack, picked
 from moec.passes.flat_seats import FLAT_SEATS
-from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.lift import Lift, Lifter, Rule, tried_first
 
 VIEWS: Mapping[str, Rule] = {
     "reshape": grid.rule_reshape,
@@ -51,16 +51,4 @@ def either(first: Mapping[str, Rule], second: Mapping[str, Rule]) -> Mapping[str
 def with_grids(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
     """A table of row rules that knows rows on grids too."""
     known = either(VIEWS, either(either(rules, PICKED), PRODUCTS))
-    return {**known, **{word: _before(word, known.get(word)) for word in FLAT_SEATS}}
-
-
-def _before(word: str, then: Rule | None) -> Rule:
-    """The rule of flat tables of seats, and the other one where that passes on."""
-
-    def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
-        found = FLAT_SEATS[word](lifter, instr, which)
-        if found is not None:
-            return found
-        return NoMatch(f"no row meaning for `{word}`", instr.results[0]) if then is None else then(lifter, instr, which)
-
-    return rule
+    return tried_first(known, FLAT_SEATS)

@@ -25,6 +25,7 @@ from moec.passes.hot import (
     whose,
 )
 from moec.passes.lift import Lift, Lifter
+from moec.passes.word_contract import equation_of
 
 
 def product(lifter: Lifter, a: Lift, b: Lift, args: tuple[Arg, ...], out: Source, logical: bool = False) -> Lift:
@@ -223,8 +224,7 @@ def distinct(lifter: Lifter, base: str, letters: str) -> bool:
 def contraction(lifter: Lifter, instr: Instr) -> Lift:
     """einsum of two operands, one of them a mask: aligned, multiplied, summed."""
     name = instr.results[0]
-    letters, out = str(instr.attr("eq")).split("->")
-    left, right = letters.split(",")
+    (left, right), out = equation_of(instr)
     a, b = (lifter.lift(arg) for arg in instr.args)
     args = instr.args
     if isinstance(a, NoMatch):

@@ -38,7 +38,7 @@ from moec.passes.hot_masks import (
     sizes_of,
     viewed,
 )
-from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.lift import Lift, Lifter, Rule, tried_first
 from moec.passes.priority import put_back
 from moec.passes.seat_ids import BEFORE
 
@@ -268,19 +268,6 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return replace(own, inverse=own.negated) if isinstance(own, Below) else own
 
 
-def _after(word: str, then: Rule) -> Rule:
-    """A rule that is tried after the one for seat numbers, where there is one."""
-    first = BEFORE.get(word)
-    if first is None:
-        return then
-
-    def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
-        found = first(lifter, instr, which)
-        return then(lifter, instr, which) if found is None else found
-
-    return rule
-
-
 _MASKS: Mapping[str, Rule] = {
     "one_hot": rule_one_hot,
     "reshape": rule_view,
@@ -309,5 +296,5 @@ _MASKS: Mapping[str, Rule] = {
     "reduce_any": rule_reduce,
 }
 
-HOT_RULES: Mapping[str, Rule] = {word: _after(word, rule) for word, rule in _MASKS.items()}
+HOT_RULES: Mapping[str, Rule] = tried_first(_MASKS, BEFORE)
 """The rules of masks and of seat numbers."""

@@ -30,6 +30,7 @@ from moec.passes.token_axes import reshaped, token_axes
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
+First = Callable[["Lifter", Instr, int], Lift | None]
 
 INTEGER = frozenset({"i64", "i32", "i16", "i8", "u8"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
@@ -202,29 +203,44 @@ def _slots_of(lifter: Lifter, instr: Instr) -> Lift:
     return Rows(space, Slot(arg.name), layout)
 
 
+def tried_first(rules: Mapping[str, Rule], first: Mapping[str, First]) -> Mapping[str, Rule]:
+    """The rules, with others tried before those of the same word; what these know nothing of (None) goes on."""
+
+    def before(word: str) -> Rule:
+        then = rules.get(word)
+
+        def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
+            found = first[word](lifter, instr, which)
+            if found is None and then is not None:
+                return then(lifter, instr, which)
+            return NoMatch(f"no row meaning for `{word}`", instr.results[0]) if found is None else found
+
+        return rule
+
+    return {**rules, **{word: before(word) for word in first}}
+
+
 def rule_permute(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Another order of axes: of a mask, of an expert's matrix, or of features of size 1."""
     inner = lifter.lift(instr.args[0])
-    dims = instr.attr("dims")
-    assert isinstance(dims, tuple)
-    order = [int(d) for d in dims if isinstance(d, int)]
+    order = instr.numbers("dims")
     if isinstance(inner, OneHot):
         return replace(inner, axes=tuple(inner.axes[d] for d in order))
     if isinstance(inner, Expert):
         return replace(inner, order=tuple(inner.order[d] for d in order))
     if isinstance(inner, Rows):
         shape = lifter.type(instr.args[0]).shape
-        kept = order[: inner.lead] == list(range(inner.lead))
-        moved = order != sorted(order) and len(_real(shape[inner.lead :])) > 1
+        kept = order[: inner.lead] == tuple(range(inner.lead))
+        moved = order != tuple(sorted(order)) and len(_real(shape[inner.lead :])) > 1
         if kept and not moved and _real(shape[inner.lead :]) == _real(instr.types[0].shape[inner.lead :]):
             return inner
         if kept and isinstance(inner.row, Expert):
             return replace(
                 inner, row=replace(inner.row, order=tuple(inner.row.order[d - inner.lead] for d in order[inner.lead :]))
             )
-    if isinstance(inner, NoMatch) and order == [len(order) - 1, *range(len(order) - 1)] and len(order) > 1:
+    if isinstance(inner, NoMatch) and order == (len(order) - 1, *range(len(order) - 1)) and len(order) > 1:
         return Gates(instr.args[0].name) if isinstance(instr.args[0], Ref) else inner
-    return NoMatch(f"permute{tuple(order)} of rows", instr.results[0])
+    return NoMatch(f"permute{order} of rows", instr.results[0])
 
 
 def rule_cast(lifter: Lifter, instr: Instr, _which: int) -> Lift:

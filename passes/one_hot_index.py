@@ -16,14 +16,14 @@ from moec.passes.bank_axes import experts_first
 from moec.passes.hot import same
 from moec.passes.rewriter import Rewriter, again
 from moec.passes.split_axes import POINTS
+from moec.passes.word_contract import equation_of
 
 
 def rule_product(state: Rewriter, instr: Instr) -> Instr | None:
     """Σ over experts of a one-hot mask times a parameter, or times experts' rows."""
     if instr.word != "contract":
         return None
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(instr)
     for i, arg in enumerate(instr.args):
         hot = state.by(state.behind(arg, "cast", "same"), "one_hot")
         if hot is None or not isinstance(hot.args[0], Ref):
@@ -105,15 +105,15 @@ def _columns(kind: Type) -> tuple[tuple[Dim, ...], ...]:
 
 def _times(state: Rewriter, arg: Arg) -> tuple[Arg, Arg]:
     """(value, factor) of value · factor; the factor is 1 where there is none."""
-    seen = state.behind(arg, "reshape", "expand") if state.by(arg, "reshape", "expand") is not None else arg
-    made = state.by(arg, "mul") or state.by(seen, "mul")
+    seen = state.behind(arg, "reshape", "expand")
+    made = state.by(seen, "mul")
     if made is None:
         return arg, 1
     numbers = [a for a in made.args if state.type(a).dtype == "any"]
     values = [a for a in made.args if state.type(a).dtype != "any"]
     if len(numbers) != 1 or len(values) != 1:
         return arg, 1
-    return (values[0] if state.by(arg, "mul") is not None else arg), numbers[0]
+    return (values[0] if seen is arg else arg), numbers[0]
 
 
 def _experts(state: Rewriter, arg: Arg, tokens: Dim, by_token: Arg, by_expert: Arg) -> Arg | None:

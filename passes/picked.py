@@ -21,6 +21,7 @@ from moec.passes.lift import Lift, Lifter, same
 from moec.passes.pairs import Writer
 from moec.passes.rows import Dot, Expert, Rows, Token
 from moec.passes.say_experts import say_experts
+from moec.passes.word_contract import equation_of
 from moec.spec import DTYPES
 
 PICKED = "picked"
@@ -106,8 +107,7 @@ def _of_tops(lifter: Lifter, rows: Ref, experts: int) -> bool:
 
 def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Picked rows times their expert's matrix: the first product of an expert."""
-    letters, out = str(instr.attr("eq")).split("->")
-    left, right = letters.split(",")
+    (left, right), out = equation_of(instr)
     for x, w, row, mat in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
         stacked = len(mat) == 3 and mat[0] in row[:-1] and mat[1:].count(row[-1]) == 1
         if not isinstance(w, Ref) or not (stacked or len(mat) == 2):

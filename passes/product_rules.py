@@ -16,6 +16,7 @@ from moec.passes.rows import (
     compatible,
     merged,
 )
+from moec.passes.word_contract import equation_of
 
 
 def weight_of(lifter: Lifter, arg: Arg) -> Expert | NoMatch:
@@ -52,8 +53,7 @@ def rule_grouped(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Rows times their expert's matrix: in a loop, gathered a row, or batched over all experts."""
-    eq = str(instr.attr("eq"))
-    (left, right), out = eq.split("->")[0].split(","), eq.split("->")[1]
+    (left, right), out = equation_of(instr)
     x, w = instr.args
     a, b = lifter.lift(x), lifter.lift(w)
     if _matrix(a) and not _matrix(b):

@@ -79,15 +79,19 @@ class Rewriter:
             self.grad.add(name)
         return Ref(name)
 
+    def undone(self, arg: Arg, shape: Sequence[Dim]) -> Ref | None:
+        """The value of this shape that `arg` is a reshape of, where it can be read."""
+        made = self.by(arg, "reshape")
+        source = None if made is None else made.args[0]
+        same = isinstance(source, Ref) and self.type(source).shape == tuple(shape) and self.held(source)
+        return source if same and isinstance(source, Ref) else None
+
     def reshape(self, arg: Arg, shape: Sequence[Dim]) -> Arg:
         """The value in another shape."""
         kind = self.type(arg)
         if kind.shape == tuple(shape):
             return arg
-        before = self.by(arg, "reshape")
-        if before is not None and self.type(before.args[0]).shape == tuple(shape) and self.held(before.args[0]):
-            return before.args[0]
-        return self.emit("reshape", (arg,), Type(kind.dtype, tuple(shape)))
+        return self.undone(arg, shape) or self.emit("reshape", (arg,), Type(kind.dtype, tuple(shape)))
 
     def permute(self, arg: Arg, order: Sequence[int]) -> Arg:
         """The value with its axes in another order."""

@@ -219,60 +219,55 @@ def _only_slot(lifter: Lifter, instr: Instr, arg: Arg) -> Rows | None:
     return Rows(rows[0].space, Slot(arg.name)) if rows else None
 
 
-RULES: Mapping[str, Rule] = with_cuts(
-    with_slots(
-        with_runs(
-            {
-                **dict.fromkeys(POINTWISE, rule_pointwise),
-                "pow": rule_pointwise,
-                "rsqrt": rule_pointwise,
-                "reshape": base.rule_reshape,
-                "permute": base.rule_permute,
-                "cast": rule_cast,
-                "same": base.rule_same,
-                "index": index_rules.rule_index,
-                "gather": index_rules.rule_gather,
-                "sort": index_rules.rule_sort,
-                **dict.fromkeys(
-                    ("floor_divide", "truncate_divide"), index_rules.rule_floor_divide
-                ),  # places are not negative
-                "remainder": index_rules.rule_remainder,
-                "mod": index_rules.rule_remainder,
-                "index_put": index_rules.rule_index_put,
-                "scatter": index_rules.rule_index_put,
-                "repeat_interleave": index_rules.rule_repeat_interleave,
-                "expand": index_rules.rule_expand,
-                "repeat": index_rules.rule_repeat,
-                "counts": lambda lifter, instr, which: _counts(lifter, instr),
-                "cumsum": per_expert("offsets", "counts"),
-                "one_hot": rule_one_hot,
-                "reduce_sum": rule_reduce,
-                "reduce_any": rule_reduce,
-                "eq": rule_compare,
-                "ne": rule_compare,
-                "gt": rule_compare,
-                "ge": rule_compare,
-                "lt": rule_compare,
-                "le": rule_compare,
-                "invert": rule_invert,
-                **dict.fromkeys(("bitwise_and", "logical_and"), rule_and),
-                "masked_fill": rule_masked_fill,
-                "unique": lambda lifter, instr, which: _unique(lifter, instr),
-                "anchor": rule_anchor,
-                "anchor_range": rule_anchor,
-                "skip": rule_skip,
-                "skip_size": rule_skip,
-                "take": rule_take,
-                "pick": rule_pick,
-                "where_indices": rule_where_indices,
-                "nonzero": rule_where_indices,
-                "slice": rule_slice,
-                "contract": rule_contract,
-                "grouped": rule_grouped,
-            }
-        )
-    )
-)
+_OWN: Mapping[str, Rule] = {
+    **dict.fromkeys(POINTWISE, rule_pointwise),
+    "pow": rule_pointwise,
+    "rsqrt": rule_pointwise,
+    "reshape": base.rule_reshape,
+    "permute": base.rule_permute,
+    "cast": rule_cast,
+    "same": base.rule_same,
+    "index": index_rules.rule_index,
+    "gather": index_rules.rule_gather,
+    "sort": index_rules.rule_sort,
+    # Places are not negative.
+    **dict.fromkeys(("floor_divide", "truncate_divide"), index_rules.rule_floor_divide),
+    "remainder": index_rules.rule_remainder,
+    "mod": index_rules.rule_remainder,
+    "index_put": index_rules.rule_index_put,
+    "scatter": index_rules.rule_index_put,
+    "repeat_interleave": index_rules.rule_repeat_interleave,
+    "expand": index_rules.rule_expand,
+    "repeat": index_rules.rule_repeat,
+    "counts": lambda lifter, instr, which: _counts(lifter, instr),
+    "cumsum": per_expert("offsets", "counts"),
+    "one_hot": rule_one_hot,
+    "reduce_sum": rule_reduce,
+    "reduce_any": rule_reduce,
+    "eq": rule_compare,
+    "ne": rule_compare,
+    "gt": rule_compare,
+    "ge": rule_compare,
+    "lt": rule_compare,
+    "le": rule_compare,
+    "invert": rule_invert,
+    **dict.fromkeys(("bitwise_and", "logical_and"), rule_and),
+    "masked_fill": rule_masked_fill,
+    "unique": lambda lifter, instr, which: _unique(lifter, instr),
+    "anchor": rule_anchor,
+    "anchor_range": rule_anchor,
+    "skip": rule_skip,
+    "skip_size": rule_skip,
+    "take": rule_take,
+    "pick": rule_pick,
+    "where_indices": rule_where_indices,
+    "nonzero": rule_where_indices,
+    "slice": rule_slice,
+    "contract": rule_contract,
+    "grouped": rule_grouped,
+}
+
+RULES: Mapping[str, Rule] = with_cuts(with_slots(with_runs(_OWN)))
 
 
 def _unique(lifter: Lifter, instr: Instr) -> Lift:

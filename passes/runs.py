@@ -6,31 +6,19 @@ start(e) … end(e) − 1 of anything in expert order are expert e's rows, in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch, nearest
-from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.lift import First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span
 from moec.passes.served import clamped_ids
 
 
-@dataclass(frozen=True)
-class _Or:
-    """A rule that is tried before another one of the same word; it passes on what it does not know."""
-
-    first: Callable[[Lifter, Instr, int], Lift | None]
-    then: Rule
-
-    def __call__(self, lifter: Lifter, instr: Instr, which: int) -> Lift:
-        found = self.first(lifter, instr, which)
-        return self.then(lifter, instr, which) if found is None else found
-
-
 def with_runs(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
     """The rules, with those of runs before them."""
-    return {**rules, **NEW, **{word: _Or(first, rules[word]) for word, first in BEFORE.items()}}
+    return tried_first({**rules, **NEW}, BEFORE)
 
 
 def rule_carry_int(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -311,7 +299,7 @@ NEW: Mapping[str, Rule] = {
     "index_add": rule_scatter_add,
 }
 
-BEFORE: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
+BEFORE: Mapping[str, First] = {
     "take": take_run,
     "clamp_max": clamped_ids,
     "add": number_sum,

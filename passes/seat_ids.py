@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.capacity import size_of
@@ -13,7 +13,7 @@ from moec.graph import Arg, Dim, Instr, Ref
 from moec.match import NoMatch
 from moec.passes.hot import Below, Chosen, Cond, Flag, Labels, Place, Running, broadcast
 from moec.passes.hot_choice import chosen
-from moec.passes.lift import Lift, Lifter
+from moec.passes.lift import First, Lift, Lifter
 from moec.passes.rows import Special
 
 
@@ -107,7 +107,7 @@ def chosen_seat(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     return replace(ids, only=ids.only | {replace(mask, negated=False).cond}, rest=rest)
 
 
-BEFORE: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
+BEFORE: Mapping[str, First] = {
     "mul": scaled,
     "add": seat,
     "where": chosen_seat,

@@ -28,6 +28,7 @@ from moec.passes.pairs import Choice, Writer, joined, routed
 from moec.passes.priority import queued_as
 from moec.passes.rows import Apply, Gate, Rows
 from moec.passes.say_experts import say_experts
+from moec.passes.word_contract import equation_of
 from moec.spec import DTYPES
 
 GRID_COMBINING = frozenset({"contract", "reduce_sum", "add", "cat", "stack", "mul", "index", "gather"})
@@ -55,8 +56,7 @@ def combined_on_grid(lifter: Lifter, instr: Instr) -> tuple[Rows, Seats | None] 
         return chained(lifter, instr)
     if instr.word != "contract":
         return NoMatch("not a sum over experts")
-    letters, out = str(instr.attr("eq")).split("->")
-    left, right = letters.split(",")
+    (left, right), out = equation_of(instr)
     for gates, x, at, of in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
         seats = seats_of(lifter, gates)
         if seats is None and len(of) < 3:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from moec.graph import Arg, Instr, Ref
+from moec.passes.word_contract import equation_of
 
 _OF_EXPERTS = frozenset({"index", "take", "pick"})
 """What makes an expert's own matrix of the parameters."""
@@ -25,8 +26,8 @@ def behind_products(instrs: Iterable[Instr]) -> Iterator[Instr]:
 
 
 def _sunk(defs: dict[str, Instr], instr: Instr) -> tuple[Instr, ...]:
-    inputs, out = str(instr.attr("eq")).split("->")
-    for place, (arg, letters) in enumerate(zip(instr.args, inputs.split(","), strict=True)):
+    parts, out = equation_of(instr)
+    for place, (arg, letters) in enumerate(zip(instr.args, parts, strict=True)):
         cut = _made(defs, arg, {"slice"})
         whole = None if cut is None else _made(defs, cut.args[0], _OF_EXPERTS)
         if cut is None or whole is None:
@@ -34,7 +35,7 @@ def _sunk(defs: dict[str, Instr], instr: Instr) -> tuple[Instr, ...]:
         dim = cut.attr("dim")
         assert isinstance(dim, int)
         letter = letters[dim]
-        if letter not in out or inputs.count(letter) != 1:
+        if letter not in out or "".join(parts).count(letter) != 1:
             continue
         axis, kind = out.index(letter), instr.types[0]
         shape = (*kind.shape[:axis], whole.types[0].shape[dim], *kind.shape[axis + 1 :])

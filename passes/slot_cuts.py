@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from moec.graph import Graph, Instr, Ref
 from moec.match import NoMatch
-from moec.passes.lift import Lift, Lifter, Rule
+from moec.passes.lift import First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows import (
     Apply,
     Cast,
@@ -61,7 +61,7 @@ def within(graph: Graph, inner: OneHot, outer: str) -> bool:
     return column is not None and seen(graph, column[0]) == seen(graph, outer)
 
 
-def _index(lifter: Lifter, instr: Instr) -> Lift | None:
+def _index(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """mask_k[mask], and rows[mask_k[mask]]."""
     table, *ids = instr.args
     if len(ids) != 1 or instr.attr("dim") != 0 or not isinstance(table, Ref):
@@ -103,12 +103,12 @@ def _of_token(row: Row) -> bool:
             return False
 
 
-def _places(lifter: Lifter, instr: Instr) -> Lift | None:
+def _places(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     left = lifter.lift(instr.args[0])
     return replace(left, places=True) if isinstance(left, Left) and instr.word != "nonzero" else None
 
 
-def _and(lifter: Lifter, instr: Instr) -> Lift | None:
+def _and(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """mask & mask_k is mask_k."""
     a, b = (lifter.lift(arg) for arg in instr.args)
     for inner, outer in ((a, b), (b, a)):
@@ -120,7 +120,7 @@ def _and(lifter: Lifter, instr: Instr) -> Lift | None:
     return None
 
 
-def _fill(lifter: Lifter, instr: Instr) -> Lift | None:
+def _fill(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """g[mask_k] = w[mask_k, k]."""
     _, source, *ids = instr.args
     if instr.attr("dim") != 0 or len(ids) != 1 or instr.types[0].rank != 1:
@@ -158,7 +158,7 @@ def _filled(lifter: Lifter, instr: Instr, new: Filled) -> Lift | None:
     return Masked(new.value, new.choice, new.anchor, True) if whole else new
 
 
-_FIRST = {
+_FIRST: Mapping[str, First] = {
     "index": _index,
     "where_indices": _places,
     "bitwise_and": _and,
@@ -168,13 +168,5 @@ _FIRST = {
 
 
 def with_cuts(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-    """A table of row rules that knows rows cut by slots; what it knows nothing of goes on to the table."""
-
-    def before(word: str) -> Rule:
-        def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
-            found = _FIRST[word](lifter, instr)
-            return rules[word](lifter, instr, which) if found is None else found
-
-        return rule
-
-    return {**rules, **{word: before(word) for word in _FIRST}}
+    """A table of row rules that knows rows cut by slots."""
+    return tried_first(rules, _FIRST)

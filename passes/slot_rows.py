@@ -6,12 +6,11 @@ of what is left of w, by an index at the places of the mask, or by a gather at i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.graph import Arg, Instr, Ref
-from moec.match import NoMatch
-from moec.passes.lift import FLOATS, Lift, Lifter, Rule
+from moec.passes.lift import FLOATS, First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows import Anchor, Gate, Ids, Masked, OneHot, Rows, Slot, Space, Special, Token
 from moec.passes.token_axes import choice_axes, names_once
 
@@ -155,7 +154,7 @@ def _slot_place(lifter: Lifter, instr: Instr, which: int) -> Lift | None:
     return replace(found, what="slot") if isinstance(found, Ids) and which == 1 else found
 
 
-_FIRST: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
+_FIRST: Mapping[str, First] = {
     "eq": lambda lifter, instr, which: _compare(lifter, instr),
     "cast": lambda lifter, instr, which: _same(lifter, instr),
     "same": lambda lifter, instr, which: _same(lifter, instr),
@@ -172,18 +171,5 @@ _FIRST: Mapping[str, Callable[[Lifter, Instr, int], Lift | None]] = {
 
 
 def with_slots(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-    """A table of row rules that knows the slots of a loop's rows; what they know nothing of goes on to the table."""
-
-    def before(word: str) -> Rule:
-        then = rules.get(word)
-
-        def rule(lifter: Lifter, instr: Instr, which: int) -> Lift:
-            found = _FIRST[word](lifter, instr, which)
-            if found is not None:
-                return found
-            miss = NoMatch(f"no row meaning for `{word}`", instr.results[0])
-            return miss if then is None else then(lifter, instr, which)
-
-        return rule
-
-    return {**rules, **{word: before(word) for word in _FIRST}}
+    """A table of row rules that knows the slots of a loop's rows."""
+    return tried_first(rules, _FIRST)

@@ -17,7 +17,7 @@ from moec.expr import POINTWISE
 from moec.graph import Arg, Dim, Instr, Ref, Type
 from moec.passes.hot import same
 from moec.passes.rewriter import Rewriter, again
-from moec.passes.word_contract import normal_equation
+from moec.passes.word_contract import equation_of, normal_equation
 
 POINTS = frozenset(POINTWISE) | {"cast", "same", "detach", "clamp_min", "clamp_max", "where", "masked_fill", "invert"}
 """Words whose result at a place is made of their operands at that place."""
@@ -45,9 +45,8 @@ def rule_reshape(state: Rewriter, instr: Instr) -> Instr | Ref | None:
     """reshape(…) that splits an axis which a matrix, or a list of parts, made."""
     if instr.word != "reshape" or len(instr.args) != 1:
         return None
-    before = state.by(instr.args[0], "reshape")
-    source = None if before is None else before.args[0]
-    if isinstance(source, Ref) and state.type(source) == instr.types[0] and state.held(source):
+    source = state.undone(instr.args[0], instr.types[0].shape)
+    if source is not None:
         return source
     how = split_of(state.type(instr.args[0]).shape, instr.types[0].shape)
     if how is None or _only_cut(state, instr, how) or not _all_split(state, instr):
@@ -80,9 +79,7 @@ def made_in_parts(state: Rewriter, arg: Arg, how: Split, depth: int = 24) -> boo
         joined = split_of(made.types[0].shape, state.type(made.args[0]).shape)
         return joined == how and made_in_product(state, made.args[0])
     if made.word == "permute":
-        dims = made.attr("dims")
-        assert isinstance(dims, tuple)
-        return made_in_parts(state, made.args[0], Split(int(str(dims[how.axis])), how.sizes), depth - 1)
+        return made_in_parts(state, made.args[0], Split(made.numbers("dims")[how.axis], how.sizes), depth - 1)
     if made.word == "cat":
         parts, dim = made.args[0], int(str(made.attr("dim"))) % made.types[0].rank
         many = isinstance(parts, tuple) and len(parts) == how.sizes[0] and dim == how.axis
@@ -102,12 +99,14 @@ def made_in_product(state: Rewriter, arg: Arg) -> bool:
         if state.by(arg, "contract") is not None:
             return True
         made = state.by(arg, *POINTS, "permute")
-        wide = [a for a in made.args if isinstance(a, Ref) and state.type(a).rank == made.types[0].rank] if made else []
-        inner = [a for a in wide if state.by(a, *POINTS, "permute", "contract") is not None]
-        if not inner:
-            return False
-        arg = inner[0]
+        arg = None if made is None else inner_of(state, made)
     return False
+
+
+def inner_of(state: Rewriter, made: Instr) -> Arg:
+    """The operand of a pointwise function or permute that another one, or a product, makes; None where none does."""
+    wide = (a for a in made.args if isinstance(a, Ref) and state.type(a).rank == made.types[0].rank)
+    return next((a for a in wide if state.by(a, *POINTS, "permute", "contract") is not None), None)
 
 
 def _axis_of(state: Rewriter, made: Instr, arg: Arg, how: Split) -> int | None:
@@ -119,8 +118,7 @@ def _axis_of(state: Rewriter, made: Instr, arg: Arg, how: Split) -> int | None:
 
 def _of_matrix(state: Rewriter, made: Instr, how: Split) -> tuple[int, int] | None:
     """(which operand of a contraction has the axis, where), when that operand is a parameter and alone has it."""
-    inputs, out = str(made.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(made)
     mine = [i for i, part in enumerate(letters) if out[how.axis] in part]
     if len(mine) != 1 or not state.stored(made.args[mine[0]]):
         return None
@@ -140,9 +138,7 @@ def _split(state: Rewriter, arg: Arg, how: Split) -> Arg:
     if made.word == "reshape":
         return made.args[0]
     if made.word == "permute":
-        dims = made.attr("dims")
-        assert isinstance(dims, tuple)
-        order = [int(str(d)) for d in dims]
+        order = made.numbers("dims")
         at = order[how.axis]
         inner = _split(state, made.args[0], Split(at, how.sizes))
         moved = [d + (d > at) for d in order]
@@ -165,8 +161,7 @@ def _split(state: Rewriter, arg: Arg, how: Split) -> Arg:
 
 def _product(state: Rewriter, made: Instr, how: Split, to: Type) -> Ref:
     """The contraction with the matrix's axis split."""
-    inputs, out = str(made.attr("eq")).split("->")
-    letters, found = inputs.split(","), _of_matrix(state, made, how)
+    (letters, out), found = equation_of(made), _of_matrix(state, made, how)
     assert found is not None
     which, at = found
     letter, args = out[how.axis], list(made.args)
@@ -180,8 +175,7 @@ def rule_joined(state: Rewriter, instr: Instr) -> Instr | None:
     """contract(reshape(h), W) over an axis that joins two: over the two, with W's axis split."""
     if instr.word != "contract":
         return None
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(instr)
     for i, arg in enumerate(instr.args):
         joining = state.by(arg, "reshape")
         how = None
@@ -198,7 +192,7 @@ def rule_joined(state: Rewriter, instr: Instr) -> Instr | None:
         at = letters[other].index(letter)
         args[i] = joining.args[0]
         args[other] = state.reshape(args[other], _parted(state.type(args[other]), Split(at, how.sizes)))
-        eq = f"{inputs.replace(letter, f'{letter}Z')}->{out}"
+        eq = f"{','.join(letters).replace(letter, f'{letter}Z')}->{out}"
         return again(instr, "contract", args, eq=normal_equation(eq))
     return None
 

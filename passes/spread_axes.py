@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moec.graph import Arg, Instr, Ref, Type
 from moec.passes.rewriter import Rewriter, again
-from moec.passes.word_contract import normal_equation
+from moec.passes.word_contract import equation_of, normal_equation
 
 _TWO = frozenset({"mul", "add", "sub", "div"})
 
@@ -34,8 +34,7 @@ def rule_column(state: Rewriter, instr: Instr) -> Instr | None:
     """Rows of experts times a column of gates: without the axis of size 1, which comes back behind the product."""
     if instr.word != "contract":
         return None
-    inputs, out = str(instr.attr("eq")).split("->")
-    letters = inputs.split(",")
+    letters, out = equation_of(instr)
     for i, arg in enumerate(instr.args):
         mine, other, kind = letters[i], letters[1 - i], state.type(arg)
         last = mine[-1]

@@ -172,11 +172,9 @@ def at_choice(out: Writer, gates: str, choice: str) -> str | NoMatch:
 
 def seen(graph: Graph, name: str) -> str:
     """What a value is a view of: the same numbers in the same order."""
-    made = graph.defs.get(name)
-    while made is not None and made.word in ("reshape", "same"):
-        name = made.uses[0]
-        made = graph.defs.get(name)
-    return name
+    held = graph.behind(Ref(name), ("reshape", "same"))
+    assert isinstance(held, Ref)
+    return held.name
 
 
 def column_of(graph: Graph, name: str) -> tuple[str, int] | None:

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.graph import Arg, Dim, Ref, Type
+from moec.graph import Arg, Dim, Instr, Ref, Type
 from moec.passes.raise_graph import Builder, fake, type_of_fake
 from moec.passes.word_views import reshape
 from moec.passes.words import named
+
+
+def equation_of(contraction: Instr) -> tuple[list[str], str]:
+    """The letters of each operand's axes, and of the result's."""
+    inputs, out = str(contraction.attr("eq")).split("->")
+    return inputs.split(","), out
 
 
 def normal_equation(eq: str) -> str:
