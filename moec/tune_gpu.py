@@ -21,6 +21,7 @@ from moec.codegen.triton_schedule import candidates
 from moec.errors import OptionError
 from moec.gpu_target import gpu_target
 from moec.runtime_coded import coded_kernel
+from moec.runtime_cpu import param_shapes
 from moec.runtime_triton import load_triton, triton
 from moec.spec import DTYPES, KernelSpec
 from moec.target import GpuFigures, gpu_figures
@@ -150,12 +151,10 @@ class GpuBench:
         self.device, s = torch.device(job.device), job.sizes
         self.spec = KernelSpec.parse(job.spec)
         self.clock = clock or (EventClock(self.device) if self.device.type == "cuda" else HostClock())
-        dtype, e = DTYPES[self.spec.experts.dtype], self.spec.experts
+        dtype = DTYPES[self.spec.experts.dtype]
         with torch.device(self.device):
             torch.manual_seed(0)
-            shapes = [e.shape(group, s.H, s.F, s.O) for group in e.param_groups]
-            shapes = [(s.E, *shape) for shape in shapes] if e.stacked else [n for n in shapes for _ in range(s.E)]
-            self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in shapes]
+            self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in param_shapes(self.spec, s)]
             self.x = torch.randn(s.T, s.H, dtype=dtype)
             self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.routings = [routing(job, seed).to(self.device) for seed in range(ROUTINGS)]

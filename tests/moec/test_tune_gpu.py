@@ -164,3 +164,10 @@ def test_the_command_measures_and_keeps(folder):
     assert (found["key"]["isa"], found["best"]) == ("interpreter", "default")
     assert found["median"] > 0
     assert len(tune_cache.load()) == 1
+
+
+def test_parameters_are_made_as_they_are_stored(monkeypatch):
+    monkeypatch.setattr(tune_gpu, "load_triton", lambda spec, device: None)  # nothing is launched
+    spec = KernelSpec(ExpertsSpec(gate="none", activation="relu(a)", layout_in="kn", layout_out="kn"))
+    bench = tune_gpu.GpuBench(Job(str(spec), Sizes(8, 32, 16, 4, 2, 24), 2, device="cpu"))
+    assert [tuple(p.shape) for p in bench.params] == [(4, 32, 16), (4, 16, 24)]
