@@ -16,6 +16,7 @@ from moec.engine import check_weights
 from moec.errors import OptionError, TargetError
 
 if TYPE_CHECKING:
+    from moec.codegen.tuning import Sizes
     from moec.tune import Result
     from moec.tune_job import Job
 
@@ -142,20 +143,20 @@ def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
     import torch
 
     from moec.cli_options import token_counts
-    from moec.codegen.tuning import Sizes
     from moec.tune_job import Job, shares
 
     counts = token_counts(tokens)
     layers = _layers_of_spec(what, sizes) if "experts{" in what else _layers_of_model(what)
-    for _, numbers in layers:
-        shares(profile, numbers[2])
+    for _, at in layers:
+        shares(profile, at.E)
     threads = torch.get_num_threads()
-    return [Job(spec, Sizes(T, *numbers), threads, profile) for spec, numbers in layers for T in counts]
+    return [Job(spec, replace(at, T=T), threads, profile) for spec, at in layers for T in counts]
 
 
-def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, int, int, int]]]:
-    """(spec, (H, F, E, k, O)); O is H where it is not given."""
+def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, Sizes]]:
+    """(spec, sizes for one token); O is H where it is not given."""
     from moec.codegen.cpp import check
+    from moec.codegen.tuning import Sizes
     from moec.errors import CodegenError, ParseError
     from moec.spec import KernelSpec
 
@@ -170,11 +171,12 @@ def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, tuple[int, int, in
     numbers = {name: int(value) for name, value in found.items()}
     if min(numbers.values()) < 1 or numbers["k"] > numbers["E"]:
         raise OptionError(f"--sizes {sizes!r}: expected numbers above 0, and k at most E")
-    wide = numbers.get("O", numbers["H"]) if spec.experts.out else numbers["F"]
-    return [(str(spec), (numbers["H"], numbers["F"], numbers["E"], numbers["k"], wide))]
+    if not spec.experts.out:
+        numbers["O"] = numbers["F"]
+    return [(str(spec), Sizes(T=1, **numbers))]
 
 
-def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int, int]]]:
+def _layers_of_model(target: str) -> list[tuple[str, Sizes]]:
     import torch
 
     from moec.backend import explain
@@ -184,11 +186,7 @@ def _layers_of_model(target: str) -> list[tuple[str, tuple[int, int, int, int, i
     loaded = load(target)
     with console(stderr=True).status(f"compiling {target}"), torch.no_grad():
         report = explain(loaded.model, *loaded.args, **loaded.kwargs)
-    found: dict[tuple[str, tuple[int, int, int, int, int]], None] = {}
-    for site in report.sites:
-        if site.status == "fused":
-            s = sizes_of(site)
-            found[site.spec, (s.H, s.F, s.E, s.k, s.O)] = None
+    found = dict.fromkeys((site.spec, sizes_of(site, tokens=1)) for site in report.sites if site.status == "fused")
     if not found:
         raise TargetError(f"target {target!r}: no MoE layer was fused; `moec explain {target}` says why")
     return list(found)
