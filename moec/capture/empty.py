@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import copy
 
-from moec.capture.events import loaded, stored
+from moec.capture.events import called, loaded, stored
 from moec.capture.words import call, name
 
 _TRUE = frozenset(("any", "sum", "count_nonzero"))  # of a mask; a row's number may be 0
@@ -83,7 +83,7 @@ def _asked(test: ast.expr) -> tuple[str, set[str]]:
         inner = _behind_shape(test) if isinstance(test, ast.Subscript) else _behind_call(test)
         if inner is None:
             return "", asks
-        asks |= {_called(test) if isinstance(test, ast.Call) else "size"} - _SAME
+        asks |= {called(test) or "size"} - _SAME
         test = inner
     return test.id, asks
 
@@ -96,7 +96,7 @@ def _behind_shape(test: ast.Subscript) -> ast.expr | None:
 
 def _behind_call(test: ast.expr) -> ast.expr | None:
     """rows of `rows.any()`, `rows.size(0)`, `torch.any(rows)`, `len(rows)`."""
-    if not isinstance(test, ast.Call) or test.keywords or _called(test) not in _TRUE | _SIZES | _SAME:
+    if not isinstance(test, ast.Call) or test.keywords or called(test) not in _TRUE | _SIZES | _SAME:
         return None
     if isinstance(test.func, ast.Attribute) and not _is_torch(test.func.value):
         zero = [isinstance(arg, ast.Constant) and arg.value == 0 for arg in test.args]
@@ -109,7 +109,7 @@ def _are_places(value: ast.expr, empty: set[str]) -> bool:
     made = [node for node in ast.walk(value) if isinstance(node, ast.Call)]
     only = all(isinstance(n, (ast.Call, ast.Attribute, ast.Subscript, ast.Name, *_LEAVES)) for n in ast.walk(value))
     names = loaded([value]) - {"torch"}
-    return bool(made) and only and len(names) == 1 and names <= empty and all(_called(n) in _PLACES for n in made)
+    return bool(made) and only and len(names) == 1 and names <= empty and all(called(n) in _PLACES for n in made)
 
 
 _LEAVES = (ast.Constant, ast.keyword, ast.expr_context, ast.UnaryOp, ast.USub)
@@ -123,7 +123,7 @@ def _writes_at(stmt: ast.stmt, empty: set[str]) -> bool:
             return False
         first = target.slice.elts[0] if isinstance(target.slice, ast.Tuple) and target.slice.elts else target.slice
         return isinstance(first, ast.Name) and first.id in empty
-    if not isinstance(stmt, ast.Expr) or not isinstance(stmt.value, ast.Call) or _called(stmt.value) not in _ADDS:
+    if not isinstance(stmt, ast.Expr) or not isinstance(stmt.value, ast.Call) or called(stmt.value) not in _ADDS:
         return False
     index = stmt.value.args[1] if len(stmt.value.args) > 1 else None
     return isinstance(index, ast.Name) and index.id in empty
@@ -134,10 +134,6 @@ def _is_pure(stmt: ast.stmt) -> bool:
     own = stmt.value if isinstance(stmt, ast.Expr) else None
     calls = [n for n in ast.walk(stmt) if isinstance(n, ast.Call) and n is not own]
     return all(isinstance(n.func, ast.Attribute) and n.func.attr in _PURE for n in calls)
-
-
-def _called(made: ast.Call) -> str:
-    return made.func.attr if isinstance(made.func, ast.Attribute) else getattr(made.func, "id", "")
 
 
 def _is_torch(expr: ast.expr) -> bool:

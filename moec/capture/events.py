@@ -55,6 +55,12 @@ def _children(node: ast.AST) -> Iterator[Event]:
     return events(ast.iter_child_nodes(node))
 
 
+def called(expr: ast.AST) -> str:
+    """The name of the function or method that an expression calls; empty where it calls none by name."""
+    func = expr.func if isinstance(expr, ast.Call) else None
+    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+
+
 def stored(nodes: Iterable[ast.AST]) -> set[str]:
     """The names that the code binds."""
     return {e.name for e in events(nodes) if e.store}

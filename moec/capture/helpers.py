@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moec.capture import source
-from moec.capture.events import stored
+from moec.capture.events import called, stored
 from moec.capture.one_exit import one_exit
 from moec.capture.recognise import aliases_of, in_place_names, is_alias, tainted_by
 from moec.capture.state import loop_key
@@ -108,8 +108,8 @@ def _one_level(
             block[place : place + 1] = lines
             where = ast.Constant(loop_key(file, made.function.__code__.co_firstlineno))
             obj = name(own) if made.of is not None else name(made.helper.name)
-            called = ast.Constant(made.helper.name if made.of is not None else "")
-            asked.setdefault(made.helper.name, ast.Expr(call("expects", key, obj, called, where)))
+            method = ast.Constant(made.helper.name if made.of is not None else "")
+            asked.setdefault(made.helper.name, ast.Expr(call("expects", key, obj, method, where)))
             found = True
     return found
 
@@ -255,8 +255,7 @@ def _is_none(value: ast.expr) -> bool:
 def _adds_nothing(value: ast.expr) -> bool:
     """Zeros, however they are made."""
     if isinstance(value, ast.Call):
-        called = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
-        return called in ("zeros", "zeros_like", "new_zeros")
+        return called(value) in ("zeros", "zeros_like", "new_zeros")
     return isinstance(value, ast.Constant) and type(value.value) in (int, float) and value.value == 0
 
 

@@ -7,8 +7,19 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 
-class TextKey:
-    """The key `f"{prefix}{item}{suffix}"` of a ModuleDict, with a symbolic item."""
+class Key:
+    """A key with a symbolic item. All that can be done with it is to look something up."""
+
+    item: Tensor
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise TypeError("the body compares a name that depends on the loop's item")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class TextKey(Key):
+    """The key `f"{prefix}{item}{suffix}"` of a ModuleDict."""
 
     def __init__(self, prefix: str, item: Tensor, suffix: str) -> None:
         self.prefix = prefix
@@ -19,14 +30,9 @@ class TextKey:
         """The keys of the first items."""
         return [f"{self.prefix}{i}{self.suffix}" for i in range(count)]
 
-    def __eq__(self, other: object) -> NoReturn:
-        raise TypeError("the body compares a name that depends on the loop's item")
 
-    __hash__ = None  # type: ignore[assignment]
-
-
-class NameKey:
-    """The key `names[item]`, with a symbolic item. All that can be done with it is to look something up."""
+class NameKey(Key):
+    """The key `names[item]`."""
 
     def __init__(self, names: list[str], item: Tensor) -> None:
         self.names = names
@@ -36,18 +42,13 @@ class NameKey:
         """The keys of all items."""
         return self.names
 
-    def __eq__(self, other: object) -> NoReturn:
-        raise TypeError("the body compares a name that depends on the loop's item")
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def are_names(items: Any) -> bool:
     """Whether something is a list of texts."""
     return isinstance(items, (list, tuple)) and len(items) > 0 and all(isinstance(each, str) for each in items)
 
 
-def key_at(item: Tensor, names: list[str]) -> TextKey | NameKey:
+def key_at(item: Tensor, names: list[str]) -> Key:
     """The name at the item's place; a text with its number, where names are `expert_0`, `expert_1`, … in order."""
     first = names[0] if names else ""
     for at in [at for at, letter in enumerate(first) if letter == "0"]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from moec.capture.branches import branches
 from moec.capture.empty import unguarded
-from moec.capture.events import loaded, stored
+from moec.capture.events import called, loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
 from moec.capture.rebinds import recast
 from moec.capture.recognise import Candidate, is_alias
@@ -97,7 +97,7 @@ class _Roller:
             return self.bind_joint(target, items)
         target, held = self.of_items(target, items)
         if held is not items:
-            if isinstance(held, ast.Call) and _called(held) == "zip":
+            if isinstance(held, ast.Call) and called(held) == "zip":
                 return self.bind_joint(target, held)
             return self.bind_joint(ast.Tuple([target], ast.Store()), ast.Call(name("zip"), [held], []))
         like = copy.deepcopy(self.candidate.like)
@@ -139,7 +139,7 @@ class _Roller:
             counter, (target, inner) = (target.elts[0], start), self.of_items(target.elts[1], items.args[0])
         else:
             inner = items
-        if isinstance(inner, ast.Call) and _called(inner) == "zip":
+        if isinstance(inner, ast.Call) and called(inner) == "zip":
             if not isinstance(target, ast.Tuple) or len(target.elts) != len(inner.args):
                 raise Unrollable("zip is not unpacked into as many targets")
             sequences = list(zip(target.elts, inner.args, strict=True))
@@ -155,7 +155,7 @@ class _Roller:
         out.append(assign(_ITEM, call("anchor_each", self.key, size, copy.deepcopy(self.candidate.like))))
         for i, (part, sequence) in enumerate(sequences):
             at = [name(f"_moec_seq{i}"), name(_ITEM)]
-            values = isinstance(sequence, ast.Call) and _called(sequence) != "keys"
+            values = isinstance(sequence, ast.Call) and called(sequence) != "keys"
             out.append(
                 assign(part, call("index", self.key, *at) if values else call("each", self.key, *at, self.as_key(part)))
             )
@@ -250,18 +250,11 @@ def only_keys(body: ast.AST, key: str, item: bool) -> bool:
     for node in ast.walk(body):
         if isinstance(node, ast.Subscript):
             fine |= {id(part) for part in (node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])}
-        if item and isinstance(node, ast.Call) and _called(node) == "int" and len(node.args) == 1:
+        if item and isinstance(node, ast.Call) and called(node) == "int" and len(node.args) == 1:
             fine.add(id(node.args[0]))
         if item and isinstance(node, ast.FormattedValue):
             fine.add(id(node.value))
     return all(id(n) in fine for n in ast.walk(body) if isinstance(n, ast.Name) and n.id == key)
-
-
-def _called(expr: ast.expr) -> str | None:
-    """The name of the function or method that an expression calls."""
-    if not isinstance(expr, ast.Call):
-        return None
-    return getattr(expr.func, "attr", None) or getattr(expr.func, "id", None)
 
 
 def _held(sequence: ast.expr) -> ast.expr:

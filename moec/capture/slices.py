@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moec.capture.events import Path, after, loaded, stored
+from moec.capture.events import Path, after, called, loaded, stored
 from moec.capture.host import Scope, chunks_of, tensor_of
 
 JOINING = frozenset(("cat", "concat", "concatenate", "vstack", "row_stack"))
@@ -134,9 +134,8 @@ def _only_joined(loop: ast.For, path: Path, name: str) -> bool:
 
 
 def _joins(call: ast.Call) -> bool:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     dims = [*call.args[1:], *(k.value for k in call.keywords)]
-    return name in JOINING and all(isinstance(d, ast.Constant) and d.value == 0 for d in dims)
+    return called(call) in JOINING and all(isinstance(d, ast.Constant) and d.value == 0 for d in dims)
 
 
 def _bounds(loop: ast.For) -> Iterator[ast.expr]:

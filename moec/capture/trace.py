@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
 from moec.capture.axes import One, Span, axis_of, narrows
-from moec.capture.keys import NameKey, TextKey, are_names, key_at
+from moec.capture.keys import Key, NameKey, TextKey, are_names, key_at
 from moec.capture.keys import text_key as text_key  # a word too
 from moec.capture.numbers import counted
 from moec.capture.picked import expects as expects  # a word too
@@ -200,7 +200,7 @@ def index(key: str, obj: Any, at: Any) -> Any:
         return obj.start + obj.step * at if (obj.start, obj.step) != (0, 1) else at
     if is_item(at) and are_names(obj):
         return key_at(at, list(obj))
-    if is_item(at) or isinstance(at, TextKey | NameKey):
+    if is_item(at) or isinstance(at, Key):
         return pick_from(key, obj, at)
     return obj[at]
 
