@@ -83,7 +83,7 @@ def make_backward_plan(
     e = spec.experts
     back = {"nk": "kn", "kn": "nk"}
     layouts = (e.layout_in, back[e.layout_out], back[e.layout_in])
-    few = [few_rows(layout, e.dtype, target) for layout in layouts]
+    few = [few_rows(layout, "f32", target) for layout in layouts]
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
     outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)

@@ -77,10 +77,11 @@ __attribute__((noinline)) void dot(const typename Op::A* const* a, int64_t k0, c
   for (int m = 0; m < M; m++) x[m] = a[m] + k0;
   vf acc[M][4] = {};
   auto add_step = [&](auto&& of_a, auto&& of_w) MOEC_INLINE_LAMBDA {
-    const auto v0 = of_w(w0), v1 = of_w(w1);
+    auto v0 = of_w(w0), v1 = of_w(w1);
     typename Op::Word v2{}, v3{};
     if constexpr (N > 2) v2 = of_w(w2);
     if constexpr (N > 3) v3 = of_w(w3);
+    keep(v0), keep(v1), keep(v2), keep(v3);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const auto v = of_a(x[m]);
@@ -137,13 +138,21 @@ __attribute__((noinline)) void widen_row(const W* from, int64_t n, float* to) {
   if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
 }
 
+// The size of k's blocks where all of them are about as large, and whole cache lines.
+MOEC_INLINE int64_t evened(int64_t k, int64_t k_block) {
+  const int64_t blocks = (k + k_block - 1) / k_block;
+  return std::min(k_block, (k / std::max<int64_t>(blocks, 1) + 63) / 64 * 64);
+}
+
 // LEAST rows of A or more, M at a time, and where `once` no more than M. `after`: the rows of W wanted after these.
 template <class Op, int LEAST, int M, int N, bool once>
 void few_by(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
             float* c, int64_t ldc, int64_t k_block, const typename Op::W* after) {
-  // One pass over floats goes no faster than memory, and the hardware's own fetching keeps up with it: asking costs a
-  // tenth more time. Over numbers of two bytes it falls behind, since each run of memory is half as long.
-  constexpr int by_one = sizeof(typename Op::W) == 4 ? 0 : N;
+  // Where vectors are short, one pass over floats goes no faster than memory, and the hardware's own fetching keeps up
+  // with it: asking costs a tenth more time. Over numbers of two bytes it falls behind, since each run of memory is half
+  // as long; in long vectors four runs at a time are too many for it anyway, and asking takes a fifth off.
+  constexpr int by_one = sizeof(typename Op::W) == 4 && L < 16 ? 0 : N;
+  k_block = evened(k, k_block);
   const int64_t passes = once ? 1 : (m + M - 1) / M;
   for (int64_t j = 0; j < n; j += N) {
     const int cols = int(n - j < N ? n - j : N);
@@ -194,14 +203,18 @@ void few_wide(const float* const* a, int64_t m, int64_t k, const W* w, int64_t l
 
 constexpr int64_t WIDE = 20;  // from more rows of A on widening numbers of W once pays
 
-// Numbers of two bytes are widened for each kernel's rows of A anew: three rows of W meet four of A rather than four
-// three, which takes a fifth less time in cache. One to three rows wait for memory, which likes four streams.
+// Numbers of two bytes are widened for each kernel's rows of A anew: with few registers three rows of W meet four of A
+// rather than four three, which takes a fifth less time in cache. One to three rows wait for memory, which likes four
+// streams.
 template <class Op>
 void few_nk(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
             float* c, int64_t ldc, int64_t k_block, const typename Op::W* after, float* room) {
-  if constexpr (sizeof(typename Op::W) == 2 && Op::per == 1) {
+  constexpr bool widened = sizeof(typename Op::W) == 2 && Op::per == 1;
+  if constexpr (widened) {
     if (m > WIDE) return few_wide(a, m, k, w, ld, n, c, ldc, k_block, after, room);
-    if (m > DM) few_by<Op, DM < 4 ? DM + 1 : 1, 4, DM, false>(a, m, k, w, ld, n, c, ldc, k_block, after);
+  }
+  if constexpr (widened && DM < 4) {
+    if (m > DM) few_by<Op, DM + 1, 4, DM, false>(a, m, k, w, ld, n, c, ldc, k_block, after);
     else few_by<Op, 1, DM, 4, true>(a, m, k, w, ld, n, c, ldc, k_block, after);
   } else {
     few_by<Op, 1, DM, 4, false>(a, m, k, w, ld, n, c, ldc, k_block, after);

@@ -193,21 +193,42 @@ class Layer {
       copy_row<P>(a.x, t0 + pair[i] / a.k, a.H, weight[pair[i]], a.at<A>(a.at_x) + i * a.ld_x);
   }
 
+  // Columns [j, j + n) of a segment; `after` is the task whose weights are read next: this one where there is none.
+  struct Task {
+    const Segment* s;
+    int64_t j, n;
+  };
+
+  template <int phase>
+  Task task(const Segment* s, int64_t i) const {
+    while (i >= s->end[phase]) s++;
+    const int64_t width = phase == 0 ? a.F : a.O, n = columns(phase, s->rows), count = (width + n - 1) / n;
+    const int64_t j = (i - (s->end[phase] - count)) * n;
+    return {s, j, std::min(n, width - j)};
+  }
+
+  // Tasks are taken in runs: long ones first, so that a thread reads memory in long stretches and what it fetches ahead
+  // is what it needs next; single ones last, so that all threads end together.
   template <int phase>
   void tasks() {
     const int64_t total = shared.segments ? segments[shared.segments - 1].end[phase] : 0;
     const Segment* s = segments;
-    for (int64_t i = shared.next[phase]++; i < total; i = shared.next[phase]++) {
-      while (i >= s->end[phase]) s++;
-      const int64_t width = phase == 0 ? a.F : a.O, n = columns(phase, s->rows), count = (width + n - 1) / n;
-      const int64_t j = (i - (s->end[phase] - count)) * n, cols = std::min(n, width - j);
-      if constexpr (phase == 0) project_in(*s, j, cols);
-      else project_out(*s, j, cols);
+    for (int64_t i = shared.next[phase]; i < total;) {
+      const int64_t run = std::max<int64_t>(1, (total - i) / (2 * threads));
+      if (!shared.next[phase].compare_exchange_weak(i, i + run)) continue;
+      Task now = task<phase>(s, i);
+      for (int64_t last = i + run - 1; i <= last; i++) {
+        const Task after = i < last ? task<phase>(now.s, i + 1) : now;
+        if constexpr (phase == 0) project_in(*now.s, now.j, now.n, after);
+        else project_out(*now.s, now.j, now.n, after);
+        s = now.s, now = after;
+      }
+      i = shared.next[phase];
     }
   }
 
   // Columns [j, j + n) of h = φ(x·W_a + b_a, x·W_b + b_b) for the rows of a segment.
-  void project_in(const Segment& s, int64_t j, int64_t n) {
+  void project_in(const Segment& s, int64_t j, int64_t n, const Task& after) {
     constexpr bool mixed = K::gate == Gate::interleaved, two = K::gate == Gate::concat || K::gate == Gate::separate;
     const int64_t ldc = (mixed ? 2 : 1) * ((n + L - 1) / L * L);
     const Tile t{a.few[0], a.k_few, a.k_many[0], scratch};
@@ -216,7 +237,7 @@ class Layer {
     const A* const* const rows = x_rows + s.row;
     const int64_t scale = mixed ? 2 : 1;
     const auto wa = from<K::layout_in>(a.a, a.scale_a, s.e, j * scale);
-    const auto next = from<K::layout_in>(a.a, a.scale_a, s.e, (j + n) * scale);
+    const auto next = from<K::layout_in>(a.a, a.scale_a, after.s->e, after.j * scale);
     auto wb = next;
     if constexpr (two) wb = from<K::layout_in>(a.b, a.scale_b, s.e, j, K::gate == Gate::concat ? a.F : 0);
     tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, wb);
@@ -261,12 +282,12 @@ class Layer {
     if constexpr (views == 2) store_some(to + a.F, vb, n);
   }
 
-  void project_out(const Segment& s, int64_t j, int64_t n) {
+  void project_out(const Segment& s, int64_t j, int64_t n, const Task& after) {
     const Tile t{a.few[1], a.k_few, a.k_many[1], scratch};
     float* const c = a.at<float>(a.at_out) + s.row * a.O + j;
     const auto w = from<K::layout_out>(a.out, a.scale_out, s.e, j);
-    const auto after = from<K::layout_out>(a.out, a.scale_out, s.e, j + n);
-    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.O, after);
+    const auto next = from<K::layout_out>(a.out, a.scale_out, after.s->e, after.j);
+    tile<Op, K::layout_out>(t, h_rows + s.row, s.rows, a.F, w, a.out.ld, n, c, a.O, next);
   }
 
   // An expert's weights from output `j` on; `before`: outputs of the matrix that its codes are scaled as before `w`.

@@ -135,6 +135,14 @@ MOEC_COLD void store_n(T* p, vf v, int64_t n) {
   std::memcpy(p, part, size_t(n) * sizeof(T));
 }
 
+// Keeps a loaded vector in its register: GCC would rather load it again for each use, though half of 32 registers are free.
+template <class V>
+MOEC_INLINE void keep(V& v) {
+#if MOEC_LANES == 16 && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+}
+
 MOEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // --- shuffles -----------------------------------------------------------------------------------------------

@@ -68,12 +68,12 @@ def _machine(target: Target) -> dict[str, Any]:
 _AVX512_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _WIDE = "-mprefer-vector-width=512"
 
-# Best first. 16 registers hold 6x2 accumulators, 32 hold 12x2 or 8x2 with room for operands.
+# Best first. 16 registers hold 6x2 or 3x4 accumulators, 32 hold 12x2 or 6x4, with room for operands.
 _ISAS: Mapping[str, Target] = {
     t.isa: t
     for t in (
-        Target("avx512_bf16", 16, 12, 2, 4, True, (*_AVX512_FLAGS, "-mavx512bf16", _WIDE)),
-        Target("avx512", 16, 12, 2, 4, False, (*_AVX512_FLAGS, _WIDE)),
+        Target("avx512_bf16", 16, 12, 2, 6, True, (*_AVX512_FLAGS, "-mavx512bf16", _WIDE)),
+        Target("avx512", 16, 12, 2, 6, False, (*_AVX512_FLAGS, _WIDE)),
         Target("avx2", 8, 6, 2, 3, False, ("-mavx2", "-mfma", "-mf16c")),
         Target("neon", 4, 6, 4, 4, False, ("-march=armv8.2-a+fp16",)),
         Target("plain", 4, 6, 2, 3, False, ()),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.plan import Rows, Sizes, make_plan
-from moec.codegen.tuning import Tuning, candidates, default_tuning
+from moec.codegen.tuning import Tuning, candidates, default_tuning, few_rows
 from moec.errors import ParseError
 from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
@@ -71,3 +71,12 @@ def test_candidates_fit_the_caches():
     small = Target("avx2", 8, 6, 2, 3, False, (), l1_bytes=8 << 10, l2_bytes=64 << 10)
     for tuning in candidates(NK, Sizes(4096, **A), small, 2)[1:]:
         assert 4 * 16 * tuning.k_many[0] <= 8 << 10
+
+
+def test_long_vectors_stream_weights_while_the_rows_stay_in_the_second_cache():
+    target = Target("avx512_bf16", 16, 12, 2, 6, True, (), l2_bytes=1 << 20)
+    assert few_rows("nk", "f32", target) == 96
+    assert few_rows("nk", "bf16", target) == 192, "pairs of bf16 take half the room"
+    assert few_rows("nk", "f16", target) == few_rows("nk", "f32", target), "f16 is widened"
+    assert few_rows("nk", "f32", TARGET) == 39, "16 registers: packing pays from some rows on, whatever the cache"
+    assert few_rows("kn", "bf16", target) == 8
