@@ -26,8 +26,8 @@ from common import RESULTS, panels, save_figure, write_json
 from rich.console import Console
 from torch import Tensor, nn
 
-from moec.compare_view import plain_table
-from moec.measure import environment_line
+from moec.compare.measure import environment_line
+from moec.compare.view import plain_table
 
 WAYS = ("eager", "moec")
 PAGE = 4096

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.compare import MOEC, Budget, Row, Way, empty_cells, race
-from moec.compare_view import times_table
-from moec.demo_check import TOLERANCE, reference, relative_error
-from moec.demo_forms import MoE, make_moe
-from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.compare.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.compare.view import times_table
+from moec.compare.ways import MOEC, Budget, Row, Way, empty_cells, race
+from moec.demo.check import TOLERANCE, reference, relative_error
+from moec.demo.forms import MoE, make_moe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

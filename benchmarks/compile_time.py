@@ -28,7 +28,7 @@ from common import RESULTS, Shape, check_names, library_block, plain_layer, writ
 from rich.console import Console
 from torch import Tensor, nn
 
-from moec.compare_view import plain_table
+from moec.compare.view import plain_table
 
 PARTS = ("stacked", "separate", "deep")
 

@@ -20,7 +20,7 @@ from moec.codegen import cost_model, tile_prior
 from moec.codegen.plan import Sizes
 from moec.codegen.tile_prior import Mix
 from moec.codegen.triton_config import GpuConfig
-from moec.gpu_target import gpu_target
+from moec.gpu.target import gpu_target
 from moec.options import Environment
 
 AIMED = ("h100", "h200", "a100")

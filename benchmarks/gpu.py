@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.demo_forms import Experts, MoE
-from moec.measure import Ceilings
-from moec.tune_gpu import EventClock
+from moec.compare.measure import Ceilings
+from moec.demo.forms import Experts, MoE
+from moec.tune.gpu import EventClock
 
 GPU_LAYERS: Mapping[str, Shape] = {
     "mixtral": Shape(4096, 14336, 8, 2),

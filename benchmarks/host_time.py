@@ -73,8 +73,8 @@ def stand_ins(folder: Path) -> None:
 
 def call_of(tokens: int, stacked: bool, router: bool) -> tuple[Callable[[], object], str]:
     """A call of the layer's op over tensors that stay, and its spec."""
-    import moec.runtime  # noqa: F401  # registers the ops
-    from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+    import moec.runtime.ops  # noqa: F401  # registers the ops
+    from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
     spec = KernelSpec(ExpertsSpec("bf16", stacked=stacked), RouterSpec(renormalize=True) if router else None, "bf16")
     shapes = [spec.experts.shape(group, H, F) for group in spec.experts.param_groups]
@@ -98,7 +98,7 @@ def microseconds(call: Callable[[], object], rounds: int) -> float:
 
 def one_launch(rounds: int) -> tuple[float, float]:
     """Microseconds of one launch of the first product at 64 tokens: Triton's own, and by addresses."""
-    from moec.runtime_triton import load_triton
+    from moec.runtime.triton import load_triton
 
     call, text = call_of(*CASES["64 tokens"])
     call()

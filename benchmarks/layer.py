@@ -33,10 +33,10 @@ from common import (
 )
 from rich.console import Console
 
-from moec.compare import MOEC, Way
-from moec.measure import environment_line
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
-from moec.worker import Built
+from moec.compare.measure import environment_line
+from moec.compare.ways import MOEC, Way
+from moec.compare.worker import Built
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

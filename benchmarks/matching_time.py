@@ -28,7 +28,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from moec.backend import Backend
 from moec.capture.settle import no_loops_left, settle
-from moec.compare_view import plain_table
+from moec.compare.view import plain_table
 from moec.options import Options
 from moec.report import Report
 

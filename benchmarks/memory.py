@@ -18,7 +18,7 @@ import torch
 from common import DTYPES, LAYERS, RESULTS, plain_layer, write_json
 from rich.console import Console
 
-from moec.compare_view import plain_table
+from moec.compare.view import plain_table
 
 DYNAMO = "Dynamo alone"  # torch.compile that compiles nothing: what any backend starts from
 WAYS = ("weights only", "eager", DYNAMO, "moec", "inductor")

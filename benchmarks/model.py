@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moec.compare import MOEC, Budget, Row, Way, race
-from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
-from moec.worker import Built
+from moec.compare.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.compare.ways import MOEC, Budget, Row, Way, race
+from moec.compare.worker import Built
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Of the logits' own size; where a token's choice of experts hangs on rounding, its logits may differ by more."""

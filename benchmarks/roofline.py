@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moec.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.compare.measure import Ceilings, Layer, environment_line, measure_ceilings
 
 TOKENS = (1, 8, 64, 512, 2048)
 

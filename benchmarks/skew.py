@@ -25,13 +25,13 @@ from rich.console import Console
 from torch import Tensor
 
 from moec.codegen import twin
-from moec.compare_view import plain_table
-from moec.demo_check import TOLERANCE, relative_error
-from moec.measure import Timing, environment_line, interleaved
-from moec.runtime_backward import load_backward
-from moec.runtime_cpu import Kernel, load_kernel
-from moec.runtime_gradients import GradientMemory
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.compare.measure import Timing, environment_line, interleaved
+from moec.compare.view import plain_table
+from moec.demo.check import TOLERANCE, relative_error
+from moec.ir.spec import ExpertsSpec, KernelSpec
+from moec.runtime.backward import load_backward
+from moec.runtime.cpu import Kernel, load_kernel
+from moec.runtime.gradients import GradientMemory
 
 EXPONENT = 1.2
 ROUTINGS = ("uniform", "zipf", "one")

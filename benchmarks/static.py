@@ -15,12 +15,12 @@ from pathlib import Path
 
 from moec.codegen.plan import Sizes
 from moec.errors import OptionError
-from moec.gpu_target import gpu_target, gpu_targets
-from moec.kernel_jobs import Request
-from moec.kernels import compile_layers
-from moec.offline import Compiled, Refused
+from moec.gpu.offline import Compiled, Refused
+from moec.gpu.target import gpu_target, gpu_targets
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.kernels.compiled import compile_layers
+from moec.kernels.jobs import Request
 from moec.options import Environment
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 ROUTER = RouterSpec(compute="bf16", renormalize=True, weight_dtype="bf16")

@@ -41,14 +41,14 @@ from common import (
 from rich.console import Console
 from torch import Tensor
 
-from moec.compare import MOEC, Row, Way
-from moec.compare_view import plain_table
-from moec.demo_check import TOLERANCE, relative_error
-from moec.demo_forms import MoE
-from moec.measure import Layer, environment_line
-from moec.runtime_cpu import release_workspace
-from moec.runtime_gradients import gradient_memory
-from moec.worker import Built
+from moec.compare.measure import Layer, environment_line
+from moec.compare.view import plain_table
+from moec.compare.ways import MOEC, Row, Way
+from moec.compare.worker import Built
+from moec.demo.check import TOLERANCE, relative_error
+from moec.demo.forms import MoE
+from moec.runtime.cpu import release_workspace
+from moec.runtime.gradients import gradient_memory
 
 GRADIENTS = ("x", "router", "gate_up", "down")
 

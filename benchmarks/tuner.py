@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.progress import track
 
 from moec.codegen.tuning import Sizes, candidates
-from moec.compare_view import plain_table
-from moec.measure import Timing, environment_line, interleaved
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.compare.measure import Timing, environment_line, interleaved
+from moec.compare.view import plain_table
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
-from moec.tune import tune
-from moec.tune_worker import Bench, Job
+from moec.tune.run import tune
+from moec.tune.worker import Bench, Job
 
 FINALISTS = 12  # tunings that are measured often
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from moec.codegen import cpp
-from moec.spec import KernelSpec
+from moec.ir.spec import KernelSpec
 from moec.target import Target
 
 EMITTERS: Mapping[str, Callable[[KernelSpec, Target], str]] = MappingProxyType({"cpp": cpp.emit})

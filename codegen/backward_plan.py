@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
 from moec.codegen.tuning import Sizes, few_rows
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _GROUP_BYTES = 32 << 20  # of activations and slopes at a time: what a cache or two hold

@@ -1,4 +1,4 @@
-"""A matrix as codes and scales, and back, in plain torch (see `moec.coding`)."""
+"""A matrix as codes and scales, and back, in plain torch (see `moec.ir.coding`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moec.coding import LARGEST, Coding
-from moec.spec import STORED
+from moec.ir.coding import LARGEST, Coding
+from moec.ir.spec import STORED
 
 
 def encoded(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
-from moec.gpu_target import GpuTarget
+from moec.gpu.target import GpuTarget
 
 Array = NDArray[np.float64]
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "fp8": 1, "int8": 1}

@@ -13,8 +13,8 @@ from moec.codegen.plan import pairs_of_bf16
 from moec.codegen.statements import statements
 from moec.codegen.storage import Storage
 from moec.errors import CodegenError
-from moec.expr import Const, Expr, Var, derivative, variables
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.expr import Const, Expr, Var, derivative, variables
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 HEADERS = (

@@ -13,8 +13,8 @@ from torch import Tensor
 from moec.codegen import twin
 from moec.codegen.codes import decoded, encoded
 from moec.codegen.pack import Packed
-from moec.coding import Coding
-from moec.spec import KernelSpec
+from moec.ir.coding import Coding
+from moec.ir.spec import KernelSpec
 
 
 def coded_spec(spec: KernelSpec, weights: str) -> KernelSpec:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moec.codegen import twin
 from moec.codegen.storage import Storage
-from moec.spec import DTYPES, KernelSpec
+from moec.ir.spec import DTYPES, KernelSpec
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.bounds import TOKENS, Size, floor_div, least, plain_bound, tokens_to_try
 from moec.codegen.storage import Storage
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.bounds import TOKENS, Size, floor_div, least, plain_bound, tokens_to_try
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from moec.expr import Call, Expr
+from moec.ir.expr import Call, Expr
 
 
 def statements(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.errors import CodegenError
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}

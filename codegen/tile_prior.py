@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from moec.codegen import cost_model
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
-from moec.gpu_target import GpuTarget
+from moec.gpu.target import GpuTarget
 
 Tile = tuple[int, int, int]
 Counts = Mapping[str, Mapping[int, Mapping[Tile, int]]]  # chip → log2 of rows an expert, rounded → tile → wins

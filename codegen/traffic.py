@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Launch, Program
-from moec.spec import STORED, KernelSpec
+from moec.ir.spec import STORED, KernelSpec
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "fp8e4nv": 1}
 

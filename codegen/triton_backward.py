@@ -16,7 +16,7 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Argument, Buffer, Launch, Program
 from moec.codegen.triton_config import GpuConfig, sorted_config
 from moec.codegen.triton_operands import Operands
-from moec.spec import KernelSpec
+from moec.ir.spec import KernelSpec
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moec.bounds import Choices, Size, most
 from moec.codegen import triton_operands as ops
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_operands import Operands
 from moec.errors import CodegenError
-from moec.spec import KernelSpec
+from moec.ir.bounds import Choices, Size, most
+from moec.ir.spec import KernelSpec
 
 _TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64", "int8": "i8", "fp8": "u8"}
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "i64": 8, "int8": 1, "fp8": 1}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moec.spec import ExpertsSpec
+from moec.ir.spec import ExpertsSpec
 
 TYPES = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16", "int8": "tl.int8", "fp8": "tl.uint8"}
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 from moec.codegen.plan import Sizes
-from moec.coding import Coding
 from moec.errors import CodegenError, ParseError
-from moec.gpu_target import gpu_targets
-from moec.spec import KernelSpec
+from moec.gpu.target import gpu_targets
+from moec.ir.coding import Coding
+from moec.ir.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
 COMBINES = ("fused", "separate", "atomic")

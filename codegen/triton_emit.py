@@ -22,10 +22,10 @@ from moec.codegen.cpp import check
 from moec.codegen.triton_codes import TYPES, base, coded_context
 from moec.codegen.triton_phi import function, functions, number, used
 from moec.errors import BuildError, CodegenError
-from moec.expr import Var, call, derivative
 from moec.files import write_whole
+from moec.ir.expr import Var, call, derivative
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.options import Environment
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 _HEAD = '''"""{spec}
 

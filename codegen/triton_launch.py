@@ -1,7 +1,7 @@
 """The launches of one call: kernels, grids, arguments and buffers as values, for running and for offline compilation.
 
 A spec's Triton module (`moec.codegen.triton_emit.emit(spec)`) holds the kernels; this file says which of them run, in
-which order, over which grid, with which arguments. `moec.runtime_triton` executes it; to compile it without a GPU:
+which order, over which grid, with which arguments. `moec.runtime.triton` executes it; to compile it without a GPU:
 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from moec.bounds import TOKENS, Size, most, plain_bound, tokens_to_try
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import (
     WIDE,
@@ -49,7 +48,8 @@ from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_operands import Operands, contiguous
 from moec.codegen.triton_views import undescribable
 from moec.errors import CodegenError
-from moec.spec import KernelSpec
+from moec.ir.bounds import TOKENS, Size, most, plain_bound, tokens_to_try
+from moec.ir.spec import KernelSpec
 
 ALIGNED = 256
 """Bytes that buffers in one block begin at multiples of."""

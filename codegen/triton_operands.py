@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.codegen.plan import Sizes
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec
 
 Strides = tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""Pointwise expressions as Triton: what each function of `moec.expr` is on float32 tensors.
+"""Pointwise expressions as Triton: what each function of `moec.ir.expr` is on float32 tensors.
 
 Half precision never reaches arithmetic: Triton's interpreter computes on its bit patterns, and sums want fp32 anyway.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from moec.codegen.statements import statements
-from moec.expr import POINTWISE, Call, Const, Expr, Var
+from moec.ir.expr import POINTWISE, Call, Const, Expr, Var
 
 # Functions that Triton has, or that are an operator, by their text.
 _INLINE = {

@@ -18,10 +18,10 @@ from moec.codegen.tile_prior import rank_with_prior
 from moec.codegen.triton_config import GpuConfig, GpuFigures, check_target, default_config
 from moec.codegen.triton_operands import contiguous
 from moec.codegen.triton_views import undescribable
-from moec.engine import SCHEDULES
 from moec.errors import CodegenError
-from moec.gpu_target import GpuTarget
-from moec.spec import KernelSpec
+from moec.gpu.target import GpuTarget
+from moec.ir.engine import SCHEDULES
+from moec.ir.spec import KernelSpec
 
 _PROGRAMS = 128  # of the interpreter
 

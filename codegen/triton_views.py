@@ -2,7 +2,7 @@
 
 A descriptor reads blocks whose last axis is contiguous and whose other strides are multiples of 16 bytes; what lies
 outside the extents reads as zero. Each program makes its own in scratch memory, which Triton's allocator gives: see
-`moec.runtime_triton.run`. Letters: H hidden, F expert width, E experts; BLOCK_N columns and BLOCK_K depth of a tile.
+`moec.runtime.triton.run`. Letters: H hidden, F expert width, E experts; BLOCK_N columns and BLOCK_K depth of a tile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import power_of_two
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_operands import Operands
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
 
 _ALIGNED = 16  # bytes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 from moec.errors import ParseError
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _ROW_BLOCK = 192

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import moec
-from moec.view import pass_diff, pass_title, steps
+from moec.view.tables import pass_diff, pass_title, steps
 
 
 def main():

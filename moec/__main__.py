@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from moec.cli import run
+from moec.cli.commands import run
 
 
 def main() -> None:

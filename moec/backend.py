@@ -13,36 +13,36 @@ import torch
 from torch import fx
 from torch.compiler import config as compiler_config
 
-import moec.runtime  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
-from moec.breaks import Mark
+import moec.runtime.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
 from moec.capture import install
+from moec.capture.breaks import Mark
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
 from moec.capture.state import NotRolled
-from moec.choose_once import choose_once
-from moec.collector import no_collections
 from moec.describe import Sorted, describe, layers_of, site_name, with_opaque, with_ranks
-from moec.graph import Graph, sweep
-from moec.kept_graph import KeptGraph
+from moec.ir.graph import Graph, sweep
+from moec.ir.text import dump
 from moec.options import Environment, Options, check_mode
 from moec.passes import PASSES
-from moec.passes.autocast import outside_autocast, spell_casts, under_autocast
-from moec.passes.canonicalize import Canonicalize
-from moec.passes.lower import groups_of, lower
-from moec.passes.opaque import find_opaque
-from moec.passes.opaque_lower import sort_rows
-from moec.passes.quick_look import can_hold_experts
-from moec.passes.raise_graph import Raised, fake
-from moec.passes.vocabulary import raise_fx
-from moec.passes.words import key_of
+from moec.passes.canonical.canonicalize import Canonicalize
+from moec.passes.lowering.collector import no_collections
+from moec.passes.lowering.kept_graph import KeptGraph
+from moec.passes.lowering.lower import groups_of, lower
+from moec.passes.opaque.dispatch import find_opaque
+from moec.passes.opaque.lower import sort_rows
+from moec.passes.raising.autocast import outside_autocast, spell_casts, under_autocast
+from moec.passes.raising.quick_look import can_hold_experts
+from moec.passes.raising.raise_graph import Raised, fake
+from moec.passes.raising.vocabulary import raise_fx
+from moec.passes.raising.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.proof import Verdict, prove, prove_bodies
 from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
-from moec.runtime_packed import pack_log
-from moec.spread import SITES, SPREAD, Spreading, spread
-from moec.text import dump
+from moec.runtime.choose_once import choose_once
+from moec.runtime.packed import pack_log
+from moec.spread.lower import SITES, SPREAD, Spreading, spread
 from moec.verify import recording, verifying
 
 Compiled = Callable[..., Any]

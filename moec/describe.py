@@ -8,12 +8,18 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from moec import ir, report
-from moec.dims import dim_text
-from moec.graph import Graph, Instr, Ref
-from moec.passes.candidates import Candidate
-from moec.passes.lower import SITES, shape_env
-from moec.passes.near_miss import (
+from moec import report
+from moec.ir import site as ir
+from moec.ir.dims import dim_text
+from moec.ir.graph import Graph, Instr, Ref
+from moec.ir.site_text import dump_site
+from moec.ir.spec import KernelSpec
+from moec.ir.token_range import TokenRange
+from moec.passes.lowering.lower import SITES, shape_env
+from moec.passes.opaque.dispatch import OpaqueSite
+from moec.passes.raising.raise_graph import Raised
+from moec.passes.reports.candidates import Candidate
+from moec.passes.reports.near_miss import (
     NearMiss,
     banks_text,
     chosen_text,
@@ -22,16 +28,11 @@ from moec.passes.near_miss import (
     near_misses,
     place_of,
 )
-from moec.passes.opaque import OpaqueSite
-from moec.passes.places import place
-from moec.passes.raise_graph import Raised
-from moec.passes.sites import experts_text, router_text, site_of
+from moec.passes.reports.places import place
+from moec.passes.reports.sites import experts_text, router_text, site_of
 from moec.pipeline import Facts, Miss
 from moec.proof.store import Verdict
-from moec.site_text import dump_site
-from moec.spec import KernelSpec
 from moec.target import Target
-from moec.token_range import TokenRange
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_type_hints
 
-from moec.engine import Engine, Schedule, check_weights
 from moec.errors import OptionError, ParseError
-from moec.placement import read_placements
-from moec.process_groups import group_named
-from moec.token_range import TokenRange
+from moec.exchange.placement import read_placements
+from moec.exchange.process_groups import group_named
+from moec.ir.engine import Engine, Schedule, check_weights
+from moec.ir.token_range import TokenRange
 
 Kind = Literal["auto", "cpp", "triton", "eager"]
 Rest = Literal["inductor", "aot_eager", "eager"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from moec.graph import Graph
-from moec.match import NoMatch
+from moec.ir.graph import Graph
+from moec.ir.match import NoMatch
 from moec.options import Options
 
 

@@ -195,14 +195,14 @@ class Report:
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one self-contained page; returns its path."""
-        from moec.html import page  # the page's machinery is loaded only when somebody asks for a page
+        from moec.view.html import page  # the page's machinery is loaded only when somebody asks for a page
 
         path = Path(path)
         path.write_text(page(self), encoding="utf-8")
         return path
 
     def __str__(self) -> str:
-        from moec.view import render_text
+        from moec.view.tables import render_text
 
         return render_text(self)
 

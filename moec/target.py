@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moec.errors import OptionError
-from moec.gpu_target import family_of
+from moec.gpu.target import family_of
 from moec.options import Environment
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping
 
 import sympy
 
-from moec import expr as ex
-from moec import ir
 from moec.errors import ParseError, VerifyError
-from moec.graph import Arg, Graph, Instr, Ref, Type
-from moec.lex import value_text
+from moec.ir import expr as ex
+from moec.ir import site as ir
+from moec.ir.graph import Arg, Graph, Instr, Ref, Type
+from moec.ir.lex import value_text
+from moec.ir.text import dump, instr_text
+from moec.ir.word_checks import check_word, differ
 from moec.pipeline import Observer, Step
 from moec.report import PassRecord
-from moec.text import dump, instr_text
-from moec.word_checks import check_word, differ
 
 NEIGHBOURS = 3
 """Instructions shown before and after a faulty one."""
@@ -134,7 +134,7 @@ VOCABULARY: Mapping[str, frozenset[str]] = {
         "combine.weight_on": "output input",
     }.items()
 }
-"""The words that fields of a site may hold, as moec.ir documents them."""
+"""The words that fields of a site may hold, as moec.ir.site documents them."""
 
 
 def _site_problems(site: ir.Site) -> Iterable[str]:

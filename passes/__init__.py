@@ -1,11 +1,11 @@
 """Passes: what moec does to a graph, in order. One idea a file; this tuple is registry, documentation and default."""
 
-from moec.passes.canonicalize import Canonicalize
-from moec.passes.capacity import InferCapacity
-from moec.passes.find_experts import FindExperts
-from moec.passes.find_routers import FindRouters
-from moec.passes.find_shared import FindShared
-from moec.passes.join_slots import JoinSlots
+from moec.passes.canonical.canonicalize import Canonicalize
+from moec.passes.capacity.infer import InferCapacity
+from moec.passes.experts.find_experts import FindExperts
+from moec.passes.experts.find_shared import FindShared
+from moec.passes.experts.join_slots import JoinSlots
+from moec.passes.routers.find_routers import FindRouters
 from moec.pipeline import Pass
 
 PASSES: tuple[Pass, ...] = (

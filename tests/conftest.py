@@ -19,10 +19,10 @@ FIRST = (
     "tests/test_spellings.py",
     "tests/fuzz/test_fuzz.py",
     "tests/fuzz/test_mutants.py",
-    "tests/moec/test_demo.py",
-    "tests/moec/test_compare.py",
-    "tests/moec/test_tune.py",
-    "tests/moec/test_runtime.py",
+    "tests/moec/demo/test_run.py",
+    "tests/moec/compare/test_ways.py",
+    "tests/moec/tune/test_search.py",
+    "tests/moec/runtime/test_ops.py",
 )
 """Files that take longest, in that order: one of them at the end would leave the other cores without work."""
 

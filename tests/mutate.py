@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moec.passes.words import key_of
+from moec.passes.raising.words import key_of
 
 SWAPS = {
     "silu": torch.nn.functional.gelu,

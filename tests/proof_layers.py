@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moec import runtime  # noqa: F401  # registers the ops
+from moec.runtime import ops as runtime  # noqa: F401  # registers the ops
 
 T, H, N, E, K = 13, 8, 12, 4, 2
 

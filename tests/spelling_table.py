@@ -15,7 +15,7 @@ from compiling import compiled
 from spelling import Spelling
 from spellings import SPELLINGS
 
-from moec.breaks import Mark
+from moec.capture.breaks import Mark
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- spellings -->", "<!-- /spellings -->"

@@ -242,7 +242,7 @@ def test_static_prints_the_cell_that_the_page_holds(tmp_path, monkeypatch):
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
     cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert [cell.strip() for cell in row[2].split("|")[1:-1]] == ["sm_80", cells["sm_80"]["gate/up, f32"]]
-    from moec.gpu_target import gpu_targets
+    from moec.gpu.target import gpu_targets
 
     assert list(cells) == [target.name for target in gpu_targets()]
 

@@ -15,7 +15,7 @@ import torch
 
 from moec.backend import Backend
 from moec.options import Options
-from moec.passes.quick_look import can_hold_experts
+from moec.passes.raising.quick_look import can_hold_experts
 from moec.report import Report
 
 pytest.importorskip("transformers")

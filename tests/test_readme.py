@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripts import run_script
 
-from moec import cli
+from moec.cli import commands as cli
 
 try:
     import tomllib

@@ -1,6 +1,6 @@
 """A small grouped product in Triton, and jobs that compile it: for tests of what needs no GPU."""
 
-from moec.offline import Job, Pointer
+from moec.gpu.offline import Job, Pointer
 
 SOURCE = """
 import triton

@@ -8,9 +8,9 @@ import time
 import zlib
 
 from moec.codegen.tuning import Sizes
-from moec.spec import ExpertsSpec, KernelSpec
-from moec.tune import tune
-from moec.tune_job import Job
+from moec.ir.spec import ExpertsSpec, KernelSpec
+from moec.tune.job import Job
+from moec.tune.run import tune
 
 JOB = Job(str(KernelSpec(ExpertsSpec())), Sizes(64, 256, 128, 16, 4), 2)
 

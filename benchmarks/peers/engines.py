@@ -17,9 +17,9 @@ import torch
 from common import DTYPES, Shape, layer_inputs, plain_layer, wanted
 from torch import Tensor
 
-from moec.compare import Way
-from moec.demo_forms import MoE
-from moec.worker import Built
+from moec.compare.ways import Way
+from moec.compare.worker import Built
+from moec.demo.forms import MoE
 
 Call = Callable[[Tensor], Tensor]
 Make = Callable[[MoE, Path], Call]

@@ -38,10 +38,10 @@ from common import (
 from engines import ENGINES, way
 from rich.console import Console
 
-from moec.compare import MOEC, Way
-from moec.measure import environment_line
+from moec.compare.measure import environment_line
+from moec.compare.ways import MOEC, Way
+from moec.compare.worker import Built
 from moec.options import Environment
-from moec.worker import Built
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 INSTALL_SECONDS = 600

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import fx
 
-from moec.graph import Graph
-from moec.passes.opaque import OpaqueSite
-from moec.passes.raise_graph import Raised
+from moec.ir.graph import Graph
+from moec.passes.opaque.dispatch import OpaqueSite
+from moec.passes.raising.raise_graph import Raised
 from moec.proof.bodies import Bodies
 from moec.proof.compare import Difference, Runner
 from moec.proof.copying import Fails, Unprovable

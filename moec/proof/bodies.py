@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from moec.capture.effects import root, written
 from moec.capture.region import Region
-from moec.graph import Instr
-from moec.kept_graph import KeptGraph
-from moec.passes.opaque import OpaqueSite
-from moec.passes.opaque_lower import sort_rows
-from moec.passes.raise_graph import Raised
-from moec.passes.vocabulary import raise_fx
+from moec.ir.graph import Instr
+from moec.passes.lowering.kept_graph import KeptGraph
+from moec.passes.opaque.dispatch import OpaqueSite
+from moec.passes.opaque.lower import sort_rows
+from moec.passes.raising.raise_graph import Raised
+from moec.passes.raising.vocabulary import raise_fx
 from moec.proof.copying import Copy, Leaf, Source, Unprovable
 from moec.proof.region import Half, Pair, computed_from, is_distinct, signed, source_of
 

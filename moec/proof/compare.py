@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from moec.capture.lower import lower_regions
-from moec.passes.raise_graph import fake
-from moec.passes.words import key_of
+from moec.passes.raising.raise_graph import fake
+from moec.passes.raising.words import key_of
 from moec.proof.copying import Fails, Unprovable
 from moec.proof.region import Half, Pair
 from moec.proof.routings import WIDENED, Trial, values

@@ -14,10 +14,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moec.capture.region import Region
-from moec.graph import Ref, Type
-from moec.passes.lower import Lowering
-from moec.passes.raise_graph import dim_of, fake, type_of_fake
-from moec.passes.words import key_of
+from moec.ir.graph import Ref, Type
+from moec.passes.lowering.lower import Lowering
+from moec.passes.raising.raise_graph import dim_of, fake, type_of_fake
+from moec.passes.raising.words import key_of
 
 LIMIT = 4000  # nodes; a region that is larger than any layer has lost its way
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moec.passes.raise_graph import fake
+from moec.passes.raising.raise_graph import fake
 from moec.proof.compare import Difference, Runner
 from moec.proof.copying import Unprovable
 from moec.proof.region import Pair

@@ -10,12 +10,12 @@ from typing import cast
 from torch import fx
 
 from moec.capture.region import regions
-from moec.graph import Graph, Instr, Ref
-from moec.passes.canonicalize import twins
-from moec.passes.hot_products import nonnegative_value
-from moec.passes.lower import Lowering, any_views, emit, groups_of, root_node
-from moec.passes.raise_graph import Raised
-from moec.passes.token_axes import choice_axes
+from moec.ir.graph import Graph, Instr, Ref
+from moec.passes.canonical.canonicalize import twins
+from moec.passes.capacity.products import nonnegative_value
+from moec.passes.lowering.lower import Lowering, any_views, emit, groups_of, root_node
+from moec.passes.raising.raise_graph import Raised
+from moec.passes.rows.token_axes import choice_axes
 from moec.proof.copying import Copy, Leaf, Source, Unprovable
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.graph import Type
-from moec.passes.raise_graph import DTYPE_WORDS
+from moec.ir.graph import Type
+from moec.passes.raising.raise_graph import DTYPE_WORDS
 from moec.proof.copying import Leaf, Unprovable
 from moec.proof.region import Pair
 from moec.proof.sizes import Sizes

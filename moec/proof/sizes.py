@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from moec.passes.raise_graph import fake
+from moec.passes.raising.raise_graph import fake
 from moec.proof.copying import Size
 from moec.proof.region import Pair
 

@@ -16,11 +16,12 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from moec.files import write_whole
-from moec.passes.words import is_torchs
+from moec.passes.raising.words import is_torchs
 from moec.proof.region import Half, Pair
 from moec.proof.sizes import Sizes
 
-ROOMS = ("*.py", "passes/*.py", "codegen/*.py", "capture/*.py", "proof/*.py")
+ROOMS = ("**/*.py", "passes/**/*.py", "codegen/**/*.py")
+"""Patterns of moec's source below its folder: `**` does not follow links, and passes and codegen may be some."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,6 @@ def source_hash() -> str:
     """moec's own source: a changed matcher forgets what the old one proved."""
     room = Path(__file__).parent.parent
     found = hashlib.sha256()
-    for path in sorted(p for pattern in ROOMS for p in room.glob(pattern)):
-        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted({p for pattern in ROOMS for p in room.glob(pattern)}):
+        found.update(str(path.relative_to(room)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()

@@ -11,9 +11,9 @@ from moec.codegen import backward_plan, cpp, twin
 from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.runtime_backward import load_backward
-from moec.runtime_cpu import load_kernel
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.runtime.backward import load_backward
+from moec.runtime.cpu import load_kernel
 from moec.target import Target
 
 SPECS = {

@@ -14,7 +14,7 @@ import torch
 from moec.codegen import cpp
 from moec.codegen.build import build
 from moec.errors import BuildError
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 TINY = 'extern "C" __attribute__((visibility("default"))) int seven() { return 7; }\n'
@@ -130,7 +130,7 @@ def test_neon_compiles(tmp_path):
 
 def test_an_older_kernel_would_be_noticed():
     """Every kernel says how many words it takes, and there are exactly as many in a plan and a call."""
-    from moec.runtime_cpu import load_kernel
+    from moec.runtime.cpu import load_kernel
 
     kernel = load_kernel(str(KernelSpec(ExpertsSpec())), None)
     assert isinstance(kernel.library, ctypes.CDLL)

@@ -10,10 +10,10 @@ from moe_reference import relative, routing
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning
 from moec.errors import CodegenError
-from moec.runtime_backward import load_backward
-from moec.runtime_cpu import load_kernel
-from moec.runtime_packed import load_packed
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.runtime.backward import load_backward
+from moec.runtime.cpu import load_kernel
+from moec.runtime.packed import load_packed
 from moec.target import Target
 
 SPECS = {

@@ -8,7 +8,7 @@ from moec.codegen import cost_model as cm
 from moec.codegen import tile_prior as tp
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
-from moec.gpu_target import gpu_target, gpu_targets
+from moec.gpu.target import gpu_target, gpu_targets
 
 H100 = gpu_target("h100")
 MIXTRAL = Sizes(4096, 4096, 14336, 8, 2)

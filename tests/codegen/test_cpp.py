@@ -7,9 +7,9 @@ import pytest
 
 from moec.codegen import EMITTERS, cpp
 from moec.errors import CodegenError
-from moec.expr import parse
-from moec.runtime_cpu import kernel_source
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.expr import parse
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.runtime.cpu import kernel_source
 from moec.target import Target
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "swiglu_bf16_avx2.cpp"

@@ -9,8 +9,8 @@ from moe_reference import CLAMPED, layer, make_params, relative, routing
 
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning
-from moec.runtime_cpu import load_kernel
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.runtime.cpu import load_kernel
 from moec.target import Target
 
 SPECS = {

@@ -3,7 +3,7 @@
 import pytest
 
 from moec.codegen.plan import Rows, Sizes, make_plan
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 TARGET = Target("avx2", 8, 6, 2, 3, False, ())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moec.codegen.build import build
-from moec.expr import POINTWISE
+from moec.ir.expr import POINTWISE
 from moec.options import Environment
 from moec.target import Target
 

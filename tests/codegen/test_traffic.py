@@ -7,8 +7,8 @@ from moec.codegen.plan import Sizes
 from moec.codegen.traffic import Load, least_bytes, moved_bytes
 from moec.codegen.triton_config import default_config
 from moec.codegen.triton_launch import program
-from moec.gpu_target import gpu_target
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.gpu.target import gpu_target
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 LAYERS = {
     "Mixtral-8x7B": (4096, 14336, 8, 2),

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moec.errors import CodegenError
-from moec.runtime_triton import load_triton
-from moec.spec import ExpertsSpec, KernelSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec
+from moec.runtime.triton import load_triton
 
 HERE = Path(__file__).parent
 KERNELS = ("triton_cases.py", "triton_router_cases.py")

@@ -14,8 +14,8 @@ from moec.codegen.triton_emit import emit, emit_backward
 from moec.codegen.triton_launch import launches, program
 from moec.codegen.triton_operands import contiguous
 from moec.errors import CodegenError
-from moec.gpu_target import GpuTarget, gpu_target, gpu_targets
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.gpu.target import GpuTarget, gpu_target, gpu_targets
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import GpuFigures
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "moe_bf16_triton.txt"

@@ -8,11 +8,11 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_launch import program
 from moec.codegen.triton_schedule import candidates, scheduled
-from moec.engine import SCHEDULES, Engine
 from moec.errors import CodegenError, OptionError
-from moec.gpu_target import gpu_target, gpu_targets
+from moec.gpu.target import gpu_target, gpu_targets
+from moec.ir.engine import SCHEDULES, Engine
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.options import Options
-from moec.spec import ExpertsSpec, KernelSpec
 
 SPEC = KernelSpec(ExpertsSpec("bf16"), None, "bf16")
 APART = KernelSpec(ExpertsSpec("bf16", stacked=False), None, "bf16")

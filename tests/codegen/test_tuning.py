@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from moec.codegen.plan import Rows, Sizes, make_plan
 from moec.codegen.tuning import Tuning, candidates, default_tuning, few_rows
 from moec.errors import ParseError
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 TARGET = Target("avx2", 8, 6, 2, 3, False, ())

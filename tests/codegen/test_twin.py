@@ -7,7 +7,7 @@ import torch
 from moe_reference import PHI, layer, make_params, relative, routing
 
 from moec.codegen import twin
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 COMBINATIONS = [
     (gate, layout, stacked, bias, on)

@@ -7,10 +7,10 @@ from moe_reference import PHI, layer, make_params, relative, routing
 from moec.codegen import cpp, twin
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.runtime_backward import load_backward
-from moec.runtime_cpu import load_kernel
-from moec.runtime_packed import load_packed
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, widths
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, widths
+from moec.runtime.backward import load_backward
+from moec.runtime.cpu import load_kernel
+from moec.runtime.packed import load_packed
 
 H, F, E = 13, 24, 4
 PHI_A = "gelu_tanh(a)"

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import sympy
 
-from moec.bounds import TOKENS, Choices
 from moec.codegen.backward_plan import backward_formula, make_backward_plan
 from moec.codegen.plan import Rows, Sizes, make_plan, workspace_formula
 from moec.codegen.triton_config import default_config
 from moec.codegen.triton_launch import buffer_formula, program
-from moec.spec import ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.bounds import TOKENS, Choices
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 TARGET = Target("avx2", 8, 6, 2, 3, False, ())

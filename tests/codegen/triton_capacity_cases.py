@@ -12,13 +12,15 @@ from spelling import batches
 from spellings_capacity import Groups, Top1, Top2
 from triton_cases import ATOMIC, SORTED, kernel, with_gate
 
-from moec import runtime_launch, runtime_reserve, runtime_triton
 from moec.backend import Backend
-from moec.bounds import up
-from moec.capacity import capacity_at
 from moec.codegen.triton_launch import ALIGNED
+from moec.ir.bounds import up
+from moec.ir.formulas import capacity_at
 from moec.options import Options
-from moec.runtime_triton import TritonKernel
+from moec.runtime import launch as runtime_launch
+from moec.runtime import reserve as runtime_reserve
+from moec.runtime import triton as runtime_triton
+from moec.runtime.triton import TritonKernel
 
 OPTIONS = {"kernels": "triton", "rest": "eager", "proof": "off"}
 

@@ -12,15 +12,15 @@ from elsewhere import DEVICE, There, moved
 from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing, weight_terms
 from quick_interpreter import quick  # noqa: F401
 
-import moec.runtime  # noqa: F401  # defines the ops
+import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config, sorted_config
 from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
-from moec.runtime_triton import TritonKernel, load_triton
-from moec.runtime_triton_backward import TritonBackward, load_triton_backward
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.runtime.triton import TritonKernel, load_triton
+from moec.runtime.triton_backward import TritonBackward, load_triton_backward
 
 LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
 SORTED = GpuConfig(16, 32, 32, group_m=2, num_stages=1)

@@ -12,16 +12,16 @@ from moe_reference import layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
 from triton_cases import DECODE, FORMS, LIMITS, SORTED, in_turn, with_gate
 
-import moec.runtime  # noqa: F401  # defines the ops
+import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.codes import decoded, encoded
 from moec.codegen.encode import encode
 from moec.codegen.plan import Sizes
-from moec.coding import LARGEST, Coding
-from moec.runtime_coded import CodedKernel, coded_kernel
-from moec.runtime_packed import pack_log
-from moec.runtime_triton import TritonKernel, load_triton
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.coding import LARGEST, Coding
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.runtime.coded import CodedKernel, coded_kernel
+from moec.runtime.packed import pack_log
+from moec.runtime.triton import TritonKernel, load_triton
 
 
 def coded(spec, weights, config=None):

@@ -13,7 +13,7 @@ from moec.backend import Backend
 from moec.codegen import twin
 from moec.options import Options
 from moec.report import Report
-from moec.runtime_packed import pack_log
+from moec.runtime.packed import pack_log
 
 FORWARD = {"kernels": "triton", "rest": "eager", "proof": "off"}  # the proof of a rewrite is not on trial here
 

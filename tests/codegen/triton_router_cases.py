@@ -11,9 +11,9 @@ from moe_reference import make_params, relative
 from quick_interpreter import quick  # noqa: F401
 from triton_cases import DECODE, LIMITS, SORTED, kernel
 
-import moec.runtime  # noqa: F401  # defines the ops
+import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 
 ROUTERS = {
     "plain": RouterSpec(),

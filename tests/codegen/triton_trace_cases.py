@@ -13,9 +13,9 @@ from moec.backend import Backend
 from moec.codegen.plan import Sizes
 from moec.codegen.traffic import Load, moved_bytes
 from moec.codegen.triton_launch import program
+from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
 from moec.options import Options
-from moec.runtime_triton import TritonKernel
-from moec.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.runtime.triton import TritonKernel
 
 OPTIONS = {"kernels": "triton", "rest": "eager", "proof": "off"}
 

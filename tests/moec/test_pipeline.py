@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from moec.match import NoMatch, nearest
+from moec.ir.match import NoMatch, nearest
+from moec.ir.text import parse
 from moec.options import Options
 from moec.pipeline import Facts, Miss, Outcome, Step, run_pipeline
-from moec.text import parse
 
 GRAPH = parse("graph(%x: f32[T]) {\n  %y = neg(%x) : f32[T]\n  return %y\n}")
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from moec.report import GraphReport, PassRecord, Report
-from moec.view import alike, pass_diff, pass_title, render_text, steps
+from moec.view.tables import alike, pass_diff, pass_title, render_text, steps
 
 
 def test_counts_and_completeness(values):

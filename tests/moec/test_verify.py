@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import sympy
 
-from moec import ir
-from moec.dims import symbol
 from moec.errors import VerifyError
-from moec.graph import Graph, Instr, Ref, Type, sweep
+from moec.ir import site as ir
+from moec.ir.dims import symbol
+from moec.ir.graph import Graph, Instr, Ref, Type, sweep
+from moec.ir.text import dump, parse
+from moec.ir.word_checks import CHECKS, differ
 from moec.pipeline import Facts, Outcome, run_pipeline
 from moec.report import PassRecord
-from moec.text import dump, parse
 from moec.verify import recording, verify, verify_site, verifying
-from moec.word_checks import CHECKS, differ
 
 INPUTS = (
     "%x: f32[T, 64], %w: f32[8, 64], %i: i64[T, 2], %e: f32[8, 64, 32], %off: i32[8], %c: f32[5, T, 1], "

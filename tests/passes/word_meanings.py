@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from moec.graph import Instr, Ref
-from moec.passes.raise_graph import DTYPE_WORDS, Raised
-from moec.passes.vocabulary import raise_fx
-from moec.passes.words import BINARY, UNARY
-from moec.text import dump
+from moec.ir.graph import Instr, Ref
+from moec.ir.text import dump
+from moec.passes.raising.raise_graph import DTYPE_WORDS, Raised
+from moec.passes.raising.vocabulary import raise_fx
+from moec.passes.raising.words import BINARY, UNARY
 
 TORCH = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 

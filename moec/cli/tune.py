@@ -1,0 +1,214 @@
+"""`moec tune`: what to tune, from a model or a kernel spec, with a progress bar; and the report of what was tuned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moec.cli.io import console, print_json, say
+from moec.cli.types import Debug, Json
+from moec.errors import OptionError, TargetError
+from moec.ir.engine import check_weights
+
+if TYPE_CHECKING:
+    from moec.codegen.tuning import Sizes
+    from moec.tune.job import Job
+    from moec.tune.run import Result
+
+
+def tune_command(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET|SPEC|report",
+            help="A model (file.py:callable), a kernel spec with --sizes, or `report`: what was found so far.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[float, typer.Option(help="Seconds of measuring, shared by all layers and token counts.")] = 60.0,
+    tokens: Annotated[str, typer.Option(help="Token counts to tune for, separated by commas.")] = "1,8,64,512",
+    profile: Annotated[
+        str, typer.Option(help="How tokens are spread over experts: uniform, zipf, zipf:1.2, or a JSON file of counts.")
+    ] = "uniform",
+    sizes: Annotated[str, typer.Option(help="Sizes of a SPEC's layer.")] = "H=2048,F=768,E=64,k=8",
+    weights: Annotated[
+        str, typer.Option(help="Tune the kernels of this `weights` option: stored, packed, bf16, int8, int8:N.")
+    ] = "stored",
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="GPU", help="Rank the configurations of this GPU's kernels (sm_90, gfx942, …) and compile them."
+        ),
+    ] = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="GPU", help="Measure the Triton kernels on this GPU (cuda, cuda:1), not the CPU's."
+        ),
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Draw the report into this file.", show_default=False)
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Measure the candidates of each layer's kernels and keep the fastest; stopped or killed, it continues later."""
+    if what == "report":
+        return _report(plot, json)
+    if budget <= 0:
+        raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
+    check_weights(weights)
+    if target:
+        return _modelled(what, target, tokens, sizes, budget, weights, json)
+    jobs = [replace(job, weights=weights, device=_device(device)) for job in _jobs(what, tokens, profile, sizes)]
+    results = _run(jobs, budget / len(jobs))
+    if plot is not None:
+        _draw([(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)], plot)
+    if json:
+        print_json([{**asdict(r.entry), "resumed": r.resumed, "measured": _count(r)} for r in results])
+        return 0
+    from moec.tune.view import report_table
+
+    found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
+    console().print(report_table(found))
+    return 0
+
+
+def _device(name: str) -> str:
+    """The GPU's name with its number; raises OptionError where there is none."""
+    if not name:
+        return ""
+    from moec.tune.gpu import gpu_device
+
+    return str(gpu_device(name))
+
+
+def _modelled(what: str, target: str, tokens: str, sizes: str, budget: float, weights: str, json: bool) -> int:
+    """Without the GPU: ranked by the model and compiled, nothing measured, nothing kept."""
+    from moec.codegen.encode import coded_spec
+    from moec.codegen.plan import Sizes
+    from moec.gpu.target import gpu_target
+    from moec.ir.spec import KernelSpec
+    from moec.options import Environment
+    from moec.tune.modelled import rank_offline, ranking_table
+
+    gpu, found = gpu_target(target), list[Any]()
+    jobs = _jobs(what, tokens, "uniform", sizes)
+    for job in jobs:
+        spec = KernelSpec.parse(job.spec)
+        spec = spec if weights == "stored" else coded_spec(spec, weights)
+        with console(stderr=True).status(f"T={job.sizes.T} on {gpu.name}"):
+            at, folder = Sizes(**asdict(job.sizes)), Environment.read().cache_dir
+            found.append(rank_offline(spec, at, gpu, budget / len(jobs), folder))
+    if json:
+        print_json([ranking.to_dict() for ranking in found])
+    else:
+        console().print(ranking_table(found))
+    return 0
+
+
+def _run(jobs: Sequence[Job], budget: float) -> list[Result]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from moec.tune.run import tune
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    results: list[Result] = []
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        for job in jobs:
+            s = job.sizes
+            task = bar.add_task(f"H={s.H} F={s.F} E={s.E} k={s.k} T={s.T}", total=budget, note="starting")
+
+            def show(spent: float, measured: int, task: Any = task) -> None:
+                bar.update(task, completed=min(spent, budget), note=f"{measured} measurements")
+
+            result = tune(job, budget, progress=show)
+            results.append(result)
+            resumed = f", {result.resumed} from before" if result.resumed else ""
+            bar.update(task, completed=budget, note=f"{_count(result)} measurements{resumed}")
+    return results
+
+
+def _count(result: Result) -> int:
+    return sum(len(s.seconds) for s in result.decision.standings)
+
+
+def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
+    """Every distinct layer at every number of tokens. Raises TargetError or OptionError."""
+    import torch
+
+    from moec.tools.typed import token_counts
+    from moec.tune.job import Job, shares
+
+    counts = token_counts(tokens)
+    layers = _layers_of_spec(what, sizes) if "experts{" in what else _layers_of_model(what)
+    for _, at in layers:
+        shares(profile, at.E)
+    threads = torch.get_num_threads()
+    return [Job(spec, replace(at, T=T), threads, profile) for spec, at in layers for T in counts]
+
+
+def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, Sizes]]:
+    """(spec, sizes for one token); O is H where it is not given."""
+    from moec.codegen.cpp import check
+    from moec.codegen.tuning import Sizes
+    from moec.errors import CodegenError, ParseError
+    from moec.ir.spec import KernelSpec
+
+    try:
+        spec = KernelSpec.parse(text)
+        check(spec)
+    except (ParseError, CodegenError) as error:
+        raise TargetError(f"SPEC {text!r}: {error}") from error
+    found = dict(re.findall(r"([HFEkO])=(\d+)", sizes))
+    if not re.fullmatch(r"([HFEkO]=\d+,?){4,5}", sizes) or set(found) | {"O"} != set("HFEkO"):
+        raise OptionError(f"--sizes {sizes!r}: expected all of H, F, E and k, such as H=2048,F=768,E=64,k=8")
+    numbers = {name: int(value) for name, value in found.items()}
+    if min(numbers.values()) < 1 or numbers["k"] > numbers["E"]:
+        raise OptionError(f"--sizes {sizes!r}: expected numbers above 0, and k at most E")
+    if not spec.experts.out:
+        numbers["O"] = numbers["F"]
+    return [(str(spec), Sizes(T=1, **numbers))]
+
+
+def _layers_of_model(target: str) -> list[tuple[str, Sizes]]:
+    import torch
+
+    from moec.backend import explain
+    from moec.sizing.site_sizes import sizes_of
+    from moec.tools.loading import load
+
+    loaded = load(target)
+    with console(stderr=True).status(f"compiling {target}"), torch.no_grad():
+        report = explain(loaded.model, *loaded.args, **loaded.kwargs)
+    found = dict.fromkeys((site.spec, sizes_of(site, tokens=1)) for site in report.sites if site.status == "fused")
+    if not found:
+        raise TargetError(f"target {target!r}: no MoE layer was fused; `moec explain {target}` says why")
+    return list(found)
+
+
+def _report(path: Path | None, json: bool) -> int:
+    from moec.tune.run import finished
+    from moec.tune.view import report_data, report_table
+
+    searches = finished()
+    if path is not None:
+        _draw(searches, path)
+    if json:
+        print_json(report_data(searches))
+    elif searches:
+        console().print(report_table(searches))
+    else:
+        console().print("nothing was tuned yet: moec tune TARGET", highlight=False)
+    return 0
+
+
+def _draw(searches: Sequence[Any], path: Path) -> None:
+    from moec.tune.view import plot
+
+    say(f"wrote {plot(searches, path)}")

@@ -1,0 +1,1 @@
+"""The demo: one real-sized layer, compiled, checked and measured."""

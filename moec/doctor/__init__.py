@@ -1,0 +1,1 @@
+"""The doctor: whether this machine is able to do what moec does."""

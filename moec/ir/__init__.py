@@ -1,0 +1,1 @@
+"""What the compiler speaks: graphs, sizes, expressions, sites and specs, as frozen values with text forms."""

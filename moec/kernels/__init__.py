@@ -1,0 +1,1 @@
+"""The GPU kernels of a layer, compiled without a GPU and shown."""

@@ -1,0 +1,325 @@
+"""A generated CPU kernel as a Python object: built on demand, its arguments packed, its workspace kept and reused.
+
+Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moec.codegen.build import build
+from moec.codegen.cpp import emit, header_texts
+from moec.codegen.plan import Plan, Rows, make_plan
+from moec.codegen.storage import Storage
+from moec.codegen.tuning import Sizes, Tuning, default_tuning
+from moec.errors import CodegenError
+from moec.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
+from moec.options import Environment
+from moec.runtime import tune_cache
+from moec.runtime.binding import Bindings, checked_sizes
+from moec.target import Target
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ABSENT = (0, 0, 0, 0, 0)
+_NO_ROUTER = (0,) * 8
+
+
+def kernel_source(spec: str) -> str:
+    """The whole C++ of a spec's kernel for this host, its headers first, for people to read."""
+    parsed = KernelSpec.parse(spec)
+    unit = emit(parsed, Target.host(), parsed.experts.dtype)
+    headers = "".join(f"// ===== {name}\n{text}\n" for name, text in header_texts())
+    return f"{headers}// ===== the kernel\n{unit}"
+
+
+def load_kernel(spec: str, router_dtype: torch.dtype | None, target: Target | None = None) -> Kernel:
+    """The kernel of a spec for a router matrix stored in `router_dtype` (None: the spec's router is not used).
+
+    Raises CodegenError where the spec has no C++ form, BuildError where it cannot be built.
+    """
+    return _load(spec, router_dtype, target or Target.host())
+
+
+@lru_cache(maxsize=1024)
+def _load(text: str, router_dtype: torch.dtype | None, target: Target) -> Kernel:
+    spec = KernelSpec.parse(text)
+    stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
+    library = build(emit(spec, target, stored), target, Environment.read().cache_dir)
+    return Kernel(spec, target, DTYPES[stored], library)
+
+
+def router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:
+    """The dtype in which a kernel reads the router's matrix: as stored, unless `compute` rounds it."""
+    assert spec.router is not None
+    name = DTYPE_NAMES.get(dtype, "f32")
+    return name if spec.router.compute in ("f32", name) else spec.router.compute
+
+
+@lru_cache(maxsize=1)
+def _workspaces() -> threading.local:
+    """One growing workspace a thread: concurrent calls do not share, repeated calls do not fault pages in again."""
+    return threading.local()
+
+
+def workspace(size: int) -> int:
+    """The 4096-aligned address of at least `size` bytes that stay this thread's."""
+    store = _workspaces()
+    held: Tensor | None = getattr(store, "tensor", None)
+    if held is None or held.numel() < size + 4096:
+        held = store.tensor = None  # let go of the old one before the new one is taken
+        store.tensor = torch.empty(size + 4096, dtype=torch.uint8)
+    tensor: Tensor = store.tensor
+    return -(-tensor.data_ptr() // 4096) * 4096
+
+
+def release_workspace() -> None:
+    """Free what this thread's kernels keep for their next call."""
+    _workspaces().tensor = None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Parameters as words of `Args`, E, H, F, O, and what must outlive the call: pointer tables, and copies if any.
+
+    `scales` are words too, of matrices that are kept as codes.
+    """
+
+    words: tuple[int, ...]
+    E: int
+    H: int
+    F: int
+    O: int
+    alive: tuple[object, ...]
+    copied: bool
+    scales: tuple[int, ...] = (0,) * 15
+
+
+class Kernel:
+    """One built kernel. Calls are thread-safe; tensors must be on the CPU."""
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        target: Target,
+        router_dtype: torch.dtype,
+        library: ctypes.CDLL,
+        tuning: Tuning | None = None,
+        waits: array[int] | None = None,
+    ) -> None:
+        self.spec, self.target, self.library, self.tuning = spec, target, library, tuning
+        self._waits = waits
+        self._router_dtype = router_dtype
+        library.args_words.restype = ctypes.c_int64
+        self._words = int(library.args_words())
+        self._call_experts = self._function("experts")
+        self._call_moe = self._function("moe") if spec.router else None
+        self._bindings = bindings(spec)
+        self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
+
+    def tuned(self, tuning: Tuning | None) -> Kernel:
+        """The same kernel, all of whose plans have these numbers (None: the default's)."""
+        return Kernel(self.spec, self.target, self._router_dtype, self.library, tuning)
+
+    def watched(self, waits: array[int]) -> Kernel:
+        """The same kernel, which adds to `waits` the nanoseconds that each thread waits for others; one a thread."""
+        return Kernel(self.spec, self.target, self._router_dtype, self.library, self.tuning, waits)
+
+    def _make_plan(
+        self, sizes: tuple[int, int, int, int, int, int], dtype: torch.dtype, row: int, contiguous: bool, threads: int
+    ) -> tuple[Plan, array[int]]:
+        plan = self._plan_of(Sizes(*sizes), Rows(DTYPE_NAMES[dtype], row, contiguous), threads)
+        return plan, array("q", plan.words)
+
+    def _stored(self, sizes: Sizes, threads: int) -> Tuning | None:
+        """What was measured to be fastest here, or for the nearest sizes; None: nothing was, or the default is."""
+        entries = tune_cache.load()
+        if not entries:
+            return None
+        found = tune_cache.nearest(self.key(sizes, threads), self.made, entries)
+        tuning = found.tuning if found else None
+        chunk = default_tuning(self.spec, sizes, self.target, threads).chunk  # memory, which no other sizes can say
+        return replace(tuning, chunk=chunk) if tuning else None
+
+    def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
+        """The sizes of a call."""
+        bound = self._bound(params)
+        return Sizes(x.shape[0], bound.H, bound.F, bound.E, k, bound.O)
+
+    def key(self, sizes: Sizes, threads: int) -> tune_cache.Key:
+        """What a measurement of this kernel at these sizes is kept under."""
+        return tune_cache.Key.of(self.spec, sizes, threads, self.target.isa)
+
+    def _plan_of(self, sizes: Sizes, x: Rows, threads: int) -> Plan:
+        """The plan of a call, with the numbers given, those that were measured, or the default's."""
+        tuning = self.tuning or self._stored(sizes, threads)
+        return make_plan(self.spec, sizes, x, self.target, threads, tuning)
+
+    def storage(self) -> Storage | None:
+        """How this kernel's own copy of the weights lies; None where it reads the user's."""
+        return None
+
+    @property
+    def made(self) -> tune_cache.Made:
+        """Where and from what this kernel was built."""
+        return tune_cache.made_here(str(self.spec), self.target)
+
+    def _bound(self, params: Sequence[Tensor]) -> Bound:
+        return self._bindings.of(params)
+
+    def _function(self, name: str) -> ctypes._NamedFuncPointer:
+        function = getattr(self.library, name)
+        function.restype, function.argtypes = None, [ctypes.c_void_p]
+        return function
+
+    def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
+        """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
+        return x.dtype in CODES and [p.dtype for p in params] == stored_dtypes(self.spec.experts, len(params))
+
+    def experts(
+        self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
+    ) -> Tensor:
+        """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, O].
+
+        `saved`[T·k, F or 2F] in the parameters' dtype is given the projections of each pair: a, then b.
+        """
+        y = self._empty(x, params)
+        if x.numel() == 0 or experts.shape[1] == 0:
+            return y.zero_()
+        if weights.dtype not in CODES:
+            weights = weights.float()
+        weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
+        kept = 0 if saved is None else saved.data_ptr()
+        self._run(self._call_experts, x, y, weights, experts, params, (kept, 0), _NO_ROUTER)
+        return y
+
+    def moe(
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x[T, H] of any strides, router W[E, H] and its biases → y[T, O], logits[T, E], weights[T, k], experts."""
+        r = self.spec.router
+        if r is None or self._call_moe is None:
+            raise CodegenError(f"moec::moe needs a spec with a router, got {str(self.spec)!r}; call moec::experts")
+        tokens, count = x.shape[0], router[0].shape[0]
+        if not 0 < k <= count:
+            raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
+        y = self._empty(x, params)
+        logits = x.new_empty((tokens, count), dtype=DTYPES[r.compute])
+        weights = x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype])
+        experts = x.new_empty((tokens, k), dtype=torch.int64)
+        if x.numel() == 0:
+            return y, logits, weights, experts
+        w = router[0].to(self._router_dtype)
+        w = w if w.stride(1) == 1 else w.contiguous()
+        rest = [b if b.dtype in CODES and b.is_contiguous() else b.float().contiguous() for b in router[1:]]
+        bias = rest.pop(0) if r.bias else None
+        selection = rest.pop(0) if r.selection_bias else None
+        words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
+        self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words, count)
+        return y, logits, weights, experts
+
+    def _empty(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Room for y."""
+        return x.new_empty((x.shape[0], self._bound(params).O), dtype=DTYPES[self.spec.y_dtype])
+
+    def _run(
+        self,
+        function: ctypes._NamedFuncPointer,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        saved_and_logits: tuple[int, int],
+        router: tuple[int, ...],
+        outputs: int | None = None,
+    ) -> None:
+        bound = self._bound(params)
+        if outputs not in (None, bound.E):  # the kernel would read and write past the end
+            raise CodegenError(f"the router has {outputs} outputs, but there are E={bound.E} experts")
+        row, column = x.stride()
+        tokens, hidden = x.shape
+        if hidden != bound.H:
+            raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
+        sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1], bound.O)
+        plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
+        words = words[:]
+        words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
+        words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, *saved_and_logits))
+        words.extend(router)
+        words.append(self._waits.buffer_info()[0] if self._waits is not None else 0)
+        words.extend(bound.scales)
+        if len(words) != self._words:
+            raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
+        function(words.buffer_info()[0])
+
+
+def _vector(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), CODES[t.dtype])
+
+
+def bindings(spec: KernelSpec) -> Bindings[Bound]:
+    """Where parameters of `spec` lie; copies are made anew for each call."""
+    return Bindings(spec.experts, lambda params: bind(spec, params), lambda bound: not bound.copied)
+
+
+def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
+    """Where each parameter group lies: a base and a stride when stacked, a table of pointers when not."""
+    s = spec.experts
+    groups = s.param_groups
+    alive: list[object] = []
+    found: dict[str, tuple[int, ...]] = {}
+    experts, hidden, width, wide = checked_sizes(s, params)
+    count = 1 if s.stacked else experts
+    for i, group in enumerate(groups):
+        found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
+    a, b = _pair(found, "", s.gate, width * params[0].element_size(), s.layout_in == "nk")
+    bias_a, bias_b = _pair(found, "bias_", s.gate, width * DTYPES[s.dtype].itemsize, False)
+    words = (*a, *b, *found.get("out", ABSENT), *bias_a, *bias_b, *found.get("bias_out", ABSENT))
+    # Scales of a tensor that a and b share are told by the output's number, not by where b's begin.
+    scale_a, scale_b = _pair(found, "scale_", s.gate, 0, False)
+    scales = (*scale_a, *scale_b, *found.get("scale_out", ABSENT))
+    return Bound(words, experts, hidden, width, wide, tuple(alive), any(isinstance(a, list) for a in alive), scales)
+
+
+def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
+    """The shape of each parameter in the order in which an op takes them."""
+    e = spec.experts
+    each = [e.stored_shape(group, sizes.H, sizes.F, sizes.O) for group in e.param_groups]
+    return [(sizes.E, *shape) for shape in each] if e.stacked else [shape for shape in each for _ in range(sizes.E)]
+
+
+def _group(tensors: Sequence[Tensor], stacked: bool, alive: list[object]) -> tuple[int, ...]:
+    """(base, stride in bytes, table, offset, row stride) of one parameter group."""
+    first = tensors[0]
+    inner, ld = first.stride(-1), first.stride(-2) if first.dim() > (2 if stacked else 1) else 0
+    same = stacked or all(t.stride() == first.stride() for t in tensors)
+    if inner != 1 or not same:
+        tensors = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+        alive.append(tensors)
+        return _group(tensors, stacked, alive)
+    if stacked:
+        return (first.data_ptr(), first.stride(0) * first.element_size(), 0, 0, ld)
+    table = array("q", [t.data_ptr() for t in tensors])
+    alive.append(table)
+    return (0, 0, table.buffer_info()[0], 0, ld)
+
+
+def _pair(
+    found: dict[str, tuple[int, ...]], prefix: str, gate: str, part: int, by_row: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a's and b's parts begin: in a shared tensor b's `part` bytes on, or where `by_row` as many rows of it."""
+    if gate == "separate":
+        return found.get(f"{prefix}a", ABSENT), found.get(f"{prefix}b", ABSENT)
+    a = found.get(f"{prefix}ab", ABSENT)
+    if gate != "concat" or a == ABSENT:
+        return a, ABSENT
+    base, stride, table, _, ld = a
+    return a, (base, stride, table, part * (ld if by_row else 1), ld)

@@ -1,0 +1,391 @@
+"""The ops that compiled graphs call: moec::moe, moec::experts and its gradient, over generated kernels or the twin.
+
+`save` is an option's value: whether moec::experts_training keeps projections for the backward pass.
+
+Importing this module registers them. `spec` is a KernelSpec's text, `engine` an Engine's.
+Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, wraps
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from moec.codegen import twin
+from moec.errors import BuildError, CodegenError, MoecError
+from moec.ir.engine import Engine
+from moec.ir.spec import DTYPE_NAMES, KernelSpec
+from moec.runtime.backward import BackwardKernel, fresh, load_backward
+from moec.runtime.coded import coded_kernel
+from moec.runtime.cpu import Kernel, kernel_source, load_kernel
+from moec.runtime.fakes import (
+    experts_backward_fake,
+    experts_fake,
+    experts_training_fake,
+    moe_fake,
+    saved_rows,
+)
+from moec.runtime.gradients import gradient_memory
+from moec.runtime.packed import packed_kernel
+from moec.runtime.race import racer
+from moec.runtime.reserve import backward_bytes, forward_bytes, most_rows, most_tokens, reserve
+from moec.runtime.triton import TritonKernel, load_triton
+from moec.runtime.triton_backward import TritonBackward, load_triton_backward
+
+__all__ = ["kernel_source"]
+
+_LIB = torch.library.Library("moec", "FRAGMENT")
+_T = TypeVar("_T")
+_AnyKernel = Kernel | TritonKernel
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_LIB.define(
+    "moe(Tensor x, Tensor[] router, Tensor[] params, int k, str spec, str engine)"
+    " -> (Tensor y, Tensor logits, Tensor weights, Tensor experts)",
+    tags=_TAGS,
+)
+_LIB.define(
+    "experts(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine) -> Tensor", tags=_TAGS
+)
+_LIB.define(  # experts where a gradient is wanted: also what its backward is to be given, empty where that is nothing
+    "experts_training(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine, str save)"
+    " -> (Tensor y, Tensor saved)",
+    tags=_TAGS,
+)
+_LIB.define(
+    "experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor experts, Tensor[] params, Tensor saved, str spec,"
+    " str engine, bool[] needs) -> (Tensor, Tensor, Tensor[])",
+    tags=_TAGS,
+)
+
+
+def _kernel(spec: str, mode: Engine, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
+    """The kernel for a call, or None for the twin. An engine asked for by name raises where it has none."""
+    engine = mode.kind
+    if engine == "eager":
+        return None
+    if engine == "cpp" and device.type != "cpu":
+        raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
+    if engine == "auto":
+        return _kernel_or_warning(spec, device, router_dtype, mode.combine, mode.schedule)
+    triton = engine == "triton"
+    return load_triton(spec, device, mode.combine, mode.schedule) if triton else load_kernel(spec, router_dtype)
+
+
+@lru_cache(maxsize=1024)
+def _kernel_or_warning(
+    spec: str, device: torch.device, router_dtype: torch.dtype | None, combine: str, schedule: str
+) -> _AnyKernel | None:
+    try:
+        if device.type == "cpu":
+            return load_kernel(spec, router_dtype)
+        return load_triton(spec, device, combine, schedule)
+    except (BuildError, CodegenError) as error:
+        _warn_once(str(error))
+        return None
+
+
+@lru_cache(maxsize=64)
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"moec: eager experts instead of a kernel: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def _moe(
+    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str, engine: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mode = Engine.parse(engine)
+    kernel = _chosen(x, params, spec, mode, router[0].dtype)
+    if kernel is None:
+        return _twin_moe(x, router, params, k, spec)
+    if isinstance(kernel, TritonKernel):
+        return _or_twin(
+            mode,
+            lambda: kernel.moe(x, router, params, k, mode.tokens),
+            lambda: _twin_moe(x, router, params, k, spec),
+        )
+    if mode.plain:
+        return _ready(kernel, mode, x, params, k).moe(x, router, params, k)
+
+    def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
+
+    ready = _ready(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k)
+    return _opted(ready, mode, x, params, k, call)
+
+
+def _or_twin(mode: Engine, run: Callable[[], _T], eager: Callable[[], _T]) -> _T:
+    """What Triton kernels give; eager's, with one warning, where they cannot be compiled for the device."""
+    try:
+        return run()
+    except BuildError as error:
+        if mode.kind != "auto":
+            raise
+        _warn_once(str(error))
+        return eager()
+
+
+def _chosen(
+    x: Tensor, params: Sequence[Tensor], spec: str, mode: Engine, router_dtype: torch.dtype | None
+) -> _AnyKernel | None:
+    """The kernel that runs, or None for the twin; warns once where it leaves race, freeze and weights unused."""
+    kernel = _kernel(spec, mode, x.device, router_dtype)
+    if kernel is not None and not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+        kernel = None
+    if isinstance(kernel, TritonKernel) and mode.weights != "stored":
+        kernel = coded_kernel(kernel, mode.weights, params)
+    if not mode.plain and not isinstance(kernel, Kernel):
+        _warn_unused(mode, isinstance(kernel, TritonKernel))
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def _warn_unused(mode: Engine, triton: bool) -> None:
+    """Say once which options the kernel that runs leaves unused."""
+    if triton and not mode.race:
+        return
+    unused = "race is" if triton else "race, freeze and weights are"
+    read = "" if triton else "; weights are read as stored"
+    warnings.warn(f"moec: {str(mode)!r}: {unused} for C++ kernels on a CPU{read}", RuntimeWarning, stacklevel=2)
+
+
+def _opted(
+    kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int, call: Callable[[Kernel | None], _T]
+) -> _T:
+    """`call` of the kernel that the options ask for; None stands for eager's form."""
+    exact = mode.weights in ("stored", "packed")  # eager's form computes with the weights as they are
+    if mode.race and exact and x.numel():
+        return racer(kernel).run(kernel.sizes(x, params, k), call)
+    return call(kernel)
+
+
+def _twin_moe(
+    x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, spec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parsed = KernelSpec.parse(spec)
+    if parsed.router is None:
+        raise CodegenError(f"moec::moe needs a spec with a router, got {spec!r}; call moec::experts")
+    logits, weights, experts = twin.route(x, router, k, parsed.router)
+    return twin.experts(x, weights, experts, params, parsed), logits, weights, experts
+
+
+def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str) -> Tensor:
+    mode = Engine.parse(engine)
+    kernel = _chosen(x, params, spec, mode, None)
+    if isinstance(kernel, TritonKernel):
+        return _or_twin(
+            mode,
+            lambda: kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens),
+            lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec)),
+        )
+
+    def call(chosen: Kernel | None) -> Tensor:
+        if chosen is None:
+            return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+        return chosen.experts(x, weights, experts, params)
+
+    if kernel is None:
+        return call(None)
+    if mode.plain:
+        return call(_ready(kernel, mode, x, params, experts.shape[1]))
+    ready = _ready(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1])
+    return _opted(ready, mode, x, params, experts.shape[1], call)
+
+
+def _ready(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> Kernel:
+    """The kernel, with workspace for every call of the declared range of T."""
+    if mode.tokens and x.numel():
+        most = replace(kernel.sizes(x, params, k), T=most_tokens(mode, x.shape[0]))
+        threads, storage = torch.get_num_threads(), kernel.storage()
+        size = forward_bytes(kernel.spec, most, DTYPE_NAMES[x.dtype], kernel.target, threads, storage)
+        reserve(size, mode, x.shape[0])
+    return kernel
+
+
+def _packed(
+    kernel: Kernel, mode: Engine, spec: str, router_dtype: torch.dtype | None, params: Sequence[Tensor]
+) -> Kernel:
+    """The kernel that reads the weights as the options say."""
+    if mode.weights == "stored":
+        return kernel
+    return packed_kernel(spec, mode.weights, router_dtype, params) or kernel
+
+
+def _experts_training(
+    x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str
+) -> tuple[Tensor, Tensor]:
+    saved = saved_rows(x, experts, params, spec, engine, save)
+    if saved.numel() == 0:
+        return _experts(x, weights, experts, params, spec, engine), saved
+    mode = Engine.parse(engine)
+    kernel = _chosen(x, params, spec, mode, None)
+    if isinstance(kernel, Kernel):
+        return _ready(kernel, mode, x, params, experts.shape[1]).experts(x, weights, experts, params, saved), saved
+
+    def eager() -> Tensor:
+        return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved)
+
+    if not isinstance(kernel, TritonKernel):
+        return eager(), saved
+
+    def run() -> Tensor:
+        return kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens, saved)
+
+    return _or_twin(mode, run, eager), saved
+
+
+def _experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    params: Sequence[Tensor],
+    saved: Tensor,
+    spec: str,
+    engine: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    mode = Engine.parse(engine)
+    kind = mode.kind
+    kernel = _gradients(spec, kind, x.device)
+
+    def eager() -> tuple[Tensor, Tensor, list[Tensor]]:
+        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
+
+    if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
+        return eager()
+    if isinstance(kernel, TritonBackward):
+        kept = saved if saved.numel() else None
+        return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs, kept), eager)
+    if mode.tokens and x.numel():
+        most = most_tokens(mode, x.shape[0])
+        sizes = replace(kernel.sizes(x, params, experts.shape[1]), T=most)
+        limit, threads = most_rows(mode, most), torch.get_num_threads()
+        size = backward_bytes(kernel.spec, sizes, DTYPE_NAMES[x.dtype], kernel.target, threads, limit)
+        reserve(size, mode, x.shape[0])
+    take = fresh if mode.fresh else gradient_memory().take
+    return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs, take)
+
+
+@lru_cache(maxsize=1024)
+def _gradients(spec: str, kind: str, device: torch.device) -> BackwardKernel | TritonBackward | None:
+    """The kernels of the gradients, or None for the twin. An engine asked for by name raises where it has none."""
+    if kind == "eager" or (kind == "cpp" and device.type != "cpu"):
+        return None
+    try:
+        triton = kind == "triton" or device.type != "cpu"
+        return load_triton_backward(spec, device) if triton else load_backward(spec)
+    except (BuildError, CodegenError) as error:
+        if kind != "auto":
+            raise
+        _warn_once(str(error))
+        return None
+
+
+def _takes(takes: bool, spec: str, engine: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel runs; raises CodegenError where it cannot and an engine was asked for by name."""
+    if not takes and engine != "auto":
+        found = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        wanted = KernelSpec.parse(spec).experts.dtype
+        raise CodegenError(
+            f"engine {engine!r} has kernels for x in f32, bf16 or f16 and parameters in {wanted}, got {found}; "
+            "use engine 'auto', which computes other dtypes in plain PyTorch"
+        )
+    return takes
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, experts, params, *texts = inputs
+    _keep(ctx, x, weights, experts, params, x.new_empty(0), texts)
+
+
+def _save_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, experts, params, *texts = inputs
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, x, weights, experts, params, output[1], texts)
+
+
+def _keep(
+    ctx: Any, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor, texts: list[str]
+) -> None:
+    ctx.texts, ctx.count = texts, len(params)
+    ctx.save_for_backward(x, weights, experts, saved, *params)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    x, weights, experts, saved, *params = ctx.saved_tensors
+    spec, engine = ctx.texts[:2]
+    needs = wanted(ctx)
+    found = torch.ops.moec.experts_backward(grad, x, weights, experts, params, saved, spec, engine, needs)
+    return by_input(ctx, needs, *found)
+
+
+def wanted(ctx: Any) -> list[bool]:
+    """Which gradients torch asks an op of experts for: of x, of the weights, of each of `ctx.count` parameters."""
+    x, weights, _, params = ctx.needs_input_grad[:4]
+    each = params if isinstance(params, (list, tuple)) else [params] * ctx.count  # torch may give one flag for all
+    return [x, weights, *map(bool, each)]
+
+
+def by_input(
+    ctx: Any, needs: Sequence[bool], dx: Tensor, dweights: Tensor, dparams: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    """Gradients as torch takes them: one for each input of the op (x, weights, experts, params, texts), or None."""
+    return (
+        dx if needs[0] else None,
+        dweights if needs[1] else None,
+        None,
+        [d if n else None for d, n in zip(dparams, needs[2:], strict=True)],
+        *(None for _ in ctx.texts),
+    )
+
+
+def no_second_gradient(ctx: Any, *_: Any) -> NoReturn:
+    """The gradient of a gradient, which no kernel computes."""
+    raise MoecError(
+        "the gradient of experts' gradients is not computed by moec (create_graph=True, a penalty, a Hessian); "
+        "call the model that was compiled, not the compiled one, where it is needed"
+    )
+
+
+Ops = Sequence[tuple[str, Callable[..., Any], Callable[..., Any]]]
+"""Names of ops, what they do, and what they give for tensors without data."""
+
+_OPS: Ops = (
+    ("moe", _moe, moe_fake),
+    ("experts", _experts, experts_fake),
+    ("experts_training", _experts_training, experts_training_fake),
+    ("experts_backward", _experts_backward, experts_backward_fake),
+)
+
+
+def outside_autocast(real: Callable[..., _T]) -> Callable[..., _T]:
+    """`real`, which makes the casts that its spec names and no others; its first argument is a tensor."""
+
+    @wraps(real)
+    def call(*args: Any) -> _T:
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return real(*args)
+        with torch.autocast(device, enabled=False):
+            return real(*args)
+
+    return call
+
+
+def register(library: torch.library.Library, ops: Ops) -> None:
+    """Give ops that `library` defines their meaning."""
+    for name, real, fake in ops:
+        library.impl(name, outside_autocast(real), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moec::{name}", fake, lib=library)
+
+
+register(_LIB, _OPS)
+torch.library.register_autograd("moec::experts_backward", no_second_gradient, lib=_LIB)
+torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

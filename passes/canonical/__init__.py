@@ -1,0 +1,1 @@
+"""Banks, axes and masks brought to one form before anything matches."""

@@ -1,0 +1,143 @@
+"""One spelling for one thing: equal expressions become one value, transposes move into contractions.
+
+%a = reshape(%x); %b = reshape(%x)              →   %a = reshape(%x)
+%t = permute(%w) dims=(1, 0); contract(%x, %t)  →   contract(%x, %w) with the letters of %w swapped
+%a = slice(%w[e]); contract(%x, %a)             →   slice(contract(%x, %w[e])), see `moec.passes.canonical.slices`
+%j = add(%i, 0); take(%w, %j)                   →   take(%w, %i)
+masked_fill(%x, ge(%i, E), 0), 0 ≤ i < E        →   %x, see `moec.passes.canonical.ranges`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from moec.ir.graph import Graph, Instr, Ref, Type, substitute, sweep
+from moec.passes.canonical import bank_axes, one_hot_index, split_axes, spread_axes
+from moec.passes.canonical.fold_permutes import fold_permutes
+from moec.passes.canonical.ranges import Ranges, decided
+from moec.passes.canonical.rewriter import Rule, rewritten
+from moec.passes.canonical.slices import behind_products
+from moec.pipeline import Facts, Outcome
+
+UNIQUE = frozenset(
+    {
+        "opaque",
+        "effect",
+        "random",
+        "assert",
+        "end",
+        "changed",
+        "changed_view",
+        "anchor",
+        "anchor_range",
+        "carry",
+        "carry_int",
+        "size",
+    }
+)
+"""Words whose equal-looking instructions are not the same value."""
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Value numbering, and contractions read their operands as they are stored."""
+
+    name: str = "canonicalize"
+
+    def run(self, graph: Graph, facts: Facts) -> Outcome:
+        """The canonical graph; rewrites counts removed and changed instructions."""
+        folded = tuple(fold_permutes(graph))
+        plain = rewritten(graph.with_instrs(folded), RULES, facts.grad, (bank_axes.rule_first,))
+        sunk = tuple(behind_products(plain.graph.instrs))
+        once = _number(sunk, plain.graph, plain.grad)
+        outputs = tuple(once.names.get(name, name) for name in plain.graph.outputs)
+        result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
+        changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
+        return Outcome(result, changed + len(sunk) - len(once.instrs))
+
+
+RULES: tuple[Rule, ...] = (
+    split_axes.rule_reshape,
+    split_axes.rule_half,
+    split_axes.rule_table,
+    bank_axes.rule_index,
+    bank_axes.rule_gathered,
+    one_hot_index.rule_product,
+    one_hot_index.rule_place,
+    split_axes.rule_joined,
+    bank_axes.rule_first,
+    spread_axes.rule_expand,
+    spread_axes.rule_column,
+)
+"""Canonical forms, in the order in which they are tried on an instruction."""
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Instructions without repetitions, and which name each removed one goes by now."""
+
+    instrs: tuple[Instr, ...]
+    names: Mapping[str, str]
+
+
+def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:
+    """The other values that are the same as a value, in the graph before this pass."""
+    found: dict[str, list[str]] = {}
+    for name, kept in _number(tuple(fold_permutes(graph)), graph, grad).names.items():
+        found.setdefault(kept, []).append(name)
+    return {name: tuple(others) for name, others in found.items()}
+
+
+def _unchanged(instr: Instr, ranges: Ranges, grad: frozenset[str]) -> str | None:
+    """The value that an instruction gives back as it is, or None.
+
+    Plus 0 of whole numbers, times 1 of any; what ranges decide; a view of what an update left as it was.
+    """
+    same = (_neutral(instr, ranges.graph.types) if instr.word in _NEUTRAL else None) or decided(ranges, instr)
+    if instr.word == "changed_view" and instr.args[1] == instr.args[2] and isinstance(instr.args[0], Ref):
+        same = instr.args[0].name
+    return same if same is not None and (same in grad) == (instr.results[0] in grad) else None
+
+
+def _neutral(instr: Instr, types: Mapping[str, Type]) -> str | None:
+    """x of x + 0, x · 1."""
+    if len(instr.args) != 2:
+        return None
+    left, right = instr.args
+    if instr.word in ("add", "mul") and not isinstance(left, Ref):
+        left, right = right, left
+    neutral = _NEUTRAL[instr.word]
+    if not isinstance(left, Ref) or isinstance(right, Ref | bool) or right != neutral:
+        return None
+    kind = instr.types[0]
+    if kind != types.get(left.name) or (neutral == 0 and kind.dtype not in ("i64", "i32")):
+        return None  # −0.0 + 0 is another number
+    return left.name
+
+
+_NEUTRAL: Mapping[str, int] = {"add": 0, "sub": 0, "mul": 1, "div": 1}
+"""By what number nothing is changed."""
+
+
+def _number(instrs: tuple[Instr, ...], graph: Graph, grad: frozenset[str]) -> Numbered:
+    """Value numbering; a value that carries a gradient is not the same as its copy under no_grad."""
+    ranges = Ranges(graph)
+    seen: dict[tuple[object, ...], tuple[str, ...]] = {}
+    names: dict[str, str] = {}
+    kept: list[Instr] = []
+    for instr in instrs:
+        (instr,) = substitute((instr,), names)
+        same = _unchanged(instr, ranges, grad)
+        if same is not None:
+            names[instr.results[0]] = same
+            continue
+        # repr keeps 1, 1.0 and True apart, which compare equal.
+        differentiable = not grad.isdisjoint(instr.results)
+        key = (instr.word, repr(instr.args), repr(instr.attrs), instr.types, differentiable)
+        if instr.word not in UNIQUE and key in seen:
+            names.update(zip(instr.results, seen[key], strict=True))
+            continue
+        seen[key] = instr.results
+        kept.append(instr)
+    return Numbered(tuple(kept), names)

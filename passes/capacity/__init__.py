@@ -1,0 +1,1 @@
+"""Masks of capacity routing: products, queues and seat numbers, lifted to what they say of a pair."""

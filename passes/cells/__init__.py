@@ -1,0 +1,1 @@
+"""Experts read by the letters of their tensors' axes."""

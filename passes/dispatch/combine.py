@@ -1,0 +1,186 @@
+"""Find where experts' rows come together: y[t] = Σ_s row[t, s], in each way that sum is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moec.ir.graph import Arg, Dim, Graph, Instr, Ref
+from moec.ir.match import NoMatch
+from moec.passes.dispatch.index_rules import row_ids
+from moec.passes.dispatch.thresholds import table_axes
+from moec.passes.raising.word_contract import equation_of
+from moec.passes.rows.lift import Lift, Lifter
+from moec.passes.rows.rows import Apply, Ids, Rows, Slot, Space
+from moec.passes.rows.token_axes import choice_axes, is_token
+
+
+@dataclass(frozen=True)
+class Combined:
+    """A sum over slots found at `root`.
+
+    row    what each (token, slot) contributes          base  a value that the sum is added to; '' when it starts at 0
+    form   the spelling: loop | hit_loop | grouped | gathered | dense
+    over   what tokens that no expert writes keep, where rows are written over it
+    """
+
+    root: str
+    rows: Rows
+    form: str
+    base: str = ""
+    over: str = ""
+
+
+COMBINING = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
+
+
+def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """Whether `instr` sums experts' rows into tokens."""
+    if instr.word == "reduce_sum":
+        return _over_slots(lifter, instr)
+    if instr.word == "contract":
+        return _weighted(lifter, instr)
+    return _into_tokens(lifter, instr)
+
+
+def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """rows[T, k, H].sum(1); rows[E, T, H].sum(0)."""
+    source = lifter.type(instr.args[0])
+    dims = instr.attr("dims")
+    if source.rank != 3 or dims not in ((0,), (1,)):
+        return NoMatch("not a sum over slots or experts")
+    rows = lifter.lift(instr.args[0])
+    if isinstance(rows, NoMatch):
+        return rows
+    one = isinstance(rows, Rows) and rows.layout == "flat" and rows.space == Space("slots", 1) and source.shape[1] == 1
+    if isinstance(rows, Rows) and ((rows.layout, dims) in (("tk", (1,)), ("et", (0,))) or (one and dims == (1,))):
+        return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
+    return NoMatch("not a sum over slots or experts")
+
+
+def _weighted(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """einsum("tk,tkh->th", w, rows) and its batched-matmul spelling."""
+    (left, right), out = equation_of(instr)
+    w, x = instr.args
+    w, left, out = _narrow(lifter, w, left, right, out)
+    x, right, out = _narrow(lifter, x, right, left, out)
+    if len(left) > len(right):
+        w, x, left, right = x, w, right, left
+    if not isinstance(w, Ref) or (len(left), len(right), len(out)) != (2, 3, 2):
+        return NoMatch("not a weighted sum over slots")
+    rows = lifter.lift(x)
+    if not isinstance(rows, Rows):
+        return rows if isinstance(rows, NoMatch) else NoMatch("not a weighted sum over slots")
+    if rows.layout != "tk" or right[:2] != left or out != left[0] + right[2]:
+        return NoMatch("not a weighted sum over slots")
+    rows = replace(rows, row=Apply("mul", (rows.row, Slot(w.name))))
+    return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
+
+
+def _narrow(lifter: Lifter, arg: Arg, letters: str, others: str, out: str) -> tuple[Arg, str, str]:
+    """w[T, k] of w[T, 1, k], given that axis for a product that keeps it; its letters and the result's without it."""
+    made, shape = lifter.instr(arg), lifter.type(arg).shape
+    if made is None or made.word != "reshape" or len(letters) != 3:
+        return arg, letters, out
+    source = lifter.type(made.args[0]).shape
+    for axis, letter in enumerate(letters):
+        kept = shape[:axis] + shape[axis + 1 :] == source
+        if shape[axis] == 1 and kept and letter in out and letter not in others:
+            return made.args[0], letters[:axis] + letters[axis + 1 :], out.replace(letter, "")
+    return arg, letters, out
+
+
+def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """y.index_add(0, token, rows); y[token] += rows."""
+    once = False
+    if instr.attr("dim") != 0:
+        return NoMatch("adds along another axis than tokens")
+    if instr.word == "index_put":
+        base, source, *ids = instr.args
+        index = _token_ids(lifter, tuple(ids))
+        added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, tuple(ids))
+        once = isinstance(added, NoMatch) and _writes_once(lifter, base, index)
+        if once:
+            added = lifter.lift(source)
+    elif instr.word == "scatter_add":
+        base, wide, source = instr.args
+        index, added = row_ids(lifter, wide), lifter.lift(source)
+    else:
+        base, narrow, source = instr.args
+        index, added = lifter.lift(narrow), lifter.lift(source)
+    for found in (index, added):
+        if isinstance(found, NoMatch):
+            return found
+    if not isinstance(index, Ids) or index.what != "token" or not isinstance(added, Rows):
+        return NoMatch("adds something else than rows to tokens", instr.results[0])
+    a, b = index.space, added.space
+    if (a.kind, a.key, a.order, index.layout) != (b.kind, b.key, b.order, added.layout):
+        return NoMatch("rows and tokens are in different orders", instr.results[0])
+    if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
+        return NoMatch("the last of a token's rows overwrites the others", instr.results[0])
+    added = replace(added, choice=added.choice or index.choice)
+    start, form = _start(lifter, base, once), form_of(lifter.graph, added)
+    return Combined(instr.results[0], added, form, "" if once else start, start if once else "")
+
+
+def _token_ids(lifter: Lifter, ids: tuple[Arg, ...]) -> Lift:
+    """The tokens that indices name: one, or one for each axis of the tokens."""
+    found = [lifter.lift(i) for i in ids]
+    first = found[0]
+    misses = [f for f in found if isinstance(f, NoMatch)]
+    if misses or len(ids) == 1 or not isinstance(first, Ids):
+        return misses[0] if misses else first
+    rows = [f for f in found if isinstance(f, Ids) and (f.space, f.choice) == (first.space, first.choice)]
+    what = tuple(f.what for f in rows)
+    known = is_token(lifter.graph, first.choice, what) or what == table_axes(lifter, first.choice)
+    if len(rows) != len(found) or not known:
+        return NoMatch("writes at more than one index")
+    return replace(first, what="token")
+
+
+def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -> Lift:
+    """The rows r in `y[i] = y[i] + r`."""
+    made = lifter.instr(lifter.graph.behind(source, ("same", "cast"))) if isinstance(source, Ref) else None
+    if made is None or made.word != "add":
+        return NoMatch("overwrites tokens instead of adding to them")
+    for old, new in (made.args, made.args[::-1]):
+        gathered = lifter.instr(old)
+        if gathered is not None and gathered.word == "index" and gathered.args == (base, *ids):
+            return lifter.lift(new)
+    return NoMatch("adds to other rows than it writes")
+
+
+def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
+    """Whether a loop writes each token's row once: each token has one expert."""
+    if not isinstance(index, Ids) or index.space.kind != "loop" or index.what != "token":
+        return False
+    chosen = lifter.graph.types.get(index.choice)
+    slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)
+    return chosen is not None and (not slots or chosen.shape[-1] == 1)
+
+
+def chosen_of(graph: Graph, choice: str) -> Dim | None:
+    """Of how many experts each token has one for certain; None where that cannot be seen."""
+    found = graph.behind(Ref(choice), ("cast", "same", "detach", "reshape", "slice"))
+    made = graph.defs.get(found.name) if isinstance(found, Ref) else None
+    if made is None or made.word not in ("max", "argmax", "topk"):
+        return None
+    axis = made.attr("dim")
+    return graph.types[made.uses[0]].shape[axis] if isinstance(axis, int) else None
+
+
+def _start(lifter: Lifter, base: object, empty: bool = False) -> str:
+    """'' when the sum starts from zeros (or, where all rows are written, from nothing), else what it starts from."""
+    assert isinstance(base, Ref)
+    first = lifter.graph.behind(base, ("carry",))
+    assert isinstance(first, Ref)
+    made = lifter.instr(lifter.graph.behind(first, ("reshape", "same", "cast")))
+    zeros = made is not None and made.word == "full" and made.attr("value") in ((0.0, None) if empty else (0.0,))
+    return "" if zeros else first.name
+
+
+def form_of(graph: Graph, rows: Rows) -> str:
+    """The spelling, in DESIGN's words."""
+    if rows.space.kind != "loop":
+        return {"sorted": "grouped", "slots": "gathered", "dense": "dense"}[rows.via or rows.space.kind]
+    anchor = graph.defs[rows.space.key]
+    return "hit_loop" if anchor.word == "anchor" else "loop"

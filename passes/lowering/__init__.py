@@ -1,0 +1,1 @@
+"""Back into torch's FX graph: one op a site, what it replaces removed."""

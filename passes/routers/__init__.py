@@ -1,0 +1,1 @@
+"""Routers behind found experts: scores, choices and weights."""

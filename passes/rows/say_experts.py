@@ -1,0 +1,67 @@
+"""Say matched experts as one `experts` instruction in the place of the value that they make.
+
+%y.rows[T, O] = experts(%x[T, H], %w[T, k], %e[T, k], (…)) spec form experts width; %y = reshape(%y.rows, %x)
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from moec.ir.graph import Attr, Dim, Instr, Ref, Type
+from moec.ir.spec import KernelSpec
+from moec.passes.rows.body import NOTHING, BodyMatch
+from moec.passes.rows.pairs import Writer
+
+
+def filled(out: Writer, name: str) -> str:
+    """A parameter, or the zeros that stand for one."""
+    if not name.endswith(NOTHING):
+        return name
+    like = name.removesuffix(NOTHING)
+    return out.emit("zeros_like", (Ref(like),), out.type(like))
+
+
+def params_of(out: Writer, body: BodyMatch) -> tuple[Ref, ...]:
+    """The parameters in kernel order; a bias kept as [E, 1, F] is seen as [E, F]."""
+    refs: list[Ref] = []
+    for role, group in zip(body.spec.param_groups, body.params, strict=True):
+        for name in group:
+            name = filled(out, name)
+            kind = out.type(name)
+            if role.startswith("bias") and body.spec.stacked and kind.rank == 3:
+                name = out.reshape(name, (kind.shape[0], kind.shape[2]))
+            refs.append(Ref(name))
+    return tuple(refs)
+
+
+def site_attrs(body: BodyMatch, dtype: str, form: str) -> tuple[tuple[str, Attr], ...]:
+    """What an `experts` instruction says of itself; `dtype` is its result's."""
+    return (
+        ("spec", str(KernelSpec(body.spec, None, dtype))),
+        ("form", form),
+        ("experts", _number(body.num_experts)),
+        ("width", _number(body.width)),
+    )
+
+
+def _number(size: Dim) -> int | str:
+    return int(size) if size.is_Integer else str(size)
+
+
+def say_experts(
+    out: Writer, body: BodyMatch, weights: str, choice: str, form: str, *more: tuple[str, Attr]
+) -> tuple[Instr, ...]:
+    """What `out` has said, then its root: experts on the flat rows of the body's tokens, seen in the root's shape."""
+    root, x = out.root, out.graph.types[body.token]
+    (name,), to = root.results, root.types[0]
+    tokens = sympy.Mul(*x.shape[:-1])
+    flat = (tokens, body.out)
+    params, rows = params_of(out, body), out.reshape(body.token, (tokens, x.shape[-1]))
+    args = (Ref(rows), Ref(weights), Ref(choice), params)
+    attrs = (*site_attrs(body, to.dtype, form), *more)
+    if to.shape == flat:
+        return (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc))
+    made = Instr((f"{name}.rows",), "experts", args, (Type(to.dtype, flat),), attrs, root.loc)
+    like = (Ref(body.token),) if to.shape == x.shape else ()
+    back = Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
+    return (*out.instrs, made, back)

@@ -1,0 +1,54 @@
+"""doctor: every check answers, and broken things are named with a way out."""
+
+import json
+
+import pytest
+
+from moec.cli import commands as cli
+from moec.doctor import machine as doctor
+
+
+def test_every_check_says_what_was_found_and_the_way_out(monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", tuple(c for c in doctor.CHECKS if c is not doctor._kernel))
+    results = doctor.checks()
+    assert [c.name for c in results][:4] == ["python", "torch", "triton", "compiler"]
+    assert all(c.found and c.way_out and c.status in doctor.STYLES for c in results)
+
+
+def test_a_cache_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("MOEC_CACHE_DIR", str(file / "below"))
+    check = doctor._cache()
+    assert check.status == "broken"
+    assert "MOEC_CACHE_DIR" in check.way_out
+
+
+def test_a_missing_compiler_is_broken(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check = doctor._compiler()
+    assert check.status == "broken"
+    assert "no-such-compiler" in check.found
+
+
+def test_an_instruction_set_that_the_host_lacks_is_broken(monkeypatch):
+    monkeypatch.setenv("MOEC_CPU_ISA", "quantum")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._isa,))
+    assert [c.status for c in doctor.checks()] == ["broken"]
+    assert "quantum" in doctor.checks()[0].found
+
+
+@pytest.mark.parametrize("probe", ["import sys; sys.exit('a\\nRuntimeError: boom\\nadvice')", "import os; os.abort()"])
+def test_a_probe_that_dies_is_an_answer(monkeypatch, probe):
+    monkeypatch.setattr(doctor, "PROBE", probe)
+    check = doctor._kernel()
+    assert check.status == "broken"
+    assert "boom" in check.found or "exit code -6" in check.found
+
+
+def test_doctor_runs_a_real_kernel_here(capsys):
+    code = cli.run(["doctor", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    kernel = next(c for c in data["checks"] if c["name"] == "kernel")
+    assert kernel["status"] == "ok", kernel
+    assert (code == 0) == data["ok"]
