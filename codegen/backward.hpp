@@ -28,6 +28,7 @@ template <class K>
 class Backward {
  public:
   using Op = typename K::Op;
+  using A = typename Op::A;  // rows of x, of y's gradient, of h and of slopes: floats, or bf16 that is multiplied in pairs
   using W = typename Op::W;
   static constexpr bool mixed = K::gate == Gate::interleaved, separate = K::gate == Gate::separate;
   static constexpr bool two = K::gate == Gate::concat || separate;
@@ -36,9 +37,9 @@ class Backward {
   static constexpr Layout back_out = K::layout_out == Layout::nk ? Layout::kn : Layout::nk;
 
   Backward(const BackwardArgs& args, int64_t& groups, int thread, int threads)
-      : a(args), groups(groups), thread(thread), threads(threads), x_rows(args.at<const float*>(args.at_x_rows)),
-        g_rows(args.at<const float*>(args.at_g_rows)), h_rows(args.at<const float*>(args.at_h_rows)),
-        s_rows(args.at<const float*>(args.at_s_rows)), weight(args.at<float>(args.at_weights)),
+      : a(args), groups(groups), thread(thread), threads(threads), x_rows(args.at<const A*>(args.at_x_rows)),
+        g_rows(args.at<const A*>(args.at_g_rows)), h_rows(args.at<const A*>(args.at_h_rows)),
+        s_rows(args.at<const A*>(args.at_s_rows)), weight(args.at<float>(args.at_weights)),
         partial(args.at<float>(args.at_partial)), position(args.at<int64_t>(args.at_position)),
         pair(args.at<int64_t>(args.at_pair)), begin(args.at<int64_t>(args.at_begin)), hits(args.at<Hit>(args.at_hits)),
         segments(args.at<Segment>(args.at_segments)), group(args.at<Group>(args.at_groups)),
@@ -50,8 +51,8 @@ class Backward {
 
   void run() {
     for (int64_t t : share(a.T)) {
-      if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t, a.H, 1.0f, a.at<float>(a.at_x) + t * a.ld_x);
-      if (!a.g_direct) copy_row<float>(a.g, t, a.O, 1.0f, a.at<float>(a.at_g) + t * a.ld_g);
+      if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t, a.H, 1.0f, a.at<A>(a.at_x) + t * a.ld_x);
+      if (!a.g_direct) copy_row<float>(a.g, t, a.O, 1.0f, a.at<A>(a.at_g) + t * a.ld_g);
     }
     for (int64_t p : share(a.T * a.k)) weight[p] = read(a.weights, a.weights_dtype, p);
     barrier();
@@ -75,10 +76,10 @@ class Backward {
   const BackwardArgs& a;
   int64_t& groups;
   const int thread, threads;
-  const float** const x_rows;  // of sorted pairs; of a group's pairs where they are scaled
-  const float** const g_rows;  // of sorted pairs
-  const float** const h_rows;  // of a group's pairs, as those of slopes
-  const float** const s_rows;
+  const A** const x_rows;  // of sorted pairs; of a group's pairs where they are scaled
+  const A** const g_rows;  // of sorted pairs
+  const A** const h_rows;  // of a group's pairs, as those of slopes
+  const A** const s_rows;
   float* const weight;
   float* const partial;     // <dh, h> of sorted pairs by tasks' columns
   int64_t* const position;  // of pair (t, s) in expert order; -1: no such expert
@@ -96,10 +97,12 @@ class Backward {
 #pragma omp barrier
     }
   }
-  const float* row_of(const Matrix& m, bool direct, int64_t at, int64_t ld, int64_t t) const {
-    return direct ? reinterpret_cast<const float*>(m.base) + t * m.row : a.at<float>(at) + t * ld;
+  const A* row_of(const Matrix& m, bool direct, int64_t at, int64_t ld, int64_t t) const {
+    return direct ? reinterpret_cast<const A*>(m.base) + t * m.row : a.at<A>(at) + t * ld;
   }
-  const float* const* inputs(const Group& g, int64_t row) const {
+  // Where b's slopes begin in a row that holds a's first: pairs of bf16 begin at even numbers.
+  int64_t second() const { return separate ? a.F + a.F % Op::per : a.F; }
+  const A* const* inputs(const Group& g, int64_t row) const {
     return x_rows + (K::weight_on_input ? row - g.row : row);
   }
   static int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -130,11 +133,11 @@ class Backward {
       position[p] = at;
       if (!known) continue;
       pair[at] = p;
-      x_rows[at] = K::weight_on_input ? a.at<float>(a.at_x) + at * a.ld_x
+      x_rows[at] = K::weight_on_input ? a.at<A>(a.at_x) + at * a.ld_x
                                       : row_of(a.x, a.x_direct, a.at_x, a.ld_x, p / a.k);
       g_rows[at] = row_of(a.g, a.g_direct, a.at_g, a.ld_g, p / a.k);
-      h_rows[at] = a.at<float>(a.at_h) + at * a.ld_h;
-      s_rows[at] = a.at<float>(a.at_s) + at * a.ld_s;
+      h_rows[at] = a.at<A>(a.at_h) + at * a.ld_h;
+      s_rows[at] = a.at<A>(a.at_s) + at * a.ld_s;
     }
     for (int64_t e = a.E; e > 0; e--) begin[e] = begin[e - 1];  // back to where experts begin
     begin[0] = 0;
@@ -180,7 +183,7 @@ class Backward {
   void scale_rows(const Group& g) {
     for (int64_t i : share(g.rows)) {
       const int64_t p = pair[g.row + i];
-      copy_row<W>(a.x, p / a.k, a.H, weight[p], a.at<float>(a.at_x) + i * a.ld_x);
+      copy_row<W>(a.x, p / a.k, a.H, weight[p], a.at<A>(a.at_x) + i * a.ld_x);
     }
   }
 
@@ -209,7 +212,7 @@ class Backward {
   // Columns [j, j + n) of z = (a, b) before biases into ca and cb: as saved, or x·W_in.
   void project(const Group& g, const Segment& s, int64_t j, int64_t n, float* ca, float* cb, int64_t ldc) {
     const Tile t{a.few[0], a.k_few, a.k_many[0], scratch};
-    const float* const* const x = inputs(g, s.row);
+    const A* const* const x = inputs(g, s.row);
     const int64_t scale = mixed ? 2 : 1;
     const W* const wa = at<K::layout_in>(a.a, s.e, j * scale);
     const W* const next = at<K::layout_in>(a.a, s.e, (j + n) * scale);
@@ -258,8 +261,8 @@ class Backward {
     }
     for (int64_t r = 0; r < s.rows; r++) {
       const int64_t local = s.row - g.row + r;
-      float* const h_row = a.at<float>(a.at_h) + local * a.ld_h + j;
-      float* const slope = a.at<float>(a.at_s) + local * a.ld_s;
+      A* const h_row = a.at<A>(a.at_h) + local * a.ld_h + j;
+      A* const slope = a.at<A>(a.at_s) + local * a.ld_s;
       const float w = K::weight_on_input ? 1.0f : weight[pair[s.row + r]];
       vf share{};
       for (int64_t c = 0; c < n; c += L) {
@@ -269,34 +272,43 @@ class Backward {
         K::slopes(va, vb, h, da, db);
         if constexpr (K::out) store_some(h_row + c, w * h, part);
         if (!want_dh) continue;
-        const vf dh = some(K::out ? cd + r * ldc + c : g_rows[s.row + r] + j + c, part);
+        vf dh;
+        if constexpr (K::out) dh = some(cd + r * ldc + c, part);
+        else dh = some(g_rows[s.row + r] + j + c, part);
         share += dh * (part == L ? h : only(h, part));
         da *= w * dh, db *= w * dh;
         if constexpr (mixed) {
           join(slope + 2 * (j + c), da, db, 2 * part);
         } else {
           store_some(slope + j + c, da, part);
-          if constexpr (two) store_some(slope + a.F + j + c, db, part);
+          if constexpr (two) store_some(slope + second() + j + c, db, part);
         }
       }
       partial[(s.row + r) * parts(a.F, a.cols) + j / a.cols] = total(share);
+      if (a.F % Op::per && j + n == a.F && !mixed) end_pairs(slope);
     }
+  }
+
+  // Slopes that are odd in number end with half a pair, which meets no weight: it must not be NaN.
+  void end_pairs(A* slope) const {
+    if (separate || views == 1) slope[a.F] = {};
+    if (separate) slope[second() + a.F] = {};
   }
 
   // Columns [j, j + n) of slopes·W_in for the rows of a segment.
   void rows(const Group& g, const Segment& s, int64_t j, int64_t n) {
     const Tile t{a.few[2], a.k_few, a.k_many[2], scratch};
-    const float* const* const from = s_rows + (s.row - g.row);
+    const A* const* const from = s_rows + (s.row - g.row);
     float* const to = a.at<float>(a.at_out) + (s.row - g.row) * a.H + j;
     const W* const w = at<back_in>(a.a, s.e, j);
     const int64_t k = separate ? a.F : views * a.F;
     tile<Op, back_in>(t, from, s.rows, k, w, a.a.ld, n, to, a.H, at<back_in>(a.a, s.e, j + n));
     if constexpr (separate) {
-      const float** const second = reinterpret_cast<const float**>(scratch + a.at_rows);
-      for (int64_t r = 0; r < s.rows; r++) second[r] = from[r] + a.F;
+      const A** const others = reinterpret_cast<const A**>(scratch + a.at_rows);
+      for (int64_t r = 0; r < s.rows; r++) others[r] = from[r] + second();
       float* const c = reinterpret_cast<float*>(scratch + a.at_tile);
       const int64_t ldc = (n + L - 1) / L * L;
-      tile<Op, back_in>(t, second, s.rows, k, at<back_in>(a.b, s.e, j), a.b.ld, n, c, ldc,
+      tile<Op, back_in>(t, others, s.rows, k, at<back_in>(a.b, s.e, j), a.b.ld, n, c, ldc,
                         at<back_in>(a.b, s.e, j + n));
       for (int64_t r = 0; r < s.rows; r++)
         for (int64_t i = 0; i < n; i += L) {
@@ -308,30 +320,30 @@ class Backward {
 
   // Task `i` of the gradients of one expert's parameters.
   void parameters(const Group& g, const Hit& hit, int64_t i) {
-    const float* const* const x = inputs(g, hit.row);
-    const float* const* const h = h_rows + (hit.row - g.row);
-    const float* const* const s = s_rows + (hit.row - g.row);
-    const float* const* const grads = g_rows + hit.row;
-    const int64_t width = separate ? a.F : views * a.F, in = blocks_in(a.da, hit.e), second = blocks_in(a.db, hit.e);
+    const A* const* const x = inputs(g, hit.row);
+    const A* const* const h = h_rows + (hit.row - g.row);
+    const A* const* const s = s_rows + (hit.row - g.row);
+    const A* const* const grads = g_rows + hit.row;
+    const int64_t width = separate ? a.F : views * a.F, in = blocks_in(a.da, hit.e), in_b = blocks_in(a.db, hit.e);
     if (i < in) return product<K::layout_in>(hit, i, s, 0, width, x, a.H, a.da);
-    if ((i -= in) < second) return product<K::layout_in>(hit, i, s, a.F, width, x, a.H, a.db);
-    if ((i -= second) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.O, h, a.F, a.dout);
+    if ((i -= in) < in_b) return product<K::layout_in>(hit, i, s, second(), width, x, a.H, a.db);
+    if ((i -= in_b) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.O, h, a.F, a.dout);
     sum_rows(a.dbias_a.of<W>(hit.e), s, hit.rows, 0, width, nullptr, nullptr);
-    sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, a.F, width, nullptr, nullptr);
+    sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, second(), width, nullptr, nullptr);
     const int64_t* const pairs = K::weight_on_input ? nullptr : pair + hit.row;
     sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.O, pairs, weight);
   }
 
   // Block `i` of the gradient of a weight that takes `in` numbers to `out`, from gradients of its results and its inputs.
   template <Layout layout>
-  void product(const Hit& hit, int64_t i, const float* const* results, int64_t offset, int64_t out,
-               const float* const* from, int64_t in, const Gradient& d) {
+  void product(const Hit& hit, int64_t i, const A* const* results, int64_t offset, int64_t out, const A* const* from,
+               int64_t in, const Gradient& d) {
     constexpr bool nk = layout == Layout::nk;
     const int64_t m = nk ? out : in, n = nk ? in : out, across = parts(n, a.outer_n);
     const int64_t i0 = i / across * a.outer_m, j0 = i % across * a.outer_n;
-    const OuterRoom room{a.outer_m, a.outer_n, a.outer_k, reinterpret_cast<const float**>(scratch + a.at_rows),
-                         reinterpret_cast<float*>(scratch), reinterpret_cast<float*>(scratch + a.at_b),
-                         reinterpret_cast<float*>(scratch + a.at_c)};
+    const OuterRoom<Op> room{a.outer_m, a.outer_n, a.outer_k, reinterpret_cast<const A**>(scratch + a.at_rows),
+                             reinterpret_cast<A*>(scratch), reinterpret_cast<typename Op::Word*>(scratch + a.at_b),
+                             reinterpret_cast<float*>(scratch + a.at_c)};
     outer<Op>(room, nk ? results : from, i0 + (nk ? offset : 0), std::min(a.outer_m, m - i0), nk ? from : results,
               j0 + (nk ? 0 : offset), std::min(a.outer_n, n - j0), hit.rows, d.of<W>(hit.e) + i0 * n + j0, n);
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
+from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, pairs_of_bf16, up
 from moec.codegen.tuning import Sizes, few_rows
 from moec.ir.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
@@ -56,9 +56,15 @@ def views(spec: ExpertsSpec) -> int:
     return spec.ab_views
 
 
-def group_pairs(spec: KernelSpec, H: int, F: int) -> int:
-    """Pairs that are taken together, unless one expert has more."""
-    return max(_GROUP_BYTES // (4 * ((views(spec.experts) + spec.experts.out) * F + H)), 1)
+def row_bytes(spec: KernelSpec, target: Target) -> int:
+    """Of a number of x, y's gradient, h or slopes: bf16 where it is multiplied in pairs, else a float."""
+    return 2 if pairs_of_bf16(spec.experts, target) else 4
+
+
+def group_pairs(spec: KernelSpec, H: int, F: int, target: Target) -> int:
+    """Pairs of (token, slot) that are taken together, unless one expert has more."""
+    numbers = (views(spec.experts) + spec.experts.out) * F
+    return max(_GROUP_BYTES // (row_bytes(spec, target) * numbers + 4 * H), 1)
 
 
 def saves_activations(spec: KernelSpec, H: int, F: int, O: int, k: int) -> bool:
@@ -83,13 +89,14 @@ def make_backward_plan(
     e = spec.experts
     back = {"nk": "kn", "kn": "nk"}
     layouts = (e.layout_in, back[e.layout_out], back[e.layout_in])
-    few = [few_rows(layout, "f32", target) for layout in layouts]
+    item = row_bytes(spec, target)
+    few = [few_rows(layout, "bf16" if item == 2 else "f32", target) for layout in layouts]
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
     outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)
-    direct = (_in_place(spec, sizes, x), _in_place(spec, sizes, g, gradient=True))
-    (x_direct, g_direct), ld = direct, _row_lengths(spec, sizes)
-    sections = _sections(spec, sizes, sizes.T, direct, x.dtype, cols, most_rows)
+    direct = (_in_place(spec, sizes, x, item), _in_place(spec, sizes, g, item, gradient=True))
+    (x_direct, g_direct), ld = direct, _row_lengths(spec, sizes, item)
+    sections = _sections(spec, sizes, sizes.T, direct, x.dtype, cols, most_rows, target)
     places: list[int] = []
     end = 0
     for size in sections:
@@ -98,35 +105,44 @@ def make_backward_plan(
     end = up(end, 4096)
     thread = _thread_places(spec, sizes, target, cols, x_cols, max(k_many), outer)
     return BackwardPlan(
-        threads=threads, sizes=sizes, group=group_pairs(spec, sizes.H, sizes.F), few=(few[0], few[1], few[2]),
+        threads=threads, sizes=sizes, group=group_pairs(spec, sizes.H, sizes.F, target), few=(few[0], few[1], few[2]),
         k_many=(k_many[0], k_many[1], k_many[2]), k_few=1024, cols=cols, x_cols=x_cols, outer=outer,
         x_direct=x_direct, g_direct=g_direct, ld=ld, places=(*places, end), thread_places=thread,
         workspace_bytes=end + threads * thread[0],
     )  # fmt: skip
 
 
-def _row_lengths(spec: KernelSpec, sizes: Sizes) -> tuple[int, int, int, int]:
-    """Of a row of x, of y's gradient, of h and of slopes."""
-    e = spec.experts
-    return padded_ld(sizes.H, 4), padded_ld(sizes.O, 4), padded_ld(sizes.F, 4), padded_ld(views(e) * sizes.F, 4)
+def _row_lengths(spec: KernelSpec, sizes: Sizes, item: int) -> tuple[int, int, int, int]:
+    """Of a row of x, of y's gradient, of h and of slopes, whose numbers have `item` bytes."""
+    widths = (sizes.H, sizes.O, sizes.F, views(spec.experts) * sizes.F)
+    x, g, h, slopes = (padded_ld(width, item) for width in widths)
+    return x, g, h, slopes
 
 
 def _sections(
-    spec: KernelSpec, sizes: Sizes, tokens: Size, direct: tuple[bool, bool], x_dtype: str, cols: int, most_rows: Size
+    spec: KernelSpec,
+    sizes: Sizes,
+    tokens: Size,
+    direct: tuple[bool, bool],
+    x_dtype: str,
+    cols: int,
+    most_rows: Size,
+    target: Target,
 ) -> tuple[Size, ...]:
     """Bytes of each part of the workspace for `tokens`, a number or a symbol; `most_rows` bounds one expert's pairs."""
-    ld, n = _row_lengths(spec, sizes), tokens * sizes.k
-    rows = least(n, most(group_pairs(spec, sizes.H, sizes.F), most_rows))
+    item = row_bytes(spec, target)
+    ld, n = _row_lengths(spec, sizes, item), tokens * sizes.k
+    rows = least(n, most(group_pairs(spec, sizes.H, sizes.F, target), most_rows))
     x_rows = 0 if direct[0] else tokens if spec.experts.weight_on == "output" else rows
     hits = least(sizes.E, n)
     return (
-        x_rows * ld[0] * 4,
-        0 if direct[1] else tokens * ld[1] * 4,
+        x_rows * ld[0] * item,
+        0 if direct[1] else tokens * ld[1] * item,
         tokens * sizes.H * 4 if x_dtype != "f32" else 0,
         *(n * 4, n * -(-sizes.F // cols) * 4, n * 8, n * 8, (sizes.E + 1) * 8),
         *(hits * 32, (hits + floor_div(n, _ROW_BLOCK) + 1) * 40, (hits + 1) * 64),
         *(n * 8, n * 8, n * 8, n * 8),
-        *(rows * ld[2] * 4 if spec.experts.out else 0, rows * ld[3] * 4, rows * sizes.H * 4),
+        *(rows * ld[2] * item if spec.experts.out else 0, rows * ld[3] * item, rows * sizes.H * 4),
     )
 
 
@@ -135,12 +151,13 @@ def backward_formula(
 ) -> Size:
     """A bound on `make_backward_plan(…).workspace_bytes` in T, for every T up to `sizes.T`."""
     tries = [replace(sizes, T=tokens) for tokens in tokens_to_try(sizes.T)]
+    item = row_bytes(spec, target)
     direct = (
-        all(_in_place(spec, at, x) for at in tries),
-        all(_in_place(spec, at, g, gradient=True) for at in tries),
+        all(_in_place(spec, at, x, item) for at in tries),
+        all(_in_place(spec, at, g, item, gradient=True) for at in tries),
     )
     plan = make_backward_plan(spec, sizes, x, g, sizes.T, target, threads)
-    parts = _sections(spec, sizes, TOKENS, direct, x.dtype, plan.cols, most_rows)
+    parts = _sections(spec, sizes, TOKENS, direct, x.dtype, plan.cols, most_rows, target)
     fixed = len(parts) * (LINE - 1) + 4096 + threads * plan.thread_places[0]
     return plain_bound(sum(parts)) + fixed
 
@@ -151,12 +168,15 @@ def saved_bytes(spec: KernelSpec, H: int, F: int, O: int, k: int, save: str) -> 
     return k * views(spec.experts) * F * BYTES[spec.experts.dtype] if keep else 0
 
 
-def _in_place(spec: KernelSpec, sizes: Sizes, rows: Rows, gradient: bool = False) -> bool:
-    """Whether rows can be read where they are: floats that nothing rounds, and not apart by what evicts each other."""
-    rounded = not gradient and (spec.experts.dtype != "f32" or spec.experts.weight_on == "input")
-    if rounded or not rows.contiguous or rows.dtype != "f32":
+def _in_place(spec: KernelSpec, sizes: Sizes, rows: Rows, item: int, gradient: bool = False) -> bool:
+    """Whether rows can be read where they are: numbers that nothing rounds, and not apart by what evicts each other."""
+    if not gradient and spec.experts.weight_on == "input":
         return False
-    return sizes.T < 16 or rows.stride * 4 % 1024 != 0
+    if item == 2:
+        fits = rows.dtype == "bf16" and (sizes.O if gradient else sizes.H) % 2 == 0
+    else:
+        fits = rows.dtype == "f32" and (gradient or spec.experts.dtype == "f32")
+    return fits and rows.contiguous and (sizes.T < 16 or rows.stride * item % 1024 != 0)
 
 
 def _thread_places(

@@ -69,7 +69,7 @@ def emit(spec: KernelSpec, target: Target, router_weight: str = "f32", storage: 
 
 
 def emit_backward(spec: KernelSpec, target: Target) -> str:
-    """The translation unit of the experts' gradients for `spec` on `target`; its arithmetic is fp32 everywhere.
+    """The translation unit of the experts' gradients for `spec` on `target`; sums are fp32 everywhere.
 
     Raises CodegenError for a spec that has no C++ form.
     """
@@ -78,7 +78,7 @@ def emit_backward(spec: KernelSpec, target: Target) -> str:
         raise CodegenError(f"no C++ kernel has gradients of experts that are kept as {spec.experts.codes}")
     size = "MOEC_EXPORT int64_t args_words() { return sizeof(BackwardArgs) / 8; }"
     run = "MOEC_EXPORT void backward(const BackwardArgs* args) { run_backward<Kernel>(*args); }"
-    return _unit(spec, target, "backward.hpp", (_experts_backward(spec),), (size, run))
+    return _unit(spec, target, "backward.hpp", (_experts_backward(spec, target),), (size, run))
 
 
 def _unit(spec: KernelSpec, target: Target, header: str, parts: Sequence[str], entries: Sequence[str]) -> str:
@@ -190,15 +190,21 @@ def _experts(spec: KernelSpec, target: Target, storage: Storage | None) -> str:
     return _kernel(spec, types, layouts, "vf phi", "", (e.phi,), _statements({"return": e.phi}))
 
 
-def _experts_backward(spec: KernelSpec) -> str:
+def _experts_backward(spec: KernelSpec, target: Target) -> str:
     """h = φ(a, b) with both of its slopes: ∂φ/∂a and, where there is a b, ∂φ/∂b."""
     e: ExpertsSpec = spec.experts
     outputs = {"h =": e.phi, "da =": derivative(e.phi, "a")}
     outputs["db ="] = derivative(e.phi, "b") if e.ab_views == 2 else Const(0.0)
-    types = (f"using Op = Fma<{_TYPES[e.dtype]}>;",)
+    op = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
     layouts = (e.layout_in, e.layout_out)
     return _kernel(
-        spec, types, layouts, "void slopes", ", vf& h, vf& da, vf& db", tuple(outputs.values()), _statements(outputs)
+        spec,
+        (f"using Op = {op};",),
+        layouts,
+        "void slopes",
+        ", vf& h, vf& da, vf& db",
+        tuple(outputs.values()),
+        _statements(outputs),
     )
 
 

@@ -125,7 +125,7 @@ class BackwardKernel:
 
     def _most(self, experts: Tensor, sizes: Sizes) -> int:
         """A bound on the pairs of one expert: exact where it makes the workspace larger, rounded up to repeat plans."""
-        most = group_pairs(self.spec, sizes.H, sizes.F)
+        most = group_pairs(self.spec, sizes.H, sizes.F, self.target)
         if experts.numel() <= most:
             return most
         known = experts[(experts >= 0) & (experts < sizes.E)]

@@ -28,6 +28,10 @@ SPECS = {
     "separate_f16": KernelSpec(
         ExpertsSpec("f16", "separate", "nk", "nk", "mul(gelu(a), b)", bias_in=True, stacked=False), y_dtype="f16"
     ),
+    "separate_bf16": KernelSpec(
+        ExpertsSpec("bf16", "separate", "nk", "kn", "mul(gelu(a), b)", bias_in=True, bias_out=True), y_dtype="bf16"
+    ),
+    "plain_bf16": KernelSpec(ExpertsSpec("bf16", "none", "nk", "nk", "gelu(a)", stacked=False), y_dtype="bf16"),
     "plain_kn": KernelSpec(
         ExpertsSpec("f32", "none", "kn", "nk", "mul(relu(a), relu(a))", bias_out=True, weight_on="input")
     ),
@@ -196,7 +200,14 @@ def test_gradients_of_expanded_and_narrow_outputs():
 
 
 @pytest.mark.parametrize(
-    ("isa", "name"), [("plain", "swiglu_bf16"), pytest.param("avx512_bf16", "oss_bf16", marks=pytest.mark.slow)]
+    ("isa", "name"),
+    [
+        ("plain", "swiglu_bf16"),
+        *(
+            pytest.param("avx512_bf16", name, marks=pytest.mark.slow)
+            for name in ("oss_bf16", "separate_bf16", "plain_bf16")
+        ),
+    ],
 )
 def test_other_widths_of_vectors_by_emulation(isa, name):
     spec = SPECS[name]
@@ -222,14 +233,26 @@ def test_shapes_that_do_not_fit_are_refused():
         load_backward(str(spec))(torch.randn(5, 23), torch.randn(5, 23), weights, experts, params, None, [True] * 4)
 
 
-def plan(T, most=0, spec=SPECS["swiglu"], H=2048, F=768, E=64, k=8, threads=2):
+AVX2 = Target("avx2", 8, 6, 2, 3, False, ())
+PAIRS = Target("avx512_bf16", 16, 12, 2, 6, True, ())
+
+
+def plan(T, most=0, spec=SPECS["swiglu"], H=2048, F=768, E=64, k=8, threads=2, target=AVX2):
     rows = Rows(spec.experts.dtype, H, True)
-    target = Target("avx2", 8, 6, 2, 3, False, ())
     return backward_plan.make_backward_plan(spec, Sizes(T, H, F, E, k), rows, rows, most, target, threads)
 
 
+def test_pairs_of_bf16_halve_what_a_plan_holds():
+    spec = SPECS["swiglu_bf16"]
+    row_numbers = 4096 * (2048 + 32)
+    wide, narrow = (plan(4096, spec=spec, target=target) for target in (AVX2, PAIRS))
+    assert wide.workspace_bytes - narrow.workspace_bytes > 2 * row_numbers, "x and y's gradient are copied as bf16"
+    assert narrow.group > 1.3 * wide.group, "more pairs at a time in the same memory"
+    assert plan(4096, target=PAIRS).group == plan(4096).group
+
+
 def test_plan_bounds_the_workspace():
-    pairs = backward_plan.group_pairs(SPECS["swiglu"], 2048, 768)
+    pairs = backward_plan.group_pairs(SPECS["swiglu"], 2048, 768, AVX2)
     copies = 2 * 4096 * (2048 + 16) * 4
     assert plan(4096, pairs).workspace_bytes < copies + (64 << 20)
     grown = plan(4096, 4096).workspace_bytes - plan(4096, pairs).workspace_bytes
