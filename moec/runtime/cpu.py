@@ -122,6 +122,7 @@ class Kernel:
         self._call_experts = self._function("experts")
         self._call_moe = self._function("moe") if spec.router else None
         self._bindings = bindings(spec)
+        self._dtypes = lru_cache(maxsize=16)(lambda count: stored_dtypes(spec.experts, count))
         self._plan = lru_cache(maxsize=1024)(self._make_plan)  # cheaper to look up than make_plan itself
 
     def tuned(self, tuning: Tuning | None) -> Kernel:
@@ -181,7 +182,7 @@ class Kernel:
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        return x.dtype in CODES and [p.dtype for p in params] == stored_dtypes(self.spec.experts, len(params))
+        return x.dtype in CODES and [p.dtype for p in params] == self._dtypes(len(params))
 
     def experts(
         self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
@@ -190,14 +191,15 @@ class Kernel:
 
         `saved`[T·k, F or 2F] in the parameters' dtype is given the projections of each pair: a, then b.
         """
-        y = self._empty(x, params)
+        bound = self._bound(params)
+        y = self._empty(x, bound)
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
         if weights.dtype not in CODES:
             weights = weights.float()
         weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
         kept = 0 if saved is None else saved.data_ptr()
-        self._run(self._call_experts, x, y, weights, experts, params, (kept, 0), _NO_ROUTER)
+        self._run(self._call_experts, x, y, weights, experts, bound, (kept, 0), _NO_ROUTER)
         return y
 
     def moe(
@@ -210,7 +212,10 @@ class Kernel:
         tokens, count = x.shape[0], router[0].shape[0]
         if not 0 < k <= count:
             raise CodegenError(f"k={k} experts a token of E={count}: expected 1 ≤ k ≤ E")
-        y = self._empty(x, params)
+        bound = self._bound(params)
+        if count != bound.E:  # the kernel would read and write past the end
+            raise CodegenError(f"the router has {count} outputs, but there are E={bound.E} experts")
+        y = self._empty(x, bound)
         logits = x.new_empty((tokens, count), dtype=DTYPES[r.compute])
         weights = x.new_empty((tokens, k), dtype=DTYPES[r.weight_dtype])
         experts = x.new_empty((tokens, k), dtype=torch.int64)
@@ -222,12 +227,12 @@ class Kernel:
         bias = rest.pop(0) if r.bias else None
         selection = rest.pop(0) if r.selection_bias else None
         words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
-        self._run(self._call_moe, x, y, weights, experts, params, (0, logits.data_ptr()), words, count)
+        self._run(self._call_moe, x, y, weights, experts, bound, (0, logits.data_ptr()), words)
         return y, logits, weights, experts
 
-    def _empty(self, x: Tensor, params: Sequence[Tensor]) -> Tensor:
+    def _empty(self, x: Tensor, bound: Bound) -> Tensor:
         """Room for y."""
-        return x.new_empty((x.shape[0], self._bound(params).O), dtype=DTYPES[self.spec.y_dtype])
+        return x.new_empty((x.shape[0], bound.O), dtype=DTYPES[self.spec.y_dtype])
 
     def _run(
         self,
@@ -236,14 +241,10 @@ class Kernel:
         y: Tensor,
         weights: Tensor,
         experts: Tensor,
-        params: Sequence[Tensor],
+        bound: Bound,
         saved_and_logits: tuple[int, int],
         router: tuple[int, ...],
-        outputs: int | None = None,
     ) -> None:
-        bound = self._bound(params)
-        if outputs not in (None, bound.E):  # the kernel would read and write past the end
-            raise CodegenError(f"the router has {outputs} outputs, but there are E={bound.E} experts")
         row, column = x.stride()
         tokens, hidden = x.shape
         if hidden != bound.H:
