@@ -203,6 +203,35 @@ void few_wide(const float* const* a, int64_t m, int64_t k, const W* w, int64_t l
 
 constexpr int64_t WIDE = 20;  // from more rows of A on widening numbers of W once pays
 
+constexpr int64_t NUMBERS_AHEAD = 1024;  // of a row of W that is read alone
+
+// One row of A where vectors are long: row after row of W, so that memory is read as one run. Four runs at a time take up
+// to a tenth longer there; for two rows of A and more they are faster.
+template <class Op>
+__attribute__((noinline)) void one_nk(const typename Op::A* x, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
+                                      float* c) {
+  constexpr int step = L * Op::per;
+  for (int64_t j = 0; j < n; j += 4) {
+    const int rows = int(n - j < 4 ? n - j : 4);
+    vf sum[4] = {};
+    for (int r = 0; r < rows; r++, w += ld) {
+      vf acc[4] = {};
+      int64_t i = 0;
+      for (; i + 4 * step <= k; i += 4 * step)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
+          prefetch(w + i + u * step + NUMBERS_AHEAD);
+          acc[u] = Op::mac(acc[u], Op::a(x + i + u * step), Op::w(w + i + u * step));
+        }
+      for (; i + step <= k; i += step) acc[0] = Op::mac(acc[0], Op::a(x + i), Op::w(w + i));
+      if (i < k) acc[1] = Op::mac(acc[1], Op::a_n(x + i, k - i), Op::w_n(w + i, k - i));
+      sum[r] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    }
+    const v4 s = sums(sum[0], sum[1], sum[2], sum[3]);
+    std::memcpy(c + j, &s, size_t(rows) * sizeof(float));
+  }
+}
+
 // Numbers of two bytes are widened for each kernel's rows of A anew: with few registers three rows of W meet four of A
 // rather than four three, which takes a fifth less time in cache. One to three rows wait for memory, which likes four
 // streams.
@@ -210,6 +239,9 @@ template <class Op>
 void few_nk(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
             float* c, int64_t ldc, int64_t k_block, const typename Op::W* after, float* room) {
   constexpr bool widened = sizeof(typename Op::W) == 2 && Op::per == 1;
+  if constexpr (L == 16) {
+    if (m == 1) return one_nk<Op>(a[0], k, w, ld, n, c);
+  }
   if constexpr (widened) {
     if (m > WIDE) return few_wide(a, m, k, w, ld, n, c, ldc, k_block, after, room);
   }
