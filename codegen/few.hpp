@@ -253,17 +253,89 @@ void few_nk(const typename Op::A* const* a, int64_t m, int64_t k, const typename
   }
 }
 
-constexpr int ROWS_AHEAD = 16;  // of a kn matrix: far enough for main memory, few enough for the second cache
+// --- few rows, kn: V vectors of columns times M rows of A, sums in registers ------------------------------------
+constexpr int KN_ROWS = DM < 4 ? 4 : 6;  // rows of A at a time: 16 registers hold 12 sums, 32 hold 24
+constexpr int64_t KN_DEPTH = 64;         // rows of W that are still in cache when the next rows of A come
 
-// --- few rows, kn: U rows of W at a time are added into C, which stays in cache ---------------------------------
-template <class Op, int M, int U>
-MOEC_INLINE void add_rows(const typename Op::A* const* a, int64_t i, const typename Op::W* w, int64_t ld, int64_t n,
-                          float* c, int64_t ldc) {
-  vf x[M][U];
+// Vectors of columns beside M rows of A.
+constexpr int kn_vectors(int M) {
+  if (DM < 4) return M == 1 ? 8 : M == 2 ? 4 : M == 3 ? 3 : 2;
+  return M == 1 ? 16 : M < 4 ? 8 : 4;
+}
+
+// V vectors of columns of C (+)= A · W over k rows of W; the same columns of the rows KN_DEPTH further are fetched.
+template <class Op, int M, int V, bool FETCH>
+__attribute__((noinline)) void columns(const typename Op::A* const* a, int64_t k0, int64_t k, const typename Op::W* w,
+                                       int64_t ld, float* c, int64_t ldc, bool add) {
+  using W = typename Op::W;
+  constexpr int64_t line = 64 / int64_t(sizeof(W));
+  const int64_t words = (k + Op::per - 1) / Op::per;
+  const typename Op::A* x[M];
+  for (int m = 0; m < M; m++) x[m] = a[m] + k0;
+  vf acc[M][V] = {};
+  for (int64_t i = 0; i < words; i++, w += Op::per * ld) {
+    if constexpr (FETCH) {
+#pragma GCC unroll 2
+      for (int r = 0; r < Op::per; r++)
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < V * L; j += line) prefetch(w + (KN_DEPTH + r) * ld + j);
+    }
+    const W* const below = Op::per == 2 && 2 * i + 1 < k ? w + ld : nullptr;
+    typename Op::Word y[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) y[v] = Op::column(w + v * L, below ? below + v * L : nullptr), keep(y[v]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v++) acc[m][v] = Op::mac_one(acc[m][v], x[m] + i * Op::per, y[v]);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; v++) {
+      float* const out = c + m * ldc + v * L;
+      store(out, add ? load(out) + acc[m][v] : acc[m][v]);
+    }
+}
+
+// The n columns that fill no vector.
+template <class Op>
+MOEC_COLD void last_columns(int64_t m, const typename Op::A* const* a, int64_t k0, int64_t k, const typename Op::W* w,
+                            int64_t ld, int64_t n, float* c, int64_t ldc, bool add) {
+  for (int64_t r = 0; r < m; r++) {
+    vf acc{};
+    for (int64_t i = 0; i < k; i += Op::per) {
+      const auto* const row = w + i * ld;
+      acc = Op::mac_one(acc, a[r] + k0 + i, Op::column_n(row, Op::per == 2 && i + 1 < k ? row + ld : nullptr, n));
+    }
+    float* const out = c + r * ldc;
+    store_n(out, add ? load_n(out, n) + acc : acc, n);
+  }
+}
+
+// k rows of W from row k0 of A's numbers on.
+template <class Op, int M, bool FETCH>
+void all_columns(int64_t m, const typename Op::A* const* a, int64_t k0, int64_t k, const typename Op::W* w, int64_t ld,
+                 int64_t n, float* c, int64_t ldc, bool add) {
+  if constexpr (M > 1) {
+    if (m < M) return all_columns<Op, M - 1, FETCH>(m, a, k0, k, w, ld, n, c, ldc, add);
+  }
+  constexpr int V = kn_vectors(M);
+  int64_t j = 0;
+  for (; j + V * L <= n; j += V * L) columns<Op, M, V, FETCH>(a, k0, k, w + j, ld, c + j, ldc, add);
+  for (; j + L <= n; j += L) columns<Op, M, 1, FETCH>(a, k0, k, w + j, ld, c + j, ldc, add);
+  if (j < n) last_columns<Op>(m, a, k0, k, w + j, ld, n - j, c + j, ldc, add);
+}
+
+constexpr int ONE_KN = 8, ROWS_AHEAD = 16;  // rows of W at a time; far enough for main memory, few enough for cache
+
+// One row of A that numbers of W are multiplied with one by one: U rows of W at a time are added into C, which stays in
+// cache. Memory is read as U runs, which takes a sixth less time than column after column of one row.
+template <class Op, int U>
+MOEC_INLINE void add_rows(const float* a, const typename Op::W* w, int64_t ld, int64_t n, float* c) {
+  vf x[U];
 #pragma GCC unroll 8
-    for (int u = 0; u < U; u++) x[m][u] = vf{} + value(a[m][i + u]);
+  for (int u = 0; u < U; u++) x[u] = vf{} + a[u];
   constexpr int step = 64 / int(sizeof(typename Op::W)) > L ? 64 / int(sizeof(typename Op::W)) : L;
   int64_t j = 0;
   for (; j + step <= n; j += step) {
@@ -271,51 +343,42 @@ MOEC_INLINE void add_rows(const typename Op::A* const* a, int64_t i, const typen
     for (int u = 0; u < U; u++) prefetch(w + (ROWS_AHEAD + u) * ld + j);
 #pragma GCC unroll 8
     for (int v = 0; v < step; v += L) {
-      vf acc[M];
+      vf acc = load(c + j + v);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) acc[m] = load(c + m * ldc + j + v);
-#pragma GCC unroll 8
-      for (int u = 0; u < U; u++) {
-        const vf y = load(w + u * ld + j + v);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) acc[m] += x[m][u] * y;
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) store(c + m * ldc + j + v, acc[m]);
+      for (int u = 0; u < U; u++) acc += x[u] * load(w + u * ld + j + v);
+      store(c + j + v, acc);
     }
   }
   for (; j < n; j += L) {
-    const int64_t part = n - j < L ? n - j : L;
-    for (int m = 0; m < M; m++) {
-      vf acc = load_n(c + m * ldc + j, part);
-      for (int u = 0; u < U; u++) acc += x[m][u] * load_n(w + u * ld + j, part);
-      store_n(c + m * ldc + j, acc, part);
-    }
+    const int64_t part = std::min<int64_t>(L, n - j);
+    vf acc = load_n(c + j, part);
+    for (int u = 0; u < U; u++) acc += x[u] * load_n(w + u * ld + j, part);
+    store_n(c + j, acc, part);
   }
 }
 
-template <class Op, int M>
-__attribute__((noinline)) void stream(const typename Op::A* const* a, int64_t k0, int64_t k1, const typename Op::W* w,
-                                      int64_t ld, int64_t n, float* c, int64_t ldc) {
-  constexpr int U = M == 1 ? 8 : M == 2 ? 4 : 2;
-  int64_t i = k0;
-  for (; i + U <= k1; i += U) add_rows<Op, M, U>(a, i, w + i * ld, ld, n, c, ldc);
-  for (; i < k1; i++) add_rows<Op, M, 1>(a, i, w + i * ld, ld, n, c, ldc);
+template <class Op>
+__attribute__((noinline)) void one_kn(const float* a, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
+                                      float* c) {
+  std::memset(c, 0, size_t(n) * sizeof(float));
+  int64_t i = 0;
+  for (; i + ONE_KN <= k; i += ONE_KN) add_rows<Op, ONE_KN>(a + i, w + i * ld, ld, n, c);
+  for (; i < k; i++) add_rows<Op, 1>(a + i, w + i * ld, ld, n, c);
 }
 
 template <class Op>
 void few_kn(const typename Op::A* const* a, int64_t m, int64_t k, const typename Op::W* w, int64_t ld, int64_t n,
             float* c, int64_t ldc) {
-  constexpr int64_t block = 64;  // rows of W that are still in cache when the next rows of A come
-  for (int64_t r = 0; r < m; r++) std::memset(c + r * ldc, 0, size_t(n) * sizeof(float));
-  for (int64_t k0 = 0; k0 < k; k0 += block) {
-    const int64_t k1 = k - k0 < block ? k : k0 + block;
-    for (int64_t r = 0; r < m; r += 4) {
-      float* out = c + r * ldc;
-      if (m - r == 1) stream<Op, 1>(a + r, k0, k1, w, ld, n, out, ldc);
-      else if (m - r == 2) stream<Op, 2>(a + r, k0, k1, w, ld, n, out, ldc);
-      else if (m - r == 3) stream<Op, 3>(a + r, k0, k1, w, ld, n, out, ldc);
-      else stream<Op, 4>(a + r, k0, k1, w, ld, n, out, ldc);
+  if constexpr (Op::per == 1) {
+    if (m == 1) return one_kn<Op>(a[0], k, w, ld, n, c);
+  }
+  const int64_t blocks = (m + KN_ROWS - 1) / KN_ROWS;
+  for (int64_t k0 = 0; k0 < k; k0 += KN_DEPTH) {
+    const int64_t kb = std::min(KN_DEPTH, k - k0);
+    for (int64_t r = 0; r < blocks; r++) {
+      const int64_t r0 = m * r / blocks, rows = m * (r + 1) / blocks - r0;
+      if (r == 0) all_columns<Op, KN_ROWS, true>(rows, a, k0, kb, w + k0 * ld, ld, n, c, ldc, k0 > 0);
+      else all_columns<Op, KN_ROWS, false>(rows, a + r0, k0, kb, w + k0 * ld, ld, n, c + r0 * ldc, ldc, k0 > 0);
     }
   }
 }

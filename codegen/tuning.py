@@ -137,15 +137,13 @@ def _few_rows(e: ExpertsSpec, layout: str, target: Target) -> int:
 def few_rows(layout: str, dtype: str, target: Target) -> int:
     """Up to how many rows an expert its weights are streamed as stored; above, packing pays.
 
-    Measured on AVX2 (dot_rows 3), one thread, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48;
-    nk bf16 72/60 at 24, 66/64 at 40; kn f32 34/31 at 8, 36/41 at 16. On AVX-512 (Zen 4), where 32 registers hold what 6
-    rows of x and 4 of W need, streaming wins while the rows stay in the second cache: nk f32 103/89 at 64, pairs of
-    bf16 207/179 at 128.
+    Measured on AVX2 (dot_rows 3), one thread, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48; nk bf16
+    72/60 at 24, 66/64 at 40. kn f32 streams as fast in cache, but a whole layer B of 16 rows an expert took 1.35 × the
+    time. On AVX-512 (Zen 4), where 32 registers hold what 6 rows of x and 4 of W need, streaming wins while the rows
+    stay in the second cache: nk f32 103/89 at 64, pairs of bf16 207/179 at 128; kn f32 106/97 at 64, pairs 197/190.
     """
-    if layout == "kn":
-        return 8
     if target.lanes < 16:
-        return 13 * target.dot_rows
+        return 8 if layout == "kn" else 13 * target.dot_rows
     row = _few_depth(dtype, target) * (2 if dtype == "bf16" and target.bf16_pairs else 4)
     return min(_ROW_BLOCK, target.l2_bytes * 3 // 4 // row)
 
