@@ -228,13 +228,13 @@ def _param(at: At, group: str) -> Argument:
     return Argument(group, "*fp8e4nv") if kind == "fp8" and at.config.native_fp8 else pointer(group, kind)
 
 
-def depth_of_step(at: At, depth: int) -> int:
-    """Numbers summed in one step: no more than share a scale."""
+def depth_of_step(at: At, depth: int, most: int = 0) -> int:
+    """Numbers summed in one step, `most` of them or as many as the configuration says: no more than share a scale."""
     coding = at.spec.experts.coding
     shared = coding.columns & -coding.columns if coding else 0
     if shared and shared < 16:
         raise CodegenError(f"codes {coding}: expected a scale for 16 numbers of a row, or a multiple of 16, or for all")
-    return min(at.config.block_k, max(16, power_of_two(depth)), *((shared,) if shared else ()))
+    return min(most or at.config.block_k, max(16, power_of_two(depth)), *((shared,) if shared else ()))
 
 
 def gemm_consts(at: At, depth: int) -> dict[str, int | bool]:

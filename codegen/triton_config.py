@@ -83,9 +83,9 @@ class GpuConfig:
     def __post_init__(self) -> None:
         """Raises CodegenError for a number that no kernel takes."""
         for name in ("block_m", "block_n", "block_k"):
-            value = getattr(self, name)
-            if value < 16 or value & (value - 1):
-                raise CodegenError(f"GpuConfig.{name}={value}: expected a power of two, at least 16")
+            value, least = getattr(self, name), 1 if name == "block_n" and self.variant == "decode" else 16
+            if value < least or value & (value - 1):
+                raise CodegenError(f"GpuConfig.{name}={value}: expected a power of two, at least {least}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise CodegenError(f"GpuConfig.num_warps={self.num_warps}: expected 1, 2, 4, 8 or 16")
         if self.num_stages < 1 or self.group_m < 1:
@@ -176,11 +176,28 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
         raise CodegenError(f"no Triton kernel multiplies in {dtype!r}; expected {', '.join(_BYTES)}")
     tf32 = tf32 and dtype == "f32" and has_tf32(target)
     if _few_pairs(sizes):
-        config = GpuConfig(16, 16, 256 if dtype == "f32" else 512, num_warps=8, num_stages=1, variant="decode")
+        config = _decode(spec, sizes, target)
     else:
         rows = -(-sizes.T * sizes.k // max(min(sizes.E, sizes.T * sizes.k), 1))
-        config = _fitting(_by_rows(rows, "tf32" if tf32 else dtype, target), dtype, target)
+        short = min(sizes.H, sizes.F) <= 1024
+        config = _fitting(_by_rows(rows, "tf32" if tf32 else dtype, target, short), dtype, target)
     return replace(_of_codes(config, spec.experts.coding, target), tf32=tf32)
+
+
+def _decode(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None) -> GpuConfig:
+    """The configuration for few pairs; measured on an H100 (docs/kernels.md).
+
+    Where loads can go to shared memory ahead of their use, many small blocks do, else each holds much in registers.
+    """
+    stacked_by_columns = spec.experts.layout_in == "kn"
+    wide = 1 if spec.experts.dtype == "f32" else 2
+    ahead = target is not None and target.name.startswith("sm_") and target.name != "sm_75"
+    if not ahead:
+        return GpuConfig(16, 16, 256 * wide, num_warps=8, num_stages=1, variant="decode")
+    if stacked_by_columns:
+        return GpuConfig(16, 64, 32 * wide, num_warps=4, num_stages=3, variant="decode")
+    depth, stages = (256, 3) if sizes.H > 2048 else (128, 4)
+    return GpuConfig(16, 8, depth * wide, num_warps=4, num_stages=stages, variant="decode")
 
 
 def sorted_config(config: GpuConfig) -> GpuConfig:
@@ -219,11 +236,12 @@ def _few_pairs(sizes: Sizes) -> bool:
     return sizes.T * sizes.k <= 32 and max(1, sizes.E // (4 * sizes.k)) + 1 >= sizes.T
 
 
-def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
+def _by_rows(rows: int, dtype: str, target: GpuFigures | None, short: bool) -> GpuConfig:
     """By the mean number of rows of an expert that is hit.
 
     A tile holds about twice the mean: an expert with one tile more reads its weights once more, and where rows are few
-    nothing else takes time. Tiles of sm_90 were measured (docs/kernels.md), the others are modelled on them.
+    nothing else takes time. Tiles of sm_90 were measured (docs/kernels.md), the others are modelled on them. `short`: a
+    product of few steps, which on sm_90 two blocks side by side hide best, or one with more steps on their way.
     """
     amd = target is not None and target.name.startswith("gfx")
     if dtype == "f32" or (target is not None and target.name == "sm_75"):  # no matrix instruction: sums are many
@@ -239,11 +257,11 @@ def _by_rows(rows: int, dtype: str, target: GpuFigures | None) -> GpuConfig:
     if rows <= 24:
         return GpuConfig(32, 128, depth, 4, 4, 2 if amd else 4)
     if rows <= 48:
-        return GpuConfig(64, 128, depth, 4, 4, 2 if amd else 3)
+        return GpuConfig(64, 128, depth, 4, 4, 2 if amd or (wide and short) else 3)
     group = 8 if rows <= 192 else 32  # row tiles of an expert share its weights in the L2 cache
     if amd:
         return GpuConfig(128, 128 if _wmma(target) else 256, 64, group, 8, 2)
-    return GpuConfig(128, 256 if wide else 128, 64, group, 8, 3)
+    return GpuConfig(128, 256 if wide else 128, 64, group, 8, 4 if wide and short else 3)
 
 
 def _fitting(config: GpuConfig, dtype: str, target: GpuFigures | None) -> GpuConfig:

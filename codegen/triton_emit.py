@@ -164,6 +164,9 @@ def _router_context(r: RouterSpec) -> dict[str, Any]:
     return {
         "choice_dtype": choice,
         "weight_from_dtype": choice if r.weight_from == "choice" else r.score_dtype,
+        # The value that was chosen by is what the weight is made of: no second look for it is needed.
+        "weight_is_key": r.weight_from == "choice"
+        or (r.choose_by != "logits" and not r.selection_bias and r.groups == 1),
         "maps_logits": r.softened != Var("logits"),
         "maps_score": r.score not in ("softmax", "logits"),
         "block_groups": max(16, 1 << max(r.groups - 1, 0).bit_length()),

@@ -53,6 +53,7 @@ from moec.ir.spec import KernelSpec
 
 ALIGNED = 256
 """Bytes that buffers in one block begin at multiples of."""
+_DOWN_NUMBERS = 2048  # of its matrix that a block of decode_down reads at once: on an H100 no other number was faster
 
 
 def launches(
@@ -296,11 +297,12 @@ def _decode_logits(at: At) -> Launch:
     return Launch("decode_logits", (ceil_div(s.E, block_e), s.T), (*_router_operands(at), logits, *consts), 4, 1)
 
 
-def _gemv_consts(at: At, depth: int) -> dict[str, int | bool]:
-    step = depth_of_step(at, depth)
+def _step_of_rows(at: At, depth: int, most: int) -> int:
+    """Numbers of a row that one step reads, `most` at most."""
+    step = depth_of_step(at, depth, max(16, most))
     while step > 128 and depth % step:  # lanes beyond the last column would load nothing
         step //= 2
-    return {"BLOCK_N": at.config.block_n, "BLOCK_K": step}
+    return step
 
 
 def _decode_gate_up(at: At) -> Launch:
@@ -314,7 +316,7 @@ def _decode_gate_up(at: At) -> Launch:
         routing, numbers = (*weights, pointer("experts", "i64")), {"K": s.k}
     consts = constants(
         H=s.H, F=s.F, E=s.E, **numbers, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides,
-        **_gemv_consts(at, s.H),
+        BLOCK_N=c.block_n, BLOCK_K=_step_of_rows(at, s.H, c.block_k), STAGES=c.num_stages,
     )  # fmt: skip
     kernel = "decode_route_gate_up" if at.routed else "decode_gate_up"
     h = replace(pointer("h", at.spec.experts.dtype), binding=_hidden(at))
@@ -323,13 +325,17 @@ def _decode_gate_up(at: At) -> Launch:
 
 
 def _decode_down(at: At) -> Launch:
-    s, c = at.sizes, at.config
+    s = at.sizes
     pointers, strides = param_arguments(at, False)
     weights = (pointer("weights", at.operands.weights_dtype),) if at.spec.experts.weight_on == "output" else ()
-    block_n = min(c.block_n, max(4, power_of_two(s.O // 512 + 1) // 2))  # some 512 blocks a token, or few would load
-    consts = constants(O=s.O, F=s.F, E=s.E, K=s.k, **strides, **_gemv_consts(at, s.F) | {"BLOCK_N": block_n})
+    slots = power_of_two(s.k)
+    block_n = 1 if strides["stride_out_k"] == 1 else 16  # rows as they lie, or the parts of lines that lie together
+    consts = constants(
+        O=s.O, F=s.F, E=s.E, K=s.k, **strides, SLOTS=slots, BLOCK_N=block_n,
+        BLOCK_K=_step_of_rows(at, s.F, _DOWN_NUMBERS // (slots * block_n)),
+    )  # fmt: skip
     arguments = (
         pointer("h", at.spec.experts.dtype), *weights, pointer("experts", "i64"), *pointers,
         pointer("y", at.spec.y_dtype), *consts,
     )  # fmt: skip
-    return Launch("decode_down", (ceil_div(s.O, block_n), s.T), arguments, c.num_warps, 1)
+    return Launch("decode_down", (ceil_div(s.O, block_n), s.T), arguments, 4, 1)

@@ -18,6 +18,7 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config, sorted_config
 from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
+from moec.gpu.target import gpu_target
 from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
 from moec.runtime.triton import TritonKernel, load_triton
 from moec.runtime.triton_backward import TritonBackward, load_triton_backward
@@ -213,6 +214,12 @@ def test_all_sizes(T, E, k, kind, dtype):
     check_experts(with_gate("concat", "nk", True, True, "output", dtype), None, T, 40, 36, E, k, kind)
 
 
+@pytest.mark.parametrize(("form", "k", "F"), [(FORMS[2], 3, 600), (FORMS[6], 16, 150), (FORMS[7], 16, 150)], ids=str)
+def test_few_tokens_in_several_steps(form, k, F):
+    """Matrices longer than what a block reads at once, of all slots."""
+    check_experts(with_gate(*form, "bf16"), None, 1, 520, F, 16, k, "sentinels", O=20)
+
+
 def test_nothing_to_do():
     spec = with_gate("concat", "nk", True, False, "output")
     params = make_params(spec.experts, 16, 8, 2)
@@ -327,9 +334,19 @@ def test_defaults_are_sane():
     spec = with_gate("concat", "nk", True, False, "output", "bf16")
     assert default_config(spec, Sizes(1, 4096, 14336, 8, 2)).variant == "decode"
     assert default_config(spec, Sizes(64, 2048, 768, 128, 8)).block_m == 16
+    few, h100 = Sizes(1, 2048, 768, 128, 8), gpu_target("sm_90")
+    apart = with_gate("interleaved", "kn", True, False, "output", "bf16")
+    made = [default_config(each, few, h100) for each in (spec, apart)]
+    tiles = [(c.block_n, c.block_k, c.num_stages) for c in made]
+    assert tiles == [(8, 256, 4), (64, 64, 3)]
+    assert default_config(spec, few, gpu_target("gfx942")).num_stages == 1
+    short, long = Sizes(4096, 2048, 768, 128, 8), Sizes(4096, 4096, 14336, 8, 2)
+    assert [default_config(spec, each, h100).num_stages for each in (short, long)] == [4, 3]
     assert default_config(spec, Sizes(4096, 4096, 14336, 8, 2)).block_m == 128
     with pytest.raises(CodegenError, match="block_m=24"):
         GpuConfig(24, 32, 32)
+    with pytest.raises(CodegenError, match="block_n=8: expected a power of two, at least 16"):
+        GpuConfig(16, 8, 32)
 
 
 def test_clamped_activation_of_interleaved_gates():
