@@ -52,16 +52,18 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
     columns = forward.ceil_div(sizes.F, config.block_n)
     x_wanted = not wanted.saved or any(g not in ("out", "bias_out") for g in wanted.groups)
     steps = [forward.dispatch(at), forward.permute(at, "grad", "grad_rows")]
-    if x_wanted:
-        steps.append(forward.permute(at, into="x_rows"))
+    rows = [forward.permute(at, into="x_rows")] if x_wanted else []
     if not wanted.saved:
-        steps += _inputs(at)
+        steps += [*rows, *_inputs(at)]
+        rows = []
     steps.append(_hidden(at, wanted.saved))
+    # What is read last comes last: rows of y's gradient, of x and of dx are then in one place after one another.
+    of_last, of_first = _params(at, wanted.groups)
+    steps += [*of_last, *rows, *of_first]
     if wanted.x or (wanted.weights and spec.experts.weight_on == "input"):
         steps.append(_rows(at))
     if wanted.x or wanted.weights:
         steps.append(_tokens(at, columns, wanted.x or spec.experts.weight_on == "input"))
-    steps += _params(at, wanted.groups)
     dtype, pairs = spec.experts.dtype, at.pairs
     buffers = (
         *forward.tile_buffers(at),
@@ -163,24 +165,23 @@ def _tokens(at: forward.At, parts: int, rows: bool) -> Launch:
     pointers = (
         forward.pointer("slots", at.spec.experts.dtype), forward.pointer("x", o.x_dtype),
         forward.pointer("weights", o.weights_dtype), forward.pointer("experts", "i64"),
-        forward.pointer("parts", "f32"), forward.pointer("dx", "f32"), forward.pointer("dweights", "f32"),
+        forward.pointer("parts", "f32"), forward.pointer("dx", o.x_dtype), forward.pointer("dweights", "f32"),
     )  # fmt: skip
     arguments = (*pointers, Argument("T", "i32", s.T), *consts)
     return Launch("backward_tokens", (forward.ceil_div(s.T, tokens),), arguments, 4, 1)
 
 
-def _params(at: forward.At, groups: Sequence[str]) -> list[Launch]:
-    """One launch for each matrix of which a gradient is wanted, or of its bias."""
+def _params(at: forward.At, groups: Sequence[str]) -> tuple[list[Launch], list[Launch]]:
+    """One launch for each matrix of which a gradient is wanted, or of its bias: of the last product, of the first."""
     ours = matrices(at.spec)
     width = at.columns // len(ours)
-    steps = [
+    first = [
         _outer(at, groups, matrix, (width, at.sizes.H), turn * width)
         for turn, matrix in enumerate(ours)
         if matrix in groups or f"bias_{matrix}" in groups
     ]
-    if "out" in groups or "bias_out" in groups:
-        steps.append(_outer(at, groups, "out", (at.sizes.O, at.sizes.F), 0))
-    return steps
+    last = "out" in groups or "bias_out" in groups
+    return [_outer(at, groups, "out", (at.sizes.O, at.sizes.F), 0)] if last else [], first
 
 
 def _outer_tile(at: forward.At) -> tuple[int, int, int, int]:

@@ -92,6 +92,33 @@ class Program:
     scratch: bool = False
 
 
+def places(program: Program, aligned: int) -> tuple[tuple[int, ...], int]:
+    """Where in one block each buffer begins, in bytes, and what the block takes: buffers that no launch needs at the
+    same time may lie at the same place."""
+    lives = [_life(program, buffer) for buffer in program.buffers]
+    sizes = [-(-buffer.bytes // aligned) * aligned for buffer in program.buffers]
+    begins: dict[int, int] = {}
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        begin = 0
+        for other in sorted((j for j in begins if _meet(lives[i], lives[j])), key=begins.__getitem__):
+            if begin + sizes[i] <= begins[other]:
+                break
+            begin = max(begin, begins[other] + sizes[other])
+        begins[i] = begin
+    end = max((begins[i] + sizes[i] for i in begins), default=0)
+    return tuple(begins[i] for i in range(len(sizes))), end
+
+
+def _life(program: Program, buffer: Buffer) -> tuple[int, int]:
+    """The first and the last launch that needs a buffer; zeros are written before the first of all."""
+    using = [i for i, launch in enumerate(program.launches) if buffer.name in launch.pointers]
+    return (0 if buffer.zeros else min(using, default=0), max(using, default=0))
+
+
+def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
 @dataclass(frozen=True)
 class At:
     """What the launches of one call are worked out from."""

@@ -6,8 +6,7 @@ On a GPU compiled kernels are given addresses; Triton's interpreter (TRITON_INTE
 from __future__ import annotations
 
 import contextvars
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
@@ -15,11 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moec.codegen.triton_call import Argument, Buffer, Program
+from moec.codegen.triton_call import Argument, Program, places
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_launch import ALIGNED
 from moec.errors import BuildError, CodegenError, MoecError
-from moec.ir.bounds import up
 from moec.ir.spec import DTYPES
 from moec.runtime.compiled import Compiled
 
@@ -35,9 +33,9 @@ class Built:
     compiled: Compiled | None = None
 
     @cached_property
-    def begins(self) -> tuple[int, ...]:
-        """Where in one block each buffer begins, and last what all of them take, in bytes."""
-        return tuple(itertools.accumulate((up(b.bytes, ALIGNED) for b in self.program.buffers), initial=0))
+    def places(self) -> tuple[tuple[int, ...], int]:
+        """Where in one block each buffer begins, and what all of them take, in bytes."""
+        return places(self.program, ALIGNED)
 
 
 def built(
@@ -80,8 +78,8 @@ def _too_large(error: Exception) -> bool:
     return isinstance(error, OutOfResources) and error.name == "shared memory"
 
 
-def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0) -> None:
-    """Launch a program's kernels over `tensors` by name, which its buffers join. `x` says on which device.
+def run(built: Built | BuildError, tensors: Mapping[str, Tensor], reserved: int = 0) -> None:
+    """Launch a program's kernels over `tensors` by name and buffers of its own. `x` says on which device.
 
     `reserved`: bytes for all buffers together, the same for each T of a declared range. The allocator then gives the
     same block to every call on a stream, and a CUDA graph that is captured at any T of it needs no more.
@@ -97,9 +95,7 @@ def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0
         if tensor.device != device:
             raise CodegenError(f"{name!r} is on {tensor.device}, x on {device}; move them to one device")
     if built.compiled is None:
-        buffers = built.program.buffers
-        tensors |= arena(buffers, x, reserved) if reserved else apart(buffers, x)
-        _interpret(built.module, built.program, tensors)
+        _interpret(built.module, built.program, {**tensors, **_views(built, x, reserved)})
         return
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     block = _placed(built, x, reserved, addresses)
@@ -112,7 +108,7 @@ def run(built: Built | BuildError, tensors: dict[str, Tensor], reserved: int = 0
 
 def _placed(built: Built, x: Tensor, reserved: int, addresses: dict[str, int]) -> Tensor:
     """One block for all buffers, whose addresses join `addresses`."""
-    *begins, end = built.begins
+    begins, end = built.places
     block = x.new_empty(max(reserved, end), dtype=torch.uint8)
     base = block.data_ptr()
     for buffer, begin in zip(built.program.buffers, begins, strict=True):
@@ -122,21 +118,12 @@ def _placed(built: Built, x: Tensor, reserved: int, addresses: dict[str, int]) -
     return block
 
 
-def apart(buffers: Sequence[Buffer], x: Tensor) -> dict[str, Tensor]:
-    """Each buffer by itself."""
+def _views(built: Built, x: Tensor, reserved: int) -> dict[str, Tensor]:
+    """The buffers as tensors in one such block."""
+    begins, end = built.places
+    block = x.new_empty(max(reserved, end), dtype=torch.uint8)
     found: dict[str, Tensor] = {}
-    for buffer in buffers:
-        make = x.new_zeros if buffer.zeros else x.new_empty
-        found[buffer.name] = make(buffer.shape, dtype=_BUFFER_DTYPES[buffer.dtype])
-    return found
-
-
-def arena(buffers: Sequence[Buffer], x: Tensor, size: int) -> dict[str, Tensor]:
-    """All buffers in one block of `size` bytes, or of what they need where that is more."""
-    ends = list(itertools.accumulate(up(buffer.bytes, ALIGNED) for buffer in buffers))
-    block = x.new_empty(max(size, ends[-1]), dtype=torch.uint8)
-    found: dict[str, Tensor] = {}
-    for buffer, begin in zip(buffers, (0, *ends), strict=False):
+    for buffer, begin in zip(built.program.buffers, begins, strict=True):
         part = block[begin : begin + buffer.bytes].view(_BUFFER_DTYPES[buffer.dtype]).view(buffer.shape)
         found[buffer.name] = part.zero_() if buffer.zeros else part
     return found

@@ -68,7 +68,7 @@ class TritonBackward:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {hidden}]")
         given = weights if weights.dtype in DTYPE_NAMES else weights.float()
         sizes = Sizes(x.shape[0], hidden, width, count, experts.shape[1], wide)
-        dx, dweights = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(weights.shape, dtype=torch.float32)
+        dx, dweights = x.new_empty(x.shape), x.new_empty(weights.shape, dtype=torch.float32)
         groups, results = self._results(dparams, needs[2:])
         config = backward_config(self.forward.config_for(sizes))
         tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
@@ -78,7 +78,7 @@ class TritonBackward:
         wanted = Wanted(needs[0], needs[1], groups, saved is not None)
         run(self._program(sizes, config, operands, wanted, tensors), tensors)
         return (
-            dx.to(x.dtype) if needs[0] else x.new_empty(0),
+            dx if needs[0] else x.new_empty(0),
             dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),
             dparams,
         )

@@ -13,8 +13,6 @@ from spellings_capacity import Groups, Top1, Top2
 from triton_cases import ATOMIC, SORTED, kernel, with_gate
 
 from moec.backend import Backend
-from moec.codegen.triton_launch import ALIGNED
-from moec.ir.bounds import up
 from moec.ir.formulas import capacity_at
 from moec.options import Options
 from moec.runtime import launch as runtime_launch
@@ -105,23 +103,18 @@ def test_a_declared_range_takes_one_block_for_every_call(capacity, monkeypatch):
     H, F, E = 16, 24, 3
     spec = with_gate("concat", "nk", True, True, "output")
     params, blocks, needed = make_params(spec.experts, H, F, E), [], []
-    arena, placed = runtime_launch.arena, runtime_launch._placed
 
-    def note(buffers, size):
-        if size:
-            blocks.append(size)
-            needed.append(sum(up(b.bytes, ALIGNED) for b in buffers))
+    def noted(make):
+        def note(built, x, size, *rest):
+            if size:
+                blocks.append(size)
+                needed.append(built.places[1])
+            return make(built, x, size, *rest)
 
-    def interpreted(buffers, x, size):
-        note(buffers, size)
-        return arena(buffers, x, size)
+        return note
 
-    def launched(built, x, size, addresses):
-        note(built.program.buffers, size)
-        return placed(built, x, size, addresses)
-
-    monkeypatch.setattr(runtime_launch, "arena", interpreted)
-    monkeypatch.setattr(runtime_launch, "_placed", launched)
+    for name in ("_views", "_placed"):  # in the interpreter, on a GPU
+        monkeypatch.setattr(runtime_launch, name, noted(getattr(runtime_launch, name)))
     triton = There(TritonKernel(spec, DEVICE))
     for T in (1, 7, 13, 40, 17):
         x, weights, experts = torch.randn(T, H), torch.rand(T, 2), within(T, E, max(4, -(-T // 2)))
