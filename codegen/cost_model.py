@@ -276,13 +276,18 @@ def least_bytes(sizes: Sizes, histogram: Sequence[int], dtype: str = "bf16", pro
     }
 
 
-def rows_past_codes(target: GpuTarget, dtype: str = "bf16") -> float:
+_CONVERTED = {"int8": 0.52, "fp8": 0.37}  # measured on an H100, of two layers (docs/kernels.md)
+
+
+def rows_past_codes(target: GpuTarget, dtype: str, element: str) -> float:
     """Rows an expert from which its matrices in 16 bits are no slower to multiply by than as codes of a byte.
 
     Codes halve what is read. From half as many rows as make a product (2 operations a row and number) take as long as
-    reading the matrix, arithmetic alone takes longer than reading codes, and converting them in the loop comes on top.
+    reading the matrix, arithmetic alone takes longer than reading codes; converting them in the loop comes on top, so
+    that it is a share of those rows.
     """
-    return _BYTES[dtype] * target.flops.get(dtype, target.flops["f32"]) / (4 * target.memory)
+    rows = _BYTES[dtype] * target.flops.get(dtype, target.flops["f32"]) / (4 * target.memory)
+    return _CONVERTED[element] * rows
 
 
 def tile_of(config: GpuConfig) -> tuple[int, int, int]:

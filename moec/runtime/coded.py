@@ -30,8 +30,8 @@ from moec.runtime.triton import TritonKernel
 class CodedKernel(TritonKernel):
     """A kernel over its own copy of the experts' matrices. It takes the user's parameters, like any kernel.
 
-    Where an expert has so many rows that arithmetic is the limit (`rows_past_codes`), the parameters themselves are
-    read: they are there, and nothing is to be converted. A configuration given by hand always reads the copy.
+    Where an expert has so many rows that converting costs more than reading saves (`rows_past_codes`), the parameters
+    themselves are read: they are there. A configuration given by hand always reads the copy.
     """
 
     def __init__(self, plain: TritonKernel, weights: str) -> None:
@@ -40,8 +40,9 @@ class CodedKernel(TritonKernel):
         self._copies = Copies(plain.spec.experts, self._copied)
         dtype = self.user.experts.dtype
         target = next((t for t in gpu_targets() if self.figures and t.name == self.figures.name), None)
+        coding = self.spec.experts.coding
         short = dtype != "f32"  # beside fp32's products, which no tensor core does, converting is nothing
-        self._many_rows = rows_past_codes(target, dtype) if target and short else math.inf
+        self._many_rows = rows_past_codes(target, dtype, coding.element) if target and short and coding else math.inf
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the user's spec."""
