@@ -7,6 +7,7 @@ Letters: T tokens, H hidden, F expert width, E experts, k experts a token.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,21 +59,40 @@ def _has(config: GpuConfig, target: GpuFigures | None) -> bool:
 
 @lru_cache(maxsize=64)
 def candidates(spec: KernelSpec, sizes: Sizes, target: GpuTarget, tiles: int = 6) -> tuple[GpuConfig, ...]:
-    """The default, then the `tiles` tiles that prior and model rank first, each in every way that the target has.
+    """The default, the same with one number changed, and the `tiles` tiles that prior and model rank first.
 
-    The model does not tell the ways of one tile apart: they follow one another, pointers first.
+    All of them by pointers; default and first tile also in every other way that the target has. The model knows neither
+    those nor what stages hide: a tile has as many as shared memory holds, since on an H100 fewer were always slower.
     """
     default = default_config(spec, sizes, target)
     if default.variant == "decode":
-        return (default,)
+        return tuple(dict.fromkeys((default, *_around(default, ("block_n", "block_k", "num_warps")))))
     ranked = rank_with_prior(tuple(_tiles(spec, target)), sizes, uniform_histogram(sizes), target, spec.experts.dtype)
     best: dict[tuple[int, int, int], GpuConfig] = {}
     for config, _ in ranked:
         best.setdefault(tile_of(config), config)
-    found = dict.fromkeys([default])
-    for config in (default, *list(best.values())[:tiles]):
-        found |= dict.fromkeys(_ways(replace(config, native_fp8=default.native_fp8), spec, sizes, target))
-    return tuple(found)
+    same = {"native_fp8": default.native_fp8, "group_m": default.group_m}
+    first = [_deepest(replace(config, **same), spec, target) for config in list(best.values())[:tiles]]
+    near = [c for c in _around(default, ("num_warps", "num_stages", "group_m")) if fits(c, target, spec.experts.dtype)]
+    ways = [way for config in (default, *first[:1]) for way in _ways(config, spec, sizes, target)]
+    return tuple(dict.fromkeys((default, *near, *first, *ways)))
+
+
+def _around(config: GpuConfig, names: tuple[str, ...]) -> Iterator[GpuConfig]:
+    """`config` with one of these numbers halved, or doubled; a number of stages is one less, or one more."""
+    for name in names:
+        value = int(getattr(config, name))
+        for changed in (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value):
+            with contextlib.suppress(CodegenError):  # a number that no kernel takes
+                yield replace(config, **{name: changed})
+
+
+def _deepest(config: GpuConfig, spec: KernelSpec, target: GpuTarget) -> GpuConfig:
+    """`config` with as many stages as fit; where operands are not copied ahead (AMD) its own."""
+    if not target.name.startswith("sm_"):
+        return config
+    deeper = (replace(config, num_stages=stages) for stages in (4, 3))
+    return next((c for c in deeper if fits(c, target, spec.experts.dtype)), config)
 
 
 def _tiles(spec: KernelSpec, target: GpuTarget) -> Iterator[GpuConfig]:
@@ -84,8 +104,7 @@ def _tiles(spec: KernelSpec, target: GpuTarget) -> Iterator[GpuConfig]:
 
 
 def _ways(config: GpuConfig, spec: KernelSpec, sizes: Sizes, target: GpuTarget) -> Iterator[GpuConfig]:
-    """One tile by pointers, by descriptors, persistent, specialised, as far as the target and the weights allow."""
-    yield config
+    """A tile by descriptors, persistent, specialised, as far as the target and the weights allow."""
     plain = contiguous(spec, sizes)
     for schedule in SCHEDULES[1:]:
         if schedule == "specialized" and config.block_m < 128:

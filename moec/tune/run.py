@@ -27,6 +27,7 @@ from moec.runtime import tune_cache
 from moec.runtime.tune_cache import DEFAULT, Entry, Key
 from moec.target import Target
 from moec.tune import gpu as tune_gpu
+from moec.tune.ahead import compile_ahead
 from moec.tune.job import Job, profile_name
 from moec.tune.search import Decision, Record, Standing, decide, search
 from moec.tune.worker import Worker
@@ -81,6 +82,9 @@ def tune(
     path = journal_path(job, folder)
     with _alone(path):
         journal = _open(path, job)
+        if job.device:
+            known = {record.candidate for record in journal.records()}
+            compile_ahead(job, [text for i, text in enumerate(journal.texts) if i not in known])
         worker = make_worker(job)
         try:
             decision = _run(journal, worker, budget, progress)
