@@ -23,9 +23,9 @@ from moec.compare.view import times_table
 from moec.compare.ways import MOEC, Budget, Row, Way, empty_cells, race
 from moec.demo.check import TOLERANCE, reference, relative_error
 from moec.demo.forms import MoE, make_moe
+from moec.ir.dtypes import DTYPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, RESULTS, Shape, add_ways, asked_for, check_names, library_block, wanted, write_json
+from common import RESULTS, Shape, add_ways, asked_for, check_names, library_block, wanted, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from moec.compare.measure import Ceilings
 from moec.demo.forms import Experts, MoE
+from moec.ir.dtypes import DTYPES
 from moec.tune.gpu import EventClock
 
 GPU_LAYERS: Mapping[str, Shape] = {

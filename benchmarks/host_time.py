@@ -31,7 +31,6 @@ CASES = {  # T, stacked, router
 }
 H, F, E, K = 256, 128, 128, 8
 DEVICE = torch.device("cuda", 0)
-POINTED = {"*bf16": torch.bfloat16, "*i32": torch.int32, "*i64": torch.int64}
 
 
 def stand_ins(folder: Path) -> None:
@@ -98,6 +97,7 @@ def microseconds(call: Callable[[], object], rounds: int) -> float:
 
 def one_launch(rounds: int) -> tuple[float, float]:
     """Microseconds of one launch of the first product at 64 tokens: Triton's own, and by addresses."""
+    from moec.ir.dtypes import TRITON
     from moec.runtime.triton import load_triton
 
     call, text = call_of(*CASES["64 tokens"])
@@ -105,7 +105,8 @@ def one_launch(rounds: int) -> tuple[float, float]:
     *_, (built, _) = load_triton(text, DEVICE, "ordered", "pointers")._ready.values()
     at = [launch.kernel for launch in built.program.launches].index("gate_up")
     launch, step = built.program.launches[at], built.compiled._variants[frozenset()][at]
-    tensors = [torch.empty(1, dtype=POINTED[a.type], device=DEVICE) for a in launch.arguments[: len(launch.pointers)]]
+    dtypes = [TRITON[a.type[1:]] for a in launch.arguments[: len(launch.pointers)]]
+    tensors = [torch.empty(1, dtype=dtype, device=DEVICE) for dtype in dtypes]
     addresses = {name: tensor.data_ptr() for name, tensor in zip(launch.pointers, tensors, strict=True)}
     theirs = getattr(built.module, launch.kernel)[launch.grid]
     return (

@@ -19,7 +19,6 @@ from time import thread_time
 
 import torch
 from common import (
-    DTYPES,
     LAYERS,
     Shape,
     add_race,
@@ -36,6 +35,7 @@ from rich.console import Console
 from moec.compare.measure import environment_line
 from moec.compare.ways import MOEC, Way
 from moec.compare.worker import Built
+from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import DTYPES, LAYERS, RESULTS, plain_layer, write_json
+from common import LAYERS, RESULTS, plain_layer, write_json
 from rich.console import Console
 
 from moec.compare.view import plain_table
+from moec.ir.dtypes import DTYPES
 
 DYNAMO = "Dynamo alone"  # torch.compile that compiles nothing: what any backend starts from
 WAYS = ("weights only", "eager", DYNAMO, "moec", "inductor")

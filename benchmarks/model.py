@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from common import (
-    DTYPES,
     LAYERS,
     RESULTS,
     Shape,
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from moec.compare.measure import Ceilings, Layer, environment_line, measure_ceilings
 from moec.compare.ways import MOEC, Budget, Row, Way, race
 from moec.compare.worker import Built
+from moec.ir.dtypes import DTYPES
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Of the logits' own size; where a token's choice of experts hangs on rounding, its logits may differ by more."""

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from common import DTYPES, LAYERS, RESULTS, Shape, check_names, panels, save_figure, write_json
+from common import LAYERS, RESULTS, Shape, check_names, panels, save_figure, write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from moec.compare.measure import Ceilings, Layer, environment_line, measure_ceilings
+from moec.ir.dtypes import DTYPES
 
 TOKENS = (1, 8, 64, 512, 2048)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from common import DTYPES, LAYERS, RESULTS, Shape, check_names, write_json
+from common import LAYERS, RESULTS, Shape, check_names, write_json
 from rich.console import Console
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from moec.codegen import twin
 from moec.compare.measure import Timing, environment_line, interleaved
 from moec.compare.view import plain_table
 from moec.demo.check import TOLERANCE, relative_error
+from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.backward import load_backward
 from moec.runtime.cpu import Kernel, load_kernel

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from common import (
-    DTYPES,
     LAYERS,
     Raced,
     Shape,
@@ -47,6 +46,7 @@ from moec.compare.ways import MOEC, Row, Way
 from moec.compare.worker import Built
 from moec.demo.check import TOLERANCE, relative_error
 from moec.demo.forms import MoE
+from moec.ir.dtypes import DTYPES
 from moec.runtime.cpu import release_workspace
 from moec.runtime.gradients import gradient_memory
 

@@ -20,13 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import DTYPES, LAYERS, RESULTS, check_names, write_json
+from common import LAYERS, RESULTS, check_names, write_json
 from rich.console import Console
 from rich.progress import track
 
 from moec.codegen.tuning import Sizes, candidates
 from moec.compare.measure import Timing, environment_line, interleaved
 from moec.compare.view import plain_table
+from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 from moec.tune.run import tune

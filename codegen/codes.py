@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moec.ir.coding import LARGEST, Coding
-from moec.ir.spec import STORED
+from moec.ir.dtypes import STORED
 
 
 def encoded(matrix: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
 from moec.gpu.target import GpuTarget
+from moec.ir.dtypes import STORED
 
 Array = NDArray[np.float64]
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "fp8": 1, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def quantities(
     counts = np.asarray([c for c in histogram if c > 0], np.float64)
     fields = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages")
     values: dict[str, Any] = {f: np.asarray([getattr(c, f) for c in configs], np.float64) for f in fields}
-    values |= {"columns": product.columns, "depth": product.depth, "element": _BYTES[dtype]}
+    values |= {"columns": product.columns, "depth": product.depth, "element": STORED[dtype].itemsize}
     values |= {"rows": float(counts.sum()), "hit": float(max(1, counts.size))}
     values["tiles"] = np.maximum(1.0, np.ceil(counts[None, :] / values["block_m"][:, None]).sum(1))
     values |= _of_target(target, dtype) | asdict(constants)
@@ -224,7 +224,8 @@ def _fitting(configs: tuple[GpuConfig, ...], target: GpuTarget, dtype: str) -> N
     m, n, k, warps, stages = (np.asarray([getattr(c, f) for c in configs], np.float64) for f in fields)
     held = stages - 1 + _groups(target, m, warps) if target.backend == "cuda" else np.maximum(1, stages - 1)
     sums = m * n / (target.warp * warps)
-    return (held * (m + n) * k * _BYTES[dtype] <= target.shared_bytes) & (sums <= (256 if target.warp == 64 else 200))
+    step = (m + n) * k * STORED[dtype].itemsize
+    return (held * step <= target.shared_bytes) & (sums <= (256 if target.warp == 64 else 200))
 
 
 def fits(config: GpuConfig, target: GpuTarget, dtype: str = "bf16") -> bool:
@@ -266,7 +267,7 @@ def rank(
 
 def least_bytes(sizes: Sizes, histogram: Sequence[int], dtype: str = "bf16", projections: int = 2) -> dict[str, int]:
     """The bytes that any fused layer moves: weights of the experts hit once, x once, h written and read, y once."""
-    each, hit, rows = _BYTES[dtype], sum(c > 0 for c in histogram), sum(histogram)
+    each, hit, rows = STORED[dtype].itemsize, sum(c > 0 for c in histogram), sum(histogram)
     weights = hit * (projections * sizes.H + sizes.O) * sizes.F * each
     return {
         "weights": weights,
@@ -286,7 +287,7 @@ def rows_past_codes(target: GpuTarget, dtype: str, element: str) -> float:
     reading the matrix, arithmetic alone takes longer than reading codes; converting them in the loop comes on top, so
     that it is a share of those rows.
     """
-    rows = _BYTES[dtype] * target.flops.get(dtype, target.flops["f32"]) / (4 * target.memory)
+    rows = STORED[dtype].itemsize * target.flops.get(dtype, target.flops["f32"]) / (4 * target.memory)
     return _CONVERTED[element] * rows
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moec.codegen import twin
 from moec.codegen.storage import Storage
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import KernelSpec
 
 
 @dataclass(frozen=True)

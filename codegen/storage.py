@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.errors import CodegenError
+from moec.ir.dtypes import STORED
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
-
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Storage:
     @property
     def itemsize(self) -> int:
         """Bytes of a number."""
-        return _BYTES[self.element]
+        return STORED[self.element].itemsize
 
     def column(self, depth: int) -> int:
         """Elements that one column of `depth` numbers takes in its panel, its scales among them."""

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Launch, Program
-from moec.ir.spec import STORED, KernelSpec
-
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i32": 4, "i64": 8, "i8": 1, "u8": 1, "fp8e4nv": 1}
+from moec.ir.dtypes import STORED, TRITON
+from moec.ir.spec import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
     for argument in launch.arguments:
         if not argument.type.startswith("*"):
             continue
-        name, each = argument.name, _BYTES[argument.type[1:]]
+        name, each = argument.name, TRITON[argument.type[1:]].itemsize
         if name in groups:
             table = 0 if load.spec.experts.stacked else load.hit * each
             found[name] = table + load.param_bytes(name)

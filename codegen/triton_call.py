@@ -15,10 +15,10 @@ from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_operands import Operands
 from moec.errors import CodegenError
 from moec.ir.bounds import Choices, Size, most
+from moec.ir.dtypes import BUFFERS
 from moec.ir.spec import KernelSpec
 
 _TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i32": "i32", "i64": "i64", "int8": "i8", "fp8": "u8"}
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "i32": 4, "i64": 8, "int8": 1, "fp8": 1}
 WIDE = 2**31
 """Offsets from here on want 64 bits."""
 
@@ -80,7 +80,7 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Its size; an expression where T is a symbol."""
-        return math.prod(self.shape) * _BYTES[self.dtype]
+        return math.prod(self.shape) * BUFFERS[self.dtype].itemsize
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from moec.codegen.plan import Sizes
 from moec.errors import CodegenError, ParseError
 from moec.gpu.target import gpu_targets
 from moec.ir.coding import Coding
+from moec.ir.dtypes import DTYPES
 from moec.ir.spec import KernelSpec
 
 VARIANTS = ("sorted", "decode")
 COMBINES = ("fused", "separate", "atomic")
 NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WEIGHTS = ("pointers", "descriptors")
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "str": str,
@@ -148,7 +148,7 @@ class GpuConfig:
         """
         direct = target is None or (target.name in ("sm_90", "sm_100") and self.block_m >= 64)
         copies = self.num_stages if direct else max(1, self.num_stages - 1)
-        return copies * self.block_k * (self.block_m + self.block_n) * _BYTES[dtype]
+        return copies * self.block_k * (self.block_m + self.block_n) * DTYPES[dtype].itemsize
 
 
 def check_target(config: GpuConfig, target: GpuFigures | None) -> GpuConfig:
@@ -172,8 +172,8 @@ def default_config(spec: KernelSpec, sizes: Sizes, target: GpuFigures | None = N
     Raises CodegenError where no kernel multiplies in the spec's dtype.
     """
     dtype = spec.experts.dtype
-    if dtype not in _BYTES:
-        raise CodegenError(f"no Triton kernel multiplies in {dtype!r}; expected {', '.join(_BYTES)}")
+    if dtype not in DTYPES:
+        raise CodegenError(f"no Triton kernel multiplies in {dtype!r}; expected {', '.join(DTYPES)}")
     tf32 = tf32 and dtype == "f32" and has_tf32(target)
     if _few_pairs(sizes):
         config = _decode(spec, sizes, target)

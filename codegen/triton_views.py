@@ -11,7 +11,8 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import power_of_two
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_operands import Operands
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec
 
 _ALIGNED = 16  # bytes
 

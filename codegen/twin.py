@@ -14,8 +14,9 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from moec.codegen.codes import decoded
+from moec.ir.dtypes import DTYPES
 from moec.ir.expr import derivative, evaluate
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec, widths
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec, widths
 
 
 def route(x: Tensor, router: Sequence[Tensor], k: int, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, Shape, layer_inputs, plain_layer, wanted
+from common import Shape, layer_inputs, plain_layer, wanted
 from torch import Tensor
 
 from moec.compare.ways import Way
 from moec.compare.worker import Built
 from moec.demo.forms import MoE
+from moec.ir.dtypes import DTYPES
 
 Call = Callable[[Tensor], Tensor]
 Make = Callable[[MoE, Path], Call]

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from common import (
-    DTYPES,
     LAYERS,
     Shape,
     add_race,
@@ -41,6 +40,7 @@ from rich.console import Console
 from moec.compare.measure import environment_line
 from moec.compare.ways import MOEC, Way
 from moec.compare.worker import Built
+from moec.ir.dtypes import DTYPES
 from moec.options import Environment
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

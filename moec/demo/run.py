@@ -18,7 +18,7 @@ from moec.compare.ways import MOEC, Budget, Row, Way, race
 from moec.compare.worker import Built
 from moec.demo.check import TOLERANCE, Checked, check, reference, relative_error
 from moec.demo.forms import Experts, GatheredExperts, GroupedExperts, MoE, make_moe, with_experts
-from moec.ir.spec import DTYPES
+from moec.ir.dtypes import DTYPES
 from moec.report import Report
 from moec.tools.typed import DemoSize
 

@@ -27,7 +27,6 @@ from moec.gpu.figures import Figures, read_figures
 from moec.gpu.target import GpuTarget
 
 _TEXTS = ("ttir", "ttgir", "llir", "ptx", "sass", "usage", "amdgcn")
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "i1": 1, "fp8e4nv": 1, "fp8e5": 1}
 
 
 @dataclass(frozen=True)

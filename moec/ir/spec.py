@@ -19,12 +19,7 @@ import torch
 from moec.errors import ParseError
 from moec.ir import expr as ex
 from moec.ir.coding import Coding
-
-DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
-
-STORED: dict[str, torch.dtype] = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""The dtype of what a parameter may be stored in."""
+from moec.ir.dtypes import DTYPES, STORED
 
 N = TypeVar("N", int, sympy.Expr)  # a size, or its letter
 

@@ -13,9 +13,10 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, check_target, default_config
 from moec.codegen.triton_launch import Launch, program
 from moec.errors import CodegenError, OptionError, ParseError
-from moec.gpu.offline import DTYPE_BYTES, Job, Pointer
+from moec.gpu.offline import Job, Pointer
 from moec.gpu.target import GpuTarget, gpu_target
-from moec.ir.spec import STORED, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES, STORED
+from moec.ir.spec import ExpertsSpec, KernelSpec
 
 _SMALL = 1 << 20  # bytes of tensors whose size never matters: biases, routing weights
 
@@ -69,10 +70,7 @@ def kernel_jobs(request: Request) -> tuple[KernelJob, ...]:
         raise OptionError(f"no GPU kernels: {error}") from error
     extents = tensor_bytes(request.spec, request.sizes)
     for buffer in plan.buffers:
-        elements = 1
-        for extent in buffer.shape:
-            elements *= extent
-        extents[buffer.name] = elements * _bytes(buffer.dtype)
+        extents[buffer.name] = buffer.bytes
     return tuple(KernelJob(launch, _job(source, launch, extents)) for launch in plan.launches)
 
 
@@ -84,22 +82,18 @@ def _job(source: str, launch: Launch, extents: Mapping[str, int]) -> Job:
     return Job(source, launch.kernel, arguments, launch.num_warps, launch.num_stages)
 
 
-def _bytes(dtype: str) -> int:
-    return STORED[dtype].itemsize if dtype in STORED else DTYPE_BYTES[dtype]
-
-
 def tensor_bytes(spec: KernelSpec, sizes: Sizes) -> dict[str, int]:
     """Bytes of the call's tensors by name, as far as a compiler's choices depend on them."""
     e, s = spec.experts, sizes
-    each = _bytes(e.dtype)
-    extents = {"x": s.T * s.H * each, "router": s.E * s.H * each, "y": s.T * s.O * _bytes(spec.y_dtype)}
+    each = DTYPES[e.dtype].itemsize
+    extents = {"x": s.T * s.H * each, "router": s.E * s.H * each, "y": s.T * s.O * DTYPES[spec.y_dtype].itemsize}
     return extents | {group: _group_bytes(e, group, s) for group in e.param_groups}
 
 
 def _group_bytes(e: ExpertsSpec, group: str, sizes: Sizes) -> int:
     if not e.stacked:
         return 8 * sizes.E  # a table of pointers
-    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F, sizes.O)) * _bytes(e.stored(group))
+    return sizes.E * math.prod(e.shape(group, sizes.H, sizes.F, sizes.O)) * STORED[e.stored(group)].itemsize
 
 
 def parse_spec(text: str) -> KernelSpec:

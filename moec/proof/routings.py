@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.ir.dtypes import GRAPH_DTYPES
 from moec.ir.graph import Type
-from moec.passes.raising.raise_graph import DTYPE_WORDS
 from moec.proof.copying import Leaf, Unprovable
 from moec.proof.region import Pair
 from moec.proof.sizes import Sizes
 
-DTYPES: Mapping[str, torch.dtype] = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 WIDENED = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """What becomes fp64 where the rewrite's structure is compared."""
 
@@ -79,9 +78,9 @@ def values(pair: Pair, trial: Trial, sizes: Sizes, seed: int = 0) -> dict[str, T
 
 def dtype_of(kind: Type, exact: bool) -> torch.dtype:
     """The dtype of a leaf; raises Unprovable for one that torch cannot make here."""
-    if kind.dtype not in DTYPES:
+    if kind.dtype not in GRAPH_DTYPES:
         raise Unprovable(f"a value of type {kind} cannot be made up")
-    dtype = DTYPES[kind.dtype]
+    dtype = GRAPH_DTYPES[kind.dtype]
     return torch.float64 if exact and dtype in WIDENED else dtype
 
 

@@ -19,7 +19,8 @@ from moec.codegen.cpp import emit_backward
 from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec
+from moec.ir.dtypes import DTYPE_NAMES, DTYPES
+from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.runtime.cpu import CODES, bindings, workspace
 from moec.target import Target

@@ -17,7 +17,7 @@ from moec.codegen.cost_model import rows_past_codes
 from moec.codegen.encode import coded_spec, encode
 from moec.errors import CodegenError
 from moec.gpu.target import gpu_targets
-from moec.ir.spec import DTYPES
+from moec.ir.dtypes import DTYPES
 from moec.report import PackRecord
 from moec.runtime.binding import checked_sizes
 from moec.runtime.bound import Bound, bind

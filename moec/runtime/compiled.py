@@ -18,11 +18,8 @@ from typing import Any
 import torch
 
 from moec.codegen.triton_call import Launch, Program
+from moec.ir.dtypes import TRITON
 
-_POINTED = {
-    "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*i32": torch.int32, "*i64": torch.int64,
-    "*i8": torch.int8, "*u8": torch.uint8, "*fp8e4nv": torch.float8_e4m3fn,
-}  # fmt: skip
 _ALIGNED = 16  # bytes that Triton specialises kernels by
 
 
@@ -96,7 +93,7 @@ class Compiled:
         pointers = launch.pointers
         rest = tuple(a.value for a in launch.arguments[len(pointers) :])
         described = [
-            _Pointer(_POINTED[a.type], int(name in odd), self._reach[name])
+            _Pointer(TRITON[a.type[1:]], int(name in odd), self._reach[name])
             for name, a in zip(pointers, launch.arguments, strict=False)
         ]
         x, y, z = (*launch.grid, 1, 1)[:3]

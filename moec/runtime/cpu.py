@@ -21,7 +21,8 @@ from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.storage import Storage
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
+from moec.ir.dtypes import DTYPE_NAMES, DTYPES
+from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.options import Environment
 from moec.runtime import tune_cache
 from moec.runtime.binding import Bindings, checked_sizes

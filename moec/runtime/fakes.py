@@ -13,8 +13,9 @@ from torch import Tensor
 from moec.codegen import twin
 from moec.codegen.backward_plan import saves_activations
 from moec.errors import CodegenError
+from moec.ir.dtypes import DTYPES
 from moec.ir.engine import Engine
-from moec.ir.spec import DTYPES, KernelSpec, widths
+from moec.ir.spec import KernelSpec, widths
 
 
 def saved_rows(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str, engine: str, save: str) -> Tensor:

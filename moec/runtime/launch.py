@@ -18,10 +18,8 @@ from moec.codegen.triton_call import Argument, Program, places
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_launch import ALIGNED
 from moec.errors import BuildError, CodegenError, MoecError
-from moec.ir.spec import DTYPES
+from moec.ir.dtypes import BUFFERS
 from moec.runtime.compiled import Compiled
-
-_BUFFER_DTYPES = {**DTYPES, "i32": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def _views(built: Built, x: Tensor, reserved: int) -> dict[str, Tensor]:
     block = x.new_empty(max(reserved, end), dtype=torch.uint8)
     found: dict[str, Tensor] = {}
     for buffer, begin in zip(built.program.buffers, begins, strict=True):
-        part = block[begin : begin + buffer.bytes].view(_BUFFER_DTYPES[buffer.dtype]).view(buffer.shape)
+        part = block[begin : begin + buffer.bytes].view(BUFFERS[buffer.dtype]).view(buffer.shape)
         found[buffer.name] = part.zero_() if buffer.zeros else part
     return found
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from moec.codegen import twin
 from moec.errors import BuildError, CodegenError, MoecError
+from moec.ir.dtypes import DTYPE_NAMES
 from moec.ir.engine import Engine
-from moec.ir.spec import DTYPE_NAMES, KernelSpec
+from moec.ir.spec import KernelSpec
 from moec.runtime.backward import BackwardKernel, fresh, load_backward
 from moec.runtime.coded import coded_kernel
 from moec.runtime.cpu import Kernel, kernel_source, load_kernel

@@ -22,7 +22,8 @@ from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.storage import Storage, panel_spec, storage_of
 from moec.codegen.tuning import Sizes, Tuning
 from moec.errors import BuildError, CodegenError
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.report import PackRecord
 from moec.runtime.copies import Copies

@@ -28,8 +28,9 @@ from moec.codegen.triton_schedule import scheduled
 from moec.codegen.triton_views import undescribable
 from moec.errors import BuildError, CodegenError
 from moec.ir.bounds import in_tokens
+from moec.ir.dtypes import DTYPE_NAMES, DTYPES
 from moec.ir.formulas import capacity_at
-from moec.ir.spec import DTYPE_NAMES, DTYPES, KernelSpec, stored_dtypes
+from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.ir.token_range import TokenRange
 from moec.runtime.bound import Bound, Bounds
 from moec.runtime.launch import Built, built, run

@@ -18,7 +18,7 @@ from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_emit import load
 from moec.codegen.triton_operands import Operands
 from moec.errors import BuildError, CodegenError
-from moec.ir.spec import DTYPE_NAMES, DTYPES
+from moec.ir.dtypes import DTYPE_NAMES, DTYPES
 from moec.runtime.bound import table_of
 from moec.runtime.launch import Built, built, run
 from moec.runtime.triton import TritonKernel, load_triton, rows_of

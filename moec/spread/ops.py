@@ -20,8 +20,9 @@ from moec.codegen import twin
 from moec.errors import CodegenError
 from moec.exchange.process_groups import group_named
 from moec.exchange.travel import Exchange
+from moec.ir.dtypes import DTYPES
 from moec.ir.engine import Engine
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.spec import KernelSpec
 from moec.runtime.fakes import experts_backward_fake, experts_fake
 from moec.runtime.ops import Ops, by_input, no_second_gradient, register, wanted
 from moec.spread.hop import Hop

@@ -14,8 +14,9 @@ from moec.errors import TargetError
 from moec.exchange.cost import Reach, RowBytes, Rows, chances_of, reach, recorded_reach, rows_of
 from moec.exchange.placement import Placement, Placements
 from moec.exchange.placing import place, together
+from moec.ir.dtypes import DTYPES
 from moec.ir.site_parse import parse_site
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.spec import KernelSpec
 from moec.report import Report, Site
 from moec.sizing.loads import Load
 from moec.sizing.site_sizes import sizes_of

@@ -8,7 +8,8 @@ import sympy
 
 from moec.codegen.tuning import Sizes
 from moec.errors import TargetError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.report import Report, Site
 
 

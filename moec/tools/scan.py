@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 from moec.backend import Backend, Compiled
 from moec.capture.breaks import Mark
 from moec.errors import TargetError
+from moec.ir.dtypes import GRAPH_DTYPES, GRAPH_NAMES
 from moec.options import Options
-from moec.passes.raising.raise_graph import DTYPE_WORDS, Raised, fake
+from moec.passes.raising.raise_graph import Raised, fake
 from moec.pipeline import Facts
 from moec.report import Report
 from moec.tools.loading import Target
@@ -154,14 +155,13 @@ def _quiet() -> Generator[None]:
 
 def _shapes(args: Any) -> str:
     tensors = [t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
-    return ", ".join(f"{DTYPE_WORDS.get(t.dtype, t.dtype)}[{', '.join(map(str, t.shape))}]" for t in tensors)
+    return ", ".join(f"{GRAPH_NAMES.get(t.dtype, t.dtype)}[{', '.join(map(str, t.shape))}]" for t in tensors)
 
 
 def parse_input(text: str) -> Tensor:
     """`f32[2, 7, 64]` → a tensor without data."""
     matched = re.fullmatch(r"\s*(\w+)\s*\[([\d,\s]*)\]\s*", text)
-    dtypes = {word: dtype for dtype, word in DTYPE_WORDS.items()}
-    if matched is None or matched[1] not in dtypes:
+    if matched is None or matched[1] not in GRAPH_DTYPES:
         raise TargetError(f"--input {text!r} is not a tensor; for example --input 'f32[2, 7, 64]'")
     sizes = [int(n) for n in cast("str", matched[2]).split(",") if n.strip()]
-    return torch.empty(sizes, dtype=dtypes[matched[1]], device="meta")
+    return torch.empty(sizes, dtype=GRAPH_DTYPES[matched[1]], device="meta")

@@ -20,7 +20,8 @@ from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_schedule import candidates
 from moec.errors import OptionError
 from moec.gpu.target import gpu_target
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import KernelSpec
 from moec.runtime.coded import coded_kernel
 from moec.runtime.cpu import param_shapes
 from moec.runtime.triton import load_triton, triton

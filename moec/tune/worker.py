@@ -15,7 +15,8 @@ import torch
 
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning, default_tuning
-from moec.ir.spec import DTYPES, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import KernelSpec
 from moec.runtime.cpu import load_kernel, param_shapes
 from moec.runtime.packed import load_packed
 from moec.tune.gpu import GpuBench

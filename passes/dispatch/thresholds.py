@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import sympy
 
+from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Arg, Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
-from moec.ir.spec import DTYPES
 from moec.passes.rows.body import BodyMatch
 from moec.passes.rows.lift import FLOATS, Lift, Lifter, same
 from moec.passes.rows.pairs import Writer

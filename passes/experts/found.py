@@ -8,9 +8,9 @@ import sympy
 import torch
 
 from moec.ir import expr as ex
+from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
-from moec.ir.spec import DTYPES
 from moec.passes.canonical.rewriter import STORED
 from moec.passes.dispatch.combine import Combined
 from moec.passes.rows.body import NOTHING, BodyMatch

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import sympy
 
 from moec.ir.dims import dim_text
+from moec.ir.dtypes import DTYPES
 from moec.ir.formulas import at_least
 from moec.ir.graph import Arg, Dim, Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
-from moec.ir.spec import DTYPES
 from moec.passes.capacity.infer import always, longest
 from moec.passes.capacity.priority import queued_as
 from moec.passes.capacity.products import distinct

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import sympy
 
 from moec.ir.dims import dim_text
+from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Arg, Instr, Ref, Type
 from moec.ir.match import NoMatch
-from moec.ir.spec import DTYPES
 from moec.passes.grid.rows import Grid, on_grid, parameter
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.body import BodyMatch, match_body

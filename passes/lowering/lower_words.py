@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.ir.dtypes import GRAPH_DTYPES
 from moec.ir.graph import Dim, Instr
-from moec.ir.spec import DTYPES
-
-_DTYPES = {**DTYPES, "bool": torch.bool, "i64": torch.int64, "f64": torch.float64}
 
 Make = Callable[[fx.Graph, Instr, list[Any]], fx.Node]
 """Makes the FX node of an instruction from its operands, which are nodes, lists of nodes, or literals."""
@@ -59,12 +57,12 @@ def _call(function: Callable[..., Any], *names: str) -> Make:
 
 def _sum(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
     """With its dtype, or autocast would choose one."""
-    dims, keepdim, dtype = instr.attr("dims"), instr.attr("keepdim"), _DTYPES[instr.types[0].dtype]
+    dims, keepdim, dtype = instr.attr("dims"), instr.attr("keepdim"), GRAPH_DTYPES[instr.types[0].dtype]
     return graph.call_function(torch.sum, (args[0], dims, keepdim), {"dtype": dtype})
 
 
 def _cast(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
-    return graph.call_method("to", (args[0], _DTYPES[str(instr.attr("dtype"))]))
+    return graph.call_method("to", (args[0], GRAPH_DTYPES[str(instr.attr("dtype"))]))
 
 
 def _gather(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:

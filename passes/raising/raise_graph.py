@@ -18,20 +18,8 @@ import torch
 from torch import fx
 
 import moec.ir.graph
+from moec.ir.dtypes import GRAPH_NAMES
 from moec.ir.graph import Arg, Attr, Graph, Instr, Ref, Type, normal_dim
-
-DTYPE_WORDS: Mapping[torch.dtype, str] = {
-    torch.float32: "f32",
-    torch.float64: "f64",
-    torch.bfloat16: "bf16",
-    torch.float16: "f16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "bool",
-}
 
 ANY = Type("any")
 
@@ -99,7 +87,7 @@ class Builder:
         if isinstance(arg, (tuple, list)):
             return tuple(self.value(a) for a in arg)
         if isinstance(arg, torch.dtype):
-            return DTYPE_WORDS.get(arg, str(arg))
+            return GRAPH_NAMES.get(arg, str(arg))
         if isinstance(arg, (bool, int, float, str)) or arg is None:
             return arg
         return str(arg)
@@ -162,7 +150,7 @@ def _plain_type(dtype: torch.dtype, shape: tuple[int, ...]) -> Type:
 
 
 def _dtype_word(dtype: torch.dtype) -> str:
-    return DTYPE_WORDS.get(dtype, str(dtype))
+    return GRAPH_NAMES.get(dtype, str(dtype))
 
 
 def dim_of(size: Any) -> sympy.Expr:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from moec.ir.dtypes import GRAPH_NAMES
 from moec.ir.expr import POINTWISE
 from moec.ir.graph import Arg, Ref
-from moec.passes.raising.raise_graph import ANY, DTYPE_WORDS, Builder, fake, opaque, type_of_fake
+from moec.passes.raising.raise_graph import ANY, Builder, fake, opaque, type_of_fake
 
 
 def key_of(node: fx.Node) -> str:
@@ -164,7 +165,7 @@ def raise_cast(build: Builder, node: fx.Node) -> Arg | None:
     before = fake(source) if isinstance(source, fx.Node) else None
     if not isinstance(before, torch.Tensor) or not isinstance(result, torch.Tensor) or before.device != result.device:
         return None
-    return cast(build, build.value(source), DTYPE_WORDS.get(result.dtype, str(result.dtype)))
+    return cast(build, build.value(source), GRAPH_NAMES.get(result.dtype, str(result.dtype)))
 
 
 def raise_same(build: Builder, node: fx.Node) -> Arg | None:

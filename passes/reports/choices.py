@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moec.ir.graph import Graph, Instr
+from moec.passes.rows.lift import FLOATS
 
-FLOATS = frozenset({"f32", "f64", "bf16", "f16"})
 _NOT_CHOICES = frozenset({"anchor", "anchor_range", "cast", "size", "assert", "effect"})
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from moec.ir import expr as ex
+from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Arg, Graph, Instr, Ref
 from moec.ir.match import NoMatch
-from moec.ir.spec import DTYPES, RouterSpec
+from moec.ir.spec import RouterSpec
 from moec.passes.routers.scores import Score, linear, read_score, read_step
+from moec.passes.rows.lift import FLOATS
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,9 @@ def uncast(graph: Graph, name: str) -> str:
     return name
 
 
-_FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
-
-
 def _keeps(graph: Graph, cast: Instr) -> bool:
     """Whether a cast keeps numbers up to rounding: floats become floats, and what is whole stays as it is."""
-    return cast.types[0].dtype in _FLOATS or graph.types[cast.uses[0]].dtype not in _FLOATS
+    return cast.types[0].dtype in FLOATS or graph.types[cast.uses[0]].dtype not in FLOATS
 
 
 def match_router(graph: Graph, weights: str, choice: str) -> RouterMatch | NoMatch:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import sympy
 
 from moec.ir import expr as ex
+from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Dim, Graph
 from moec.ir.match import NoMatch
 from moec.ir.spec import ExpertsSpec
@@ -15,8 +16,6 @@ from moec.passes.rows.rows import Apply, Cast, Dot, Expert, Gate, Number, Row, S
 
 NOTHING = "*0"
 """Behind a parameter's name: as many zeros, for a projection that has no bias where the other has one."""
-
-PARAM_DTYPES = frozenset({"f32", "bf16", "f16"})
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _activation(graph: Graph, row: Row, found: list[Projection], tokens: set[Row
         case Number(value):
             return ex.Const(value)
         case Cast(inner, dtype):
-            if dtype not in PARAM_DTYPES:
+            if dtype not in DTYPES:
                 return NoMatch(f"an activation is cast to {dtype}")
             return _activation(graph, inner, found, tokens)
         case Apply("pow", (base, Number(2.0))):
@@ -325,7 +324,7 @@ def _stored(graph: Graph, parts: _Parts, first: int | None) -> tuple[Dim, str, s
     if isinstance(coded, NoMatch):
         return coded
     codes, dtype = coded
-    if dtype not in PARAM_DTYPES or {b.to or graph.types[b.values[0]].dtype for b in parts.biases} - {dtype}:
+    if dtype not in DTYPES or {b.to or graph.types[b.values[0]].dtype for b in parts.biases} - {dtype}:
         return NoMatch(f"matrices are used in {dtype}, biases in another dtype or kernels know neither", depth=6)
     if len({_layout(p.weight, p.axis) for p in parts.first}) > 1:
         return NoMatch("the projections are stored in different layouts", depth=6)
@@ -360,7 +359,7 @@ def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMa
         counts = {sympy.Integer(first)}
     if len(counts) != 1 or len({t.stacked for t in tensors}) != 1:
         return NoMatch(f"parameters disagree on the number of experts: {sorted(map(str, counts))}", depth=6)
-    if len(dtypes) != 1 or not dtypes <= PARAM_DTYPES:
+    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
         return NoMatch(f"experts' parameters are {', '.join(sorted(dtypes))}, expected one of f32, bf16, f16", depth=6)
     if any(len(kinds) > 1 for kinds in stored):
         return NoMatch("one parameter's dtype differs from expert to expert", depth=6)

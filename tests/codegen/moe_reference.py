@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moec.codegen import twin
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, widths
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, widths
 
 _GATE = "mul(clamp_max(a, 7.0), sigmoid(mul(1.702, clamp_max(a, 7.0))))"
 CLAMPED = f"mul({_GATE}, add(clamp_max(clamp_min(b, -7.0), 7.0), 1.0))"

@@ -11,7 +11,8 @@ from moec.codegen import backward_plan, cpp, twin
 from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.backward import load_backward
 from moec.runtime.cpu import load_kernel
 from moec.target import Target

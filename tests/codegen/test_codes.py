@@ -10,7 +10,8 @@ from moe_reference import relative, routing
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.backward import load_backward
 from moec.runtime.cpu import load_kernel
 from moec.runtime.packed import load_packed

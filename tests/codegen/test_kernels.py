@@ -9,7 +9,8 @@ from moe_reference import CLAMPED, layer, make_params, relative, routing
 
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime.cpu import load_kernel
 from moec.target import Target
 

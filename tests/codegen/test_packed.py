@@ -8,7 +8,8 @@ from moec.codegen import twin
 from moec.codegen.pack import pack
 from moec.codegen.storage import Storage, storage_of
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime.packed import load_packed, pack_log
 from moec.target import Target
 

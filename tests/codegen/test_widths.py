@@ -7,7 +7,8 @@ from moe_reference import PHI, layer, make_params, relative, routing
 from moec.codegen import cpp, twin
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, widths
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, widths
 from moec.runtime.backward import load_backward
 from moec.runtime.cpu import load_kernel
 from moec.runtime.packed import load_packed

@@ -19,7 +19,8 @@ from moec.codegen.triton_config import GpuConfig, default_config, sorted_config
 from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
 from moec.gpu.target import gpu_target
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.triton import TritonKernel, load_triton
 from moec.runtime.triton_backward import TritonBackward, load_triton_backward
 

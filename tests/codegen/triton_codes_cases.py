@@ -18,7 +18,8 @@ from moec.codegen.codes import decoded, encoded
 from moec.codegen.encode import encode
 from moec.codegen.plan import Sizes
 from moec.ir.coding import LARGEST, Coding
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime.coded import CodedKernel, coded_kernel
 from moec.runtime.packed import pack_log
 from moec.runtime.triton import TritonKernel, load_triton

@@ -13,7 +13,8 @@ from triton_cases import DECODE, LIMITS, SORTED, kernel
 
 import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 ROUTERS = {
     "plain": RouterSpec(),

@@ -13,7 +13,8 @@ from moec.backend import Backend
 from moec.codegen.plan import Sizes
 from moec.codegen.traffic import Load, moved_bytes
 from moec.codegen.triton_launch import program
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.options import Options
 from moec.runtime.triton import TritonKernel
 

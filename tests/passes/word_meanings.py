@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from moec.ir.dtypes import GRAPH_DTYPES
 from moec.ir.graph import Instr, Ref
 from moec.ir.text import dump
-from moec.passes.raising.raise_graph import DTYPE_WORDS, Raised
+from moec.passes.raising.raise_graph import Raised
 from moec.passes.raising.vocabulary import raise_fx
 from moec.passes.raising.words import BINARY, UNARY
-
-TORCH = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 
 
 class Unknown:
@@ -84,10 +83,10 @@ class Words:
             found = self.evaluate(instr, values)
             results = found if isinstance(found, (tuple, list)) and len(instr.results) > 1 else (found,)
             for name, kind, value in zip(instr.results, instr.types, results, strict=True):
-                if isinstance(value, torch.Tensor) and kind.dtype in TORCH:
+                if isinstance(value, torch.Tensor) and kind.dtype in GRAPH_DTYPES:
                     self.bind(kind, value)
                     assert tuple(value.shape) == self.shape(kind), f"{instr}: {tuple(value.shape)}"
-                    value = value.to(TORCH[kind.dtype])
+                    value = value.to(GRAPH_DTYPES[kind.dtype])
                 values[name] = value
         return values
 
@@ -176,7 +175,7 @@ def meaning_of(instr: Instr, args: list[Any], attrs: dict[str, Any], shape) -> A
         for dim in sorted(attrs["dims"], reverse=True):
             x = REDUCE[word](x, dim=dim, keepdim=attrs["keepdim"])
         return x
-    dtype = TORCH.get(instr.types[0].dtype)
+    dtype = GRAPH_DTYPES.get(instr.types[0].dtype)
     return STRUCTURE[word](args, attrs, shape, dtype)
 
 
@@ -222,7 +221,7 @@ STRUCTURE = {
     "repeat_interleave": lambda a, at, s, d: a[0].repeat_interleave(at["repeats"], at["dim"]),
     "cat": lambda a, at, s, d: torch.cat(a[0], at["dim"]),
     "stack": lambda a, at, s, d: torch.stack(a[0], at["dim"]),
-    "cast": lambda a, at, s, d: a[0].to(TORCH[at["dtype"]]),
+    "cast": lambda a, at, s, d: a[0].to(GRAPH_DTYPES[at["dtype"]]),
     "same": lambda a, at, s, d: a[0],
     "detach": lambda a, at, s, d: a[0],
     "softmax": lambda a, at, s, d: a[0].softmax(at["dim"]),

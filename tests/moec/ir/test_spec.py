@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.errors import ParseError
-from moec.ir.spec import DTYPE_NAMES, DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 DTYPE = st.sampled_from(sorted(DTYPES))
@@ -102,7 +103,3 @@ def test_activation_is_an_expression():
     assert str(ExpertsSpec().phi) == "mul(silu(a), b)"
     with pytest.raises(ParseError, match="unknown pointwise function 'sin'"):
         _ = ExpertsSpec(activation="sin(a)").phi
-
-
-def test_dtypes_and_their_names_are_inverse():
-    assert {name: DTYPE_NAMES[dtype] for name, dtype in DTYPES.items()} == {name: name for name in DTYPES}

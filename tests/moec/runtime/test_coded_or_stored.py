@@ -5,7 +5,8 @@ import torch
 
 from moec.codegen.plan import Sizes
 from moec.gpu.target import gpu_target
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import triton as runtime_triton
 from moec.runtime.coded import CodedKernel, coded_kernel
 from moec.runtime.triton import TritonKernel

@@ -12,7 +12,8 @@ from triton.runtime import jit
 import moec
 from moec.codegen.triton_emit import _load
 from moec.errors import BuildError
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import ops as runtime
 from moec.runtime.triton import load_triton
 from moec.runtime.triton_backward import load_triton_backward

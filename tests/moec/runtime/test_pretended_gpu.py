@@ -16,7 +16,8 @@ from moec.codegen.triton_emit import emit
 from moec.codegen.triton_launch import launches
 from moec.errors import BuildError, CodegenError
 from moec.gpu.target import family_of, gpu_target
-from moec.ir.spec import DTYPES, ExpertsSpec, KernelSpec, RouterSpec
+from moec.ir.dtypes import DTYPES
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.options import Options
 from moec.report import Report
 from moec.runtime import bound as runtime_bound
