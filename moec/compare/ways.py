@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -97,12 +98,8 @@ class Progress(Protocol):
         ...
 
 
-class Slow(Exception):
-    """A process did not answer in time."""
-
-
-class Lost(Exception):
-    """A process ended, or did not answer, while `way` was being timed."""
+class NoAnswer(Exception):
+    """The process of `way` said that it failed, ended, or did not answer in time."""
 
     def __init__(self, way: str, why: str) -> None:
         super().__init__(f"{way}: {why}")
@@ -118,17 +115,23 @@ class Worker:
     pipe: Connection
     lost: str = ""
 
-    def ask(self, question: tuple[str, int], seconds: float) -> Any:
-        """Its answer; raises Slow after `seconds`, RuntimeError with its own words where it failed."""
-        self.pipe.send(question)
-        if not self.pipe.poll(max(seconds, 0.0)):
-            raise Slow
-        answer, value = self.pipe.recv()
+    def ask(self, word: str, tokens: int, seconds: float, doing: str) -> float:
+        """Its answer; raises NoAnswer where there is none after `seconds` (the process is stopped) or it failed."""
+        try:
+            self.pipe.send((word, tokens))
+            if not self.pipe.poll(max(seconds, 0.0)):
+                self.end()
+                self.lost = f"its process was stopped at {tokens_text(tokens)}"
+                raise NoAnswer(self.way.name, f"> {max(seconds, 0.0):.0f} s (stopped {doing})")
+            answer, value = self.pipe.recv()
+        except (EOFError, OSError):
+            self.lost = f"its process {self._ended()} at {tokens_text(tokens)}"
+            raise NoAnswer(self.way.name, f"fails: {self.lost}") from None
         if answer == "failed":
-            raise RuntimeError(value)
+            raise NoAnswer(self.way.name, f"fails: {value}")
         return value
 
-    def ended(self) -> str:
+    def _ended(self) -> str:
         """How the process ended that closed its pipe: `ended by itself`, or by which signal."""
         self.process.join(1.0)
         code = self.process.exitcode or 0
@@ -213,29 +216,14 @@ def _times(running: _Race, ways: Sequence[Way], tokens: int, seconds: float) -> 
     """Timings of what is ready; of a process that was ended since, the one warm call that it had made."""
     known = {way.name: running.workers[way.name] for way in ways if (tokens, way.name) in running.first}
     once = {name: summary([running.first[tokens, name]]) for name, worker in known.items() if worker.lost}
-    alive = {name: _timer(worker, tokens) for name, worker in known.items() if not worker.lost}
+    question = ("time", tokens, START_SECONDS, "while it was timed")
+    alive = {name: partial(worker.ask, *question) for name, worker in known.items() if not worker.lost}
     while True:  # anew without a way whose process is lost meanwhile (the machine's memory ran out, say)
         try:
             return once | interleaved(alive, running.budget.repeats, seconds)
-        except Lost as error:
+        except NoAnswer as error:
             del alive[error.way]
-            running.workers[error.way].lost = error.why
-            running.skipped[tokens, error.way] = f"fails: {error.why}"
-
-
-def _timer(worker: Worker, tokens: int) -> Callable[[], float]:
-    def seconds() -> float:
-        try:
-            return worker.ask(("time", tokens), START_SECONDS)
-        except Slow:
-            worker.end()
-            raise Lost(worker.way.name, f"one call took more than {START_SECONDS:.0f} s") from None
-        except (EOFError, OSError):
-            raise Lost(worker.way.name, f"its process {worker.ended()} at {tokens_text(tokens)}") from None
-        except RuntimeError as error:
-            raise Lost(worker.way.name, str(error)) from None
-
-    return seconds
+            running.skipped[tokens, error.way] = error.why
 
 
 def _skip(running: _Race, way: Way, tokens: int) -> str:
@@ -261,23 +249,13 @@ def _prepare(running: _Race, way: Way, tokens: int) -> str:
     wanted, left = running.budget.prepare, running.budget.left_to_prepare()
     seconds = max(START_SECONDS, wanted) if way.ours else min(wanted, left)
     worker = known or running.workers.setdefault(way.name, running.stack.enter_context(_started(way)))
-    start = time.perf_counter()
+    doing = "while compiling" if way.compiles else "in its first call"
     try:
         if known is None:
-            worker.ask(("start", tokens), START_SECONDS)
-            start = time.perf_counter()
-        running.first[tokens, way.name] = worker.ask(("first", tokens), seconds)
-    except Slow:
-        waited = time.perf_counter() - start
-        worker.end()
-        worker.lost = f"its process was stopped at {tokens_text(tokens)}"
-        what = "while compiling" if way.compiles else "in its first call"
-        return f"> {waited:.0f} s (stopped {what})"
-    except (EOFError, OSError):
-        worker.lost = f"its process {worker.ended()} at {tokens_text(tokens)}"
-        return f"fails: {worker.lost}"
-    except RuntimeError as error:
-        return f"fails: {error}"
+            worker.ask("start", tokens, START_SECONDS, "as it began")
+        running.first[tokens, way.name] = worker.ask("first", tokens, seconds, doing)
+    except NoAnswer as error:
+        return error.why
     return ""
 
 
