@@ -28,7 +28,7 @@ from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.target import Target
 
-FORMAT = "moec tuned 1"
+FORMAT = "moec tuned 2"  # a line of any other is no entry
 INTERPRETER = "interpreter"
 _GPU = re.compile(rf"sm_\d+|gfx\w+|{INTERPRETER}")
 DEFAULT, EAGER = "default", "eager"  # winners that are no tuning: nothing beat the default; eager's form beat all
@@ -122,9 +122,7 @@ class Entry:
             raise ParseError(f"not JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ParseError(f"not an entry: expected an object with format {FORMAT!r}")
-        key = data.pop("key", None)
-        key = {"O": 0, **key} if isinstance(key, dict) else key  # which older entries do not have
-        key, made = _built(Key, key), _built(Made, data.pop("made", None))
+        key, made = _built(Key, data.pop("key", None)), _built(Made, data.pop("made", None))
         entry = _built(Entry, {**data, "key": key, "made": made})
         KernelSpec.parse(entry.key.spec)
         _ = entry.config, entry.tuning  # a text that is neither raises here
