@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,26 +153,20 @@ def _jobs(what: str, tokens: str, profile: str, sizes: str) -> list[Job]:
 
 
 def _layers_of_spec(text: str, sizes: str) -> list[tuple[str, Sizes]]:
-    """(spec, sizes for one token); O is H where it is not given."""
+    """(spec, sizes for one token)."""
     from moec.codegen.cpp import check
-    from moec.codegen.tuning import Sizes
     from moec.errors import CodegenError, ParseError
     from moec.ir.spec import KernelSpec
+    from moec.tools.typed import parse_sizes
 
     try:
         spec = KernelSpec.parse(text)
         check(spec)
     except (ParseError, CodegenError) as error:
         raise TargetError(f"SPEC {text!r}: {error}") from error
-    found = dict(re.findall(r"([HFEkO])=(\d+)", sizes))
-    if not re.fullmatch(r"([HFEkO]=\d+,?){4,5}", sizes) or set(found) | {"O"} != set("HFEkO"):
-        raise OptionError(f"--sizes {sizes!r}: expected all of H, F, E and k, such as H=2048,F=768,E=64,k=8")
-    numbers = {name: int(value) for name, value in found.items()}
-    if min(numbers.values()) < 1 or numbers["k"] > numbers["E"]:
-        raise OptionError(f"--sizes {sizes!r}: expected numbers above 0, and k at most E")
-    if not spec.experts.out:
-        numbers["O"] = numbers["F"]
-    return [(str(spec), Sizes(T=1, **numbers))]
+    if "T=" in sizes:
+        raise OptionError(f"--sizes {sizes!r}: T is not a size here; for example --tokens 1,8,64")
+    return [(str(spec), parse_sizes(spec, sizes, {"T": 1}))]
 
 
 def _layers_of_model(target: str) -> list[tuple[str, Sizes]]:

@@ -13,7 +13,8 @@ from moec.codegen.plan import Sizes
 from moec.errors import TargetError
 from moec.gpu.offline import Compiled, Refused, compile_offline
 from moec.gpu.target import GpuTarget
-from moec.kernels.jobs import KernelJob, Request, kernel_jobs, parse_sizes, parse_spec
+from moec.kernels.jobs import KernelJob, Request, kernel_jobs, parse_spec
+from moec.tools.typed import parse_sizes
 
 DEFAULT_TOKENS = 64  # for a model, whose T is whatever it is called with
 
@@ -74,7 +75,8 @@ def requests(what: str, target: GpuTarget, sizes: str, config: Sequence[tuple[st
     Raises OptionError, TargetError.
     """
     if " -> " in what and "experts{" in what:
-        return [("spec", Request(parse_spec(what), parse_sizes(sizes), target, tuple(config)))]
+        spec = parse_spec(what)
+        return [("spec", Request(spec, parse_sizes(spec, sizes), target, tuple(config)))]
     return [
         (name, Request(parse_spec(spec), known, target, tuple(config))) for name, spec, known in _layers(what, sizes)
     ]
@@ -94,7 +96,7 @@ def _layers(what: str, sizes: str) -> list[tuple[str, str, Sizes]]:
         if site.status != "fused":
             continue
         known = asdict(sizes_of(site, DEFAULT_TOKENS))
-        found.setdefault((site.spec, parse_sizes(sizes, known)), site.name)
+        found.setdefault((site.spec, parse_sizes(parse_spec(site.spec), sizes, known)), site.name)
     if not found:
         raise TargetError(f"{what}: no MoE layer is fused, so there are no kernels (moec explain {what} says why)")
     return [(name, spec, known) for (spec, known), name in found.items()]

@@ -104,23 +104,6 @@ def parse_spec(text: str) -> KernelSpec:
         raise OptionError(str(error)) from error
 
 
-def parse_sizes(text: str, known: Mapping[str, int] | None = None) -> Sizes:
-    """`T=64,H=4096,F=14336,E=8,k=2` → Sizes; `known` ones need not be named, nor O where it is H."""
-    names = tuple(f.name for f in fields(Sizes))
-    values = dict(known or {})
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = part.partition("=")
-        if name not in names or not value.isdigit() or int(value) < 1:
-            raise OptionError(f"--sizes {part!r}: expected {', '.join(f'{n}=number' for n in names)}, each at least 1")
-        values[name] = int(value)
-    missing = [name for name in names if name != "O" and name not in values]
-    if missing:
-        raise OptionError(f"--sizes lacks {', '.join(missing)}; for example --sizes T=64,H=4096,F=14336,E=8,k=2")
-    if values["k"] > values["E"]:
-        raise OptionError(f"--sizes k={values['k']} is more than E={values['E']}")
-    return Sizes(**values)
-
-
 def parse_config(pairs: Sequence[str]) -> tuple[tuple[str, Any], ...]:
     """`block_m=64,num_stages=4` → changes of a GpuConfig; OptionError names the nearest field."""
     kinds = {f.name: {"int": int, "bool": bool}.get(str(f.type), str) for f in fields(GpuConfig)}

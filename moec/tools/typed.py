@@ -1,12 +1,16 @@
-"""What people type, as values: `--options key=value` pairs and the demo's sizes. Errors are OptionError, one line."""
+"""What people type, as values: `--options key=value` pairs, sizes of layers. Errors are OptionError, one line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from moec.errors import OptionError
+
+if TYPE_CHECKING:
+    from moec.codegen.tuning import Sizes
+    from moec.ir.spec import KernelSpec
 
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
 DTYPES = ("bf16", "f32", "f16")
@@ -51,6 +55,32 @@ def _typed(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             raise OptionError(f"option {name}={text!r} is not a number; expected {hint.__name__}") from None
     return text
+
+
+def parse_sizes(spec: KernelSpec, text: str, known: Mapping[str, int] | None = None) -> Sizes:
+    """`T=64,H=4096,F=14336,E=8,k=2` → Sizes of a layer; `known` ones need not be named.
+
+    Nor need O: it is H, and F where experts have no output matrix, which give rows of no other width.
+    """
+    from moec.codegen.tuning import Sizes
+
+    names, given = tuple(f.name for f in fields(Sizes)), dict[str, int]()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = part.partition("=")
+        if name not in names or not value.isdigit() or int(value) < 1:
+            raise OptionError(f"--sizes {part!r}: expected {', '.join(f'{n}=number' for n in names)}, each at least 1")
+        given[name] = int(value)
+    values = {**(known or {}), **given}
+    missing = [name for name in names if name != "O" and name not in values]
+    if missing:
+        raise OptionError(f"--sizes lacks {', '.join(missing)}; for example --sizes T=64,H=4096,F=14336,E=8,k=2")
+    if values["k"] > values["E"]:
+        raise OptionError(f"--sizes k={values['k']} is more than E={values['E']}")
+    if not spec.experts.out:
+        if given.get("O", values["F"]) != values["F"]:
+            raise OptionError(f"--sizes O={given['O']}: without an output matrix it is F={values['F']}; leave it out")
+        values["O"] = values["F"]
+    return Sizes(**values)
 
 
 def demo_size(tokens: str, dtype: str, hidden: int, width: int, experts: int, top_k: int, budget: float) -> DemoSize:

@@ -10,8 +10,9 @@ from moec.errors import OptionError
 from moec.gpu.offline import Pointer, Refused
 from moec.gpu.target import gpu_target
 from moec.kernels.compiled import Kernel, Layer
-from moec.kernels.jobs import Request, kernel_jobs, parse_config, parse_sizes, parse_spec, tensor_bytes
+from moec.kernels.jobs import Request, kernel_jobs, parse_config, parse_spec, tensor_bytes
 from moec.kernels.view import diff_view, layer_view
+from moec.tools.typed import parse_sizes
 
 SPEC = "experts{dtype=bf16} -> bf16"
 SIZES = "T=64,H=2048,F=128,E=8,k=2"
@@ -120,13 +121,22 @@ def test_varied_requests():
         base.varied("")
 
 
-def test_parse_config_and_sizes():
+def test_parse_config():
     assert parse_config(["block_m=64, num_warps=8", "combine=separate"]) == (
         ("block_m", 64),
         ("num_warps", 8),
         ("combine", "separate"),
     )
-    assert parse_sizes("T=5", {"T": 1, "H": 2, "F": 3, "E": 4, "k": 1}) == Sizes(5, 2, 3, 4, 1)
+
+
+def test_sizes_of_a_layer():
+    known = {"T": 1, "H": 2, "F": 3, "E": 4, "k": 1}
+    two, one = parse_spec("experts{} -> f32"), parse_spec("experts{gate=none; activation=relu(a); out=False} -> f32")
+    assert parse_sizes(two, "T=5", known) == Sizes(5, 2, 3, 4, 1)
+    assert parse_sizes(two, "O=7", known) == Sizes(1, 2, 3, 4, 1, 7)
+    assert parse_sizes(one, "F=6", {**known, "O": 3}) == parse_sizes(one, "F=6,O=6", known) == Sizes(1, 2, 6, 4, 1, 6)
+    with pytest.raises(OptionError, match="--sizes O=7: without an output matrix it is F=3"):
+        parse_sizes(one, "O=7", known)
 
 
 def test_refused_kernels_are_shown():

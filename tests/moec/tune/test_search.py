@@ -254,8 +254,13 @@ def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path):
     [
         (["experts{} -> f99"], ["SPEC", "f32|bf16|f16"]),
         (["experts{gate=x} -> f32"], ["gate='x'"]),
-        (["experts{} -> f32", "--sizes", "H=1"], ["--sizes 'H=1'"]),
-        (["experts{} -> f32", "--sizes", "H=8,F=8,E=2,k=3"], ["k at most E"]),
+        (["experts{} -> f32", "--sizes", "H=1"], ["--sizes lacks F, E, k"]),
+        (["experts{} -> f32", "--sizes", "H=8,F=8,E=2,k=3"], ["k=3 is more than E=2"]),
+        (["experts{} -> f32", "--sizes", "T=8,H=8,F=8,E=2,k=2"], ["--sizes 'T=8,", "--tokens 1,8,64"]),
+        (
+            ["experts{gate=none; activation=relu(a); out=False} -> f32", "--sizes", "H=8,F=6,E=2,k=1,O=8"],
+            ["--sizes O=8", "F=6"],
+        ),
         (["experts{} -> f32", "--profile", "ziff"], ["profile 'ziff'"]),
         (["experts{} -> f32", "--budget", "0"], ["--budget 0"]),
         (["experts{} -> f32", "--weights", "int4"], ["weights='int4'"]),
