@@ -41,7 +41,7 @@ from moec.proof import Verdict, prove, prove_bodies
 from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
 from moec.runtime.choose_once import choose_once
-from moec.runtime.packed import pack_log
+from moec.runtime.copies import copies_made
 from moec.spread.lower import SITES, SPREAD, Spreading, spread
 from moec.verify import recording, verifying
 
@@ -277,11 +277,10 @@ def explain_call(
     backend = Backend(options, report=report, trace=True)
     torch._dynamo.reset()
     mark = Mark.now()
-    copies = len(pack_log())
     numbers = torch._dynamo.config.patch(specialize_float=True) if symbolic else contextlib.nullcontext()
-    with numbers:
+    with numbers, copies_made() as copies:
         torch.compile(model, backend=backend, dynamic=True if symbolic else None)(*args, **kwargs)
-    report.packed += pack_log()[copies:]
+    report.packed += copies
     report.graph_breaks += mark.breaks_since()
     if not report.complete:  # a loop that was traced as written and fused all the same needs no word
         for loop in install.declined_in(model):

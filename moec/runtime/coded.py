@@ -21,9 +21,9 @@ from moec.ir.dtypes import DTYPES
 from moec.report import PackRecord
 from moec.runtime.binding import checked_sizes
 from moec.runtime.bound import Bound, bind
-from moec.runtime.copies import Copies
+from moec.runtime.copies import Copies, tell
 from moec.runtime.memory import capturing, outside_of_graphs
-from moec.runtime.packed import pack_log, warn_once
+from moec.runtime.packed import warn_once
 from moec.runtime.triton import TritonKernel
 
 
@@ -87,9 +87,11 @@ class CodedKernel(TritonKernel):
                 f"weights={self.weights!r}: the copy of the weights is made at the first call, which no CUDA graph can"
                 " record; call the model once before it is recorded"
             )
-        return outside_of_graphs(lambda: self._encoded(params), device)
+        bound, record = outside_of_graphs(lambda: self._encoded(params), device)
+        tell(record)
+        return bound
 
-    def _encoded(self, params: Sequence[Tensor]) -> Bound:
+    def _encoded(self, params: Sequence[Tensor]) -> tuple[Bound, PackRecord]:
         start = time.perf_counter()
         count, *_ = checked_sizes(self.user.experts, params)
         copy = encode(params, self.user, self.spec)
@@ -97,8 +99,8 @@ class CodedKernel(TritonKernel):
             torch.cuda.synchronize(copy.tensors["out"].device)
         seconds = time.perf_counter() - start
         stored = sum(p.numel() * p.element_size() for p in params)
-        pack_log().append(PackRecord(self.weights, count, stored, copy.bytes, seconds, copy.error))
-        return bind(self.spec, list(copy.tensors.values()))
+        record = PackRecord(self.weights, count, stored, copy.bytes, seconds, copy.error)
+        return bind(self.spec, list(copy.tensors.values())), record
 
 
 def coded_kernel(plain: TritonKernel, weights: str, params: Sequence[Tensor]) -> TritonKernel:

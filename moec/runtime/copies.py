@@ -6,7 +6,9 @@ Letters: E experts.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,11 +16,30 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moec.ir.spec import ExpertsSpec
+from moec.report import PackRecord
 from moec.runtime.binding import how_they_lie
 
 B = TypeVar("B")
 _MOST = 4096  # layers whose copies one kernel keeps
 _State = tuple[object, ...]
+_HEARD: ContextVar[tuple[list[PackRecord], ...]] = ContextVar("copies", default=())
+
+
+@contextmanager
+def copies_made() -> Generator[list[PackRecord]]:
+    """The copies of weights that calls within it make, in order; in other threads none is heard of."""
+    found: list[PackRecord] = []
+    token = _HEARD.set((*_HEARD.get(), found))
+    try:
+        yield found
+    finally:
+        _HEARD.reset(token)
+
+
+def tell(record: PackRecord) -> None:
+    """Tell of a copy that was made."""
+    for found in _HEARD.get():
+        found.append(record)
 
 
 @dataclass(frozen=True)

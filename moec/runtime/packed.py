@@ -26,16 +26,10 @@ from moec.ir.dtypes import DTYPES
 from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.report import PackRecord
-from moec.runtime.copies import Copies
+from moec.runtime.copies import Copies, tell
 from moec.runtime.cpu import ABSENT, Bound, Kernel, bind, router_storage
 from moec.runtime.tune_cache import Key
 from moec.target import Target
-
-
-@lru_cache(maxsize=1)
-def pack_log() -> list[PackRecord]:
-    """Every packing of this process, in order."""
-    return []
 
 
 class PackedKernel(Kernel):
@@ -83,7 +77,7 @@ class PackedKernel(Kernel):
         packed = pack(params, self.user, self._storage, self.target.lanes * self.target.tile_vectors)
         seconds = time.perf_counter() - start
         stored = sum(p.numel() * p.element_size() for p in params)
-        pack_log().append(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
+        tell(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
         words = _words(packed, self._storage, original.H, original.F)
         return Bound(words, original.E, original.H, original.F, original.O, (packed,), True)
 

@@ -21,7 +21,7 @@ from moec.ir.coding import LARGEST, Coding
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime.coded import CodedKernel, coded_kernel
-from moec.runtime.packed import pack_log
+from moec.runtime.copies import copies_made
 from moec.runtime.triton import TritonKernel, load_triton
 
 
@@ -159,16 +159,17 @@ def test_the_option_copies_once_and_says_how_far_the_copy_is():
     params = [moved(p) for p in make_params(ExpertsSpec("bf16"), 64, 32, 4)]
     w, experts = map(moved, routing("random", 5, 4, 2))
     x = moved(torch.randn(5, 64).bfloat16())
-    before = len(pack_log())
-    y = [torch.ops.moec.experts(x, w, experts, params, spec, "triton weights=fp8:32") for _ in range(2)]
+    with copies_made() as copies:
+        y = [torch.ops.moec.experts(x, w, experts, params, spec, "triton weights=fp8:32") for _ in range(2)]
     assert torch.equal(*y)
-    (record,) = pack_log()[before:]
+    (record,) = copies
     assert (record.weights, record.experts) == ("fp8:32", 4)
     assert record.packed_bytes == record.stored_bytes // 2 + 4 * 4 * (2 * 2 + 1 * 2)
     assert 0.01 < record.error < 0.05
     params[0].mul_(2)
-    torch.ops.moec.experts(x, w, experts, params, spec, "triton weights=fp8:32")
-    assert len(pack_log()) == before + 2
+    with copies_made() as copies:
+        torch.ops.moec.experts(x, w, experts, params, spec, "triton weights=fp8:32")
+    assert len(copies) == 1
 
 
 @pytest.mark.parametrize(

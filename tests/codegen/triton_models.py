@@ -13,7 +13,7 @@ from moec.backend import Backend
 from moec.codegen import twin
 from moec.options import Options
 from moec.report import Report
-from moec.runtime.packed import pack_log
+from moec.runtime.copies import copies_made
 
 FORWARD = {"kernels": "triton", "rest": "eager", "proof": "off"}  # the proof of a rewrite is not on trial here
 
@@ -41,11 +41,9 @@ def test_weights_kept_as_codes():
     torch._dynamo.reset()
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-    before = len(pack_log())
     backend = Backend(Options.make({**FORWARD, "weights": "fp8:32"}))
-    with torch.no_grad():
+    with torch.no_grad(), copies_made() as copies:
         got = torch.compile(model, backend=backend)(ids, use_cache=False).logits
-    copies = pack_log()[before:]
     assert [c.weights for c in copies] == ["fp8:32"]
     assert all(c.packed_bytes < 0.3 * c.stored_bytes and 0.01 < c.error < 0.05 for c in copies)
     assert 1e-5 < relative(got, want) < 0.05

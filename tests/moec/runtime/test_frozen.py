@@ -11,7 +11,7 @@ from moec.demo.forms import make_moe
 from moec.errors import OptionError
 from moec.options import Options
 from moec.runtime import ops as runtime
-from moec.runtime.packed import pack_log
+from moec.runtime.copies import copies_made
 from moec.target import Target
 
 LIMITS = {"packed": 1e-5, "bf16": 1e-2, "int8": 3e-2, "int8:16": 2e-2}
@@ -30,19 +30,17 @@ def relative(a, b):
 
 @pytest.mark.parametrize("weights", LIMITS)
 def test_results_in_inference(model, weights):
-    before = len(pack_log())
-    with torch.no_grad():
+    with torch.no_grad(), copies_made() as copies:
         compiled = torch.compile(model, backend="moec", options={"weights": weights, "rest": "eager"})
         for T in (1, 5, 40):
             x = torch.randn(T, 32)
             assert relative(compiled(x), model(x)) < LIMITS[weights]
-    assert len(pack_log()) == before + 1
+    assert len(copies) == 1
 
 
 def test_a_changed_parameter_is_copied_again(model):
     x = torch.randn(9, 32)
-    before = len(pack_log())
-    with torch.no_grad():
+    with torch.no_grad(), copies_made() as copies:
         compiled = torch.compile(model, backend="moec", options={"freeze": True, "rest": "eager"})
         assert relative(compiled(x), model(x)) < 1e-5
         for p in model.parameters():
@@ -51,14 +49,12 @@ def test_a_changed_parameter_is_copied_again(model):
         model.load_state_dict({name: p * 0.5 for name, p in model.state_dict().items()})
         assert relative(compiled(x), model(x)) < 1e-5
         assert relative(compiled(x), model(x)) < 1e-5
-    assert len(pack_log()) == before + 3
+    assert len(copies) == 3
 
 
 def test_training_reads_the_weights_as_stored(model):
-    before = len(pack_log())
     model.requires_grad_(True)
     report = moec.explain(model, torch.randn(9, 32), moec_options={"weights": "int8", "rest": "eager"})
-    assert len(pack_log()) == before
     assert report.packed == []
     assert "for inference: this graph is trained" in str(report)
 
@@ -112,15 +108,14 @@ def test_freeze_and_race_together(model, tmp_path, monkeypatch):
     from moec.runtime import tune_cache
 
     monkeypatch.setattr(tune_cache, "folder", lambda cache_dir=None: tmp_path / "tuned")
-    before = len(pack_log())
     x = torch.randn(9, 32)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), copies_made() as copies:
         warnings.simplefilter("error", RuntimeWarning)
         options = {"freeze": True, "race": "on", "rest": "eager"}
         compiled = torch.compile(model, backend="moec", options=options)
         for _ in range(2):
             assert relative(compiled(x), model(x)) < 1e-5
-    assert len(pack_log()) == before + 1
+    assert len(copies) == 1
     assert [e.key.weights for e in tune_cache.load()] == ["packed"]
 
 
