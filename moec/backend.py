@@ -27,7 +27,7 @@ from moec.options import Environment, Options, check_mode
 from moec.passes import PASSES
 from moec.passes.canonical.canonicalize import Canonicalize
 from moec.passes.lowering.collector import no_collections
-from moec.passes.lowering.kept_graph import KeptGraph
+from moec.passes.lowering.kept_graph import KeptModule
 from moec.passes.lowering.lower import groups_of, lower
 from moec.passes.opaque.dispatch import find_opaque
 from moec.passes.opaque.lower import sort_rows
@@ -115,7 +115,7 @@ class Backend:
             return GraphReport((), (), len(gm.graph.nodes))
         if transforms(gm):
             return GraphReport((), (), len(gm.graph.nodes), (TRANSFORMED,))
-        before = KeptGraph.of(gm.graph)
+        before = KeptModule.of(gm)
         try:
             with no_collections():
                 hidden = spell_casts(gm) if under_autocast(gm, nested) else ""
@@ -124,7 +124,7 @@ class Backend:
         except Exception as error:  # whatever it is, the user's model still runs
             if self.options.experts_over:  # but not on this rank alone: the others would wait for its rows
                 raise
-            gm.graph = before.restored()
+            before.put_back()
             note = f"moec: internal error, this graph is compiled without moec: {type(error).__name__}: {error}"
             warnings.warn(note, RuntimeWarning, stacklevel=2)
             return GraphReport((), (), len(gm.graph.nodes), (note,))

@@ -102,7 +102,9 @@ class Runner:
 def _as_if_outside() -> Generator[None]:
     """Neither autocast nor inference mode, whatever the user compiles under; gradients on.
 
-    One thread: the tensors are tiny, and waking others costs more than they save on a busy machine.
+    One thread: the tensors are tiny, and waking others costs more than they save on a busy machine. The number of
+    threads is the process's, as are torch's random numbers and what is printed to stderr while a graph runs (`_run`):
+    other threads see it change for as long as a trial takes, and nothing of it outlives one that fails.
     """
     threads = torch.get_num_threads()
     modes: list[AbstractContextManager[Any]] = [

@@ -1,4 +1,4 @@
-"""An FX graph as it was: what a rewrite that fails half-way is undone with."""
+"""An FX graph, and the module that has it, as they were: what a rewrite that fails half-way is undone with."""
 
 from __future__ import annotations
 
@@ -47,3 +47,23 @@ class KeptGraph:
                 node._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
             again[old] = node
         return graph
+
+
+@dataclass(frozen=True)
+class KeptModule:
+    """A module's graph, and what is noted beside it: how a checkpointed block saves its values, say."""
+
+    module: fx.GraphModule
+    graph: KeptGraph
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> KeptModule:
+        """The module as it is now."""
+        return cls(module, KeptGraph.of(module.graph), dict(module.meta))
+
+    def put_back(self) -> None:
+        """The module is again what it was, its graph a new one that equals the old."""
+        self.module.meta.clear()
+        self.module.meta.update(self.meta)
+        self.module.graph = self.graph.restored()

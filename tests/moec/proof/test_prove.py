@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import sys
 import warnings
 
 import proof_layers
@@ -292,6 +294,34 @@ def test_what_is_random_or_set_outside_stays_as_it_was():
     with torch.inference_mode():
         report = moec.explain(model, x, moec_options={"rest": "eager", "kernels": "eager", "proof": "on"})
     assert report.sites[0].proof.startswith("proved")
+
+
+def process_state():
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+    return torch.get_rng_state().tolist(), torch.get_num_threads(), sys.stderr, gc.isenabled(), modes
+
+
+def test_what_a_trial_sets_is_put_back_where_it_fails(monkeypatch):
+    real, seen = compare.executable, []
+
+    def failing(*args):
+        def forward(*inputs):
+            torch.rand(3)
+            seen.append(process_state())
+            raise ZeroDivisionError
+
+        made = real(*args)
+        made.forward = forward
+        return made
+
+    monkeypatch.setattr(compare, "executable", failing)
+    torch.set_num_threads(2)
+    model, x, before = made(Loop), torch.randn(T, H), process_state()
+    with torch.no_grad():
+        proof = explained(model, x).sites[0].proof
+    assert "ZeroDivisionError" in proof
+    assert process_state() == before
+    assert all(now != then for now, then in zip(seen[0][:3], before[:3], strict=True))
 
 
 def test_a_damaged_memory_is_proved_again(tmp_path):

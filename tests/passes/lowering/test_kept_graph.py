@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from moec.passes.lowering.collector import no_collections
-from moec.passes.lowering.kept_graph import KeptGraph
+from moec.passes.lowering.kept_graph import KeptGraph, KeptModule
 
 
 def traced():
@@ -40,6 +40,18 @@ def test_a_graph_is_restored_after_rewiring_erasing_and_renaming():
     gm.graph.lint()
     assert said(gm.graph) == before
     assert torch.equal(gm(x, y), expected)
+
+
+def test_what_is_noted_beside_the_graph_is_put_back_too():
+    gm = traced()
+    gm.meta["mine"] = "kept"
+    before, kept = said(gm.graph), KeptModule.of(gm)
+
+    gm.meta |= {"mine": "changed", "context": "noted by a rewrite"}
+    gm.graph.erase_node(next(reversed(gm.graph.nodes)))
+    kept.put_back()
+    assert gm.meta == {"mine": "kept"}
+    assert said(gm.graph) == before
 
 
 def test_restoring_twice_gives_equal_graphs_of_their_own():
