@@ -152,67 +152,64 @@ NEAR_MISSES = {
 }
 
 
-def routers():
-    def of(fn):
-        def run(p):
-            logits = F.linear(p["x"], p["gate"])
-            return fn(p, logits)
+def router(fn):
+    """A router of fn(p, logits)."""
 
-        return run
+    def run(p):
+        return fn(p, F.linear(p["x"], p["gate"]))
 
-    def normal(w):
-        return w / w.sum(-1, keepdim=True)
-
-    def grouped_scores(p, logits, expand="inner", base=0.0, by=None, largest=True):
-        score = logits.sigmoid()
-        source = score if by is None else by
-        best = source.view(T, 2, E // 2).topk(2, dim=-1)[0].sum(-1)
-        mask = torch.full((T, 2), base).scatter(1, best.topk(1, dim=-1, largest=largest)[1], 1.0)
-        if expand == "inner":
-            wide = mask.unsqueeze(-1).expand(T, 2, E // 2).reshape(T, E)
-        else:
-            wide = mask.unsqueeze(1).expand(T, E // 2, 2).reshape(T, E)
-        e = score.masked_fill(~wide.bool(), -1.0).topk(K, dim=-1)[1]
-        return normal(score.gather(1, e)), e
-
-    def biased(p, logits, bias):
-        score = logits.sigmoid()
-        e = (score + bias).topk(K, dim=-1)[1]
-        return score.gather(1, e) * 2.5, e
-
-    good = {
-        "softmax": of(lambda p, z: tuple(F.softmax(z, -1).topk(K, -1))),
-        "sigmoid bias": of(lambda p, z: biased(p, z, p["bias"])),
-        "sigmoid bias row": of(lambda p, z: biased(p, z, p["bias"].unsqueeze(0))),
-        "over k": of(lambda p, z: (z.topk(K)[0].softmax(-1), z.topk(K)[1])),
-        "groups": of(lambda p, z: grouped_scores(p, z)),
-    }
-    near = {
-        "softmax over tokens": of(lambda p, z: tuple(F.softmax(z, 0).topk(K, -1))),
-        "smallest": of(lambda p, z: tuple(F.softmax(z, -1).topk(K, -1, largest=False))),
-        "another sum": of(
-            lambda p, z: ((v := z.sigmoid().topk(K))[0] / z.exp().topk(K)[0].sum(-1, keepdim=True), v[1])
-        ),
-        "sum over tokens": of(lambda p, z: ((v := z.sigmoid().topk(K))[0] / v[0].sum(0, keepdim=True), v[1])),
-        "scaled first": of(
-            lambda p, z: ((v := z.sigmoid().topk(K))[0] * 2 / ((v[0] * 2).sum(-1, keepdim=True) + 1), v[1])
-        ),
-        "clamped then eps": of(
-            lambda p, z: ((v := z.sigmoid().topk(K))[0] / (v[0].sum(-1, keepdim=True).clamp(min=1.5) + 0.5), v[1])
-        ),
-        "other router": of(lambda p, z: tuple(F.softmax(F.linear(p["x"] * 2, p["gate"]), -1).topk(K, -1))),
-        "other gate": of(lambda p, z: tuple(F.softmax(F.linear(p["x"], p["gate"] * 2), -1).topk(K, -1))),
-        "whole numbers": of(lambda p, z: tuple(F.softmax(z.long().float(), -1).topk(K, -1))),
-        "bias a token": of(lambda p, z: biased(p, z, p["x"][:, :1])),
-        "interleaved groups": of(lambda p, z: grouped_scores(p, z, expand="outer")),
-        "all groups": of(lambda p, z: grouped_scores(p, z, base=1.0)),
-        "groups of another score": of(lambda p, z: grouped_scores(p, z, by=(-z).sigmoid())),
-        "worst groups": of(lambda p, z: grouped_scores(p, z, largest=False)),
-        "chosen by another": of(lambda p, z: (F.softmax(z, -1).gather(1, (e := (-z).topk(K)[1])), e)),
-        "tempered": of(lambda p, z: tuple(F.softmax(z / 0.5, -1).topk(K, -1))),
-        "log scores": of(lambda p, z: (z.sigmoid().topk(K)[0].sigmoid(), z.sigmoid().topk(K)[1])),
-    }
-    return good, near
+    return run
 
 
-GOOD_ROUTERS, NEAR_ROUTERS = routers()
+def grouped_scores(p, logits, expand="inner", base=0.0, by=None, largest=True):
+    score = logits.sigmoid()
+    source = score if by is None else by
+    best = source.view(T, 2, E // 2).topk(2, dim=-1)[0].sum(-1)
+    mask = torch.full((T, 2), base).scatter(1, best.topk(1, dim=-1, largest=largest)[1], 1.0)
+    if expand == "inner":
+        wide = mask.unsqueeze(-1).expand(T, 2, E // 2).reshape(T, E)
+    else:
+        wide = mask.unsqueeze(1).expand(T, E // 2, 2).reshape(T, E)
+    e = score.masked_fill(~wide.bool(), -1.0).topk(K, dim=-1)[1]
+    chosen = score.gather(1, e)
+    return chosen / chosen.sum(-1, keepdim=True), e
+
+
+def biased(p, logits, bias):
+    score = logits.sigmoid()
+    e = (score + bias).topk(K, dim=-1)[1]
+    return score.gather(1, e) * 2.5, e
+
+
+GOOD_ROUTERS = {
+    "softmax": router(lambda p, z: tuple(F.softmax(z, -1).topk(K, -1))),
+    "sigmoid bias": router(lambda p, z: biased(p, z, p["bias"])),
+    "sigmoid bias row": router(lambda p, z: biased(p, z, p["bias"].unsqueeze(0))),
+    "over k": router(lambda p, z: (z.topk(K)[0].softmax(-1), z.topk(K)[1])),
+    "groups": router(lambda p, z: grouped_scores(p, z)),
+}
+NEAR_ROUTERS = {
+    "softmax over tokens": router(lambda p, z: tuple(F.softmax(z, 0).topk(K, -1))),
+    "smallest": router(lambda p, z: tuple(F.softmax(z, -1).topk(K, -1, largest=False))),
+    "another sum": router(
+        lambda p, z: ((v := z.sigmoid().topk(K))[0] / z.exp().topk(K)[0].sum(-1, keepdim=True), v[1])
+    ),
+    "sum over tokens": router(lambda p, z: ((v := z.sigmoid().topk(K))[0] / v[0].sum(0, keepdim=True), v[1])),
+    "scaled first": router(
+        lambda p, z: ((v := z.sigmoid().topk(K))[0] * 2 / ((v[0] * 2).sum(-1, keepdim=True) + 1), v[1])
+    ),
+    "clamped then eps": router(
+        lambda p, z: ((v := z.sigmoid().topk(K))[0] / (v[0].sum(-1, keepdim=True).clamp(min=1.5) + 0.5), v[1])
+    ),
+    "other router": router(lambda p, z: tuple(F.softmax(F.linear(p["x"] * 2, p["gate"]), -1).topk(K, -1))),
+    "other gate": router(lambda p, z: tuple(F.softmax(F.linear(p["x"], p["gate"] * 2), -1).topk(K, -1))),
+    "whole numbers": router(lambda p, z: tuple(F.softmax(z.long().float(), -1).topk(K, -1))),
+    "bias a token": router(lambda p, z: biased(p, z, p["x"][:, :1])),
+    "interleaved groups": router(lambda p, z: grouped_scores(p, z, expand="outer")),
+    "all groups": router(lambda p, z: grouped_scores(p, z, base=1.0)),
+    "groups of another score": router(lambda p, z: grouped_scores(p, z, by=(-z).sigmoid())),
+    "worst groups": router(lambda p, z: grouped_scores(p, z, largest=False)),
+    "chosen by another": router(lambda p, z: (F.softmax(z, -1).gather(1, (e := (-z).topk(K)[1])), e)),
+    "tempered": router(lambda p, z: tuple(F.softmax(z / 0.5, -1).topk(K, -1))),
+    "log scores": router(lambda p, z: (z.sigmoid().topk(K)[0].sigmoid(), z.sigmoid().topk(K)[1])),
+}

@@ -159,6 +159,14 @@ def pretend(monkeypatch, properties, compiler=None):
     )
     monkeypatch.setattr(driver, "_active", fake)
     monkeypatch.setattr(torch.version, "hip", "6.4" if properties.gcnArchName else None)
+    for name, value in cuda_of(gpu, properties).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    give_addresses(monkeypatch)
+    return gpu
+
+
+def cuda_of(gpu, properties):
+    """What torch.cuda is asked, by name, as the Gpu answers it."""
 
     @contextlib.contextmanager
     def on(device):
@@ -167,7 +175,7 @@ def pretend(monkeypatch, properties, compiler=None):
         yield
         gpu.current = old
 
-    cuda = {
+    return {
         "device": on,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda device=None: SimpleNamespace(
@@ -178,18 +186,19 @@ def pretend(monkeypatch, properties, compiler=None):
         "Event": lambda: Event(gpu),
         "_lazy_init": lambda: None,
     }
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def give_addresses(monkeypatch):
+    """Addresses without data to tensors of a pretended GPU: each storage its own, as torch's allocator aligns."""
     plain, places = torch.Tensor.data_ptr, {}
 
-    def data_ptr(self):  # addresses without data: each storage its own, as torch's allocator aligns
+    def data_ptr(self):
         if self.device.type != "cuda":
             return plain(self)
         base = places.setdefault(self.untyped_storage()._cdata, 512 * (len(places) + 1 << 20))
         return base + self.storage_offset() * self.element_size()
 
     monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
-    return gpu
 
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)

@@ -65,17 +65,7 @@ def tune_command(
     if target:
         return _modelled(what, target, tokens, sizes, budget, weights, json)
     jobs = [replace(job, weights=weights, device=_device(device)) for job in _jobs(what, tokens, profile, sizes)]
-    results = _run(jobs, budget / len(jobs))
-    if plot is not None:
-        _draw([(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)], plot)
-    if json:
-        print_json([{**asdict(r.entry), "resumed": r.resumed, "measured": _count(r)} for r in results])
-        return 0
-    from moec.tune.view import report_table
-
-    found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
-    console().print(report_table(found))
-    return 0
+    return _measured(jobs, budget, plot, json)
 
 
 def _device(name: str) -> str:
@@ -108,6 +98,21 @@ def _modelled(what: str, target: str, tokens: str, sizes: str, budget: float, we
         print_json([ranking.to_dict() for ranking in found])
     else:
         console().print(ranking_table(found))
+    return 0
+
+
+def _measured(jobs: Sequence[Job], budget: float, path: Path | None, json: bool) -> int:
+    """On this machine: the fastest kept."""
+    from moec.tune.view import report_table
+
+    results = _run(jobs, budget / len(jobs))
+    found = [(job, r.candidates, r.decision) for job, r in zip(jobs, results, strict=True)]
+    if path is not None:
+        _draw(found, path)
+    if json:
+        print_json([{**asdict(r.entry), "resumed": r.resumed, "measured": _count(r)} for r in results])
+    else:
+        console().print(report_table(found))
     return 0
 
 

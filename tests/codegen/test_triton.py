@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 KERNELS = ("triton_cases.py", "triton_router_cases.py")
 
 
-def interpreted(*names, marks="not slow"):
+def check_interpreted(*names, marks="not slow"):
     run_cases(names, {"TRITON_INTERPRET": "1"}, marks)
 
 
@@ -35,19 +35,19 @@ def run_cases(names, changes, marks="not slow"):
 
 
 def test_kernels_equal_the_twin():
-    interpreted(*KERNELS)
+    check_interpreted(*KERNELS)
 
 
 def test_codes_capacities_and_traces():
     """Kernels over codes equal the twin on what they stand for; layers with a capacity equal eager; launches and bytes
     are those of the trace."""
     pytest.importorskip("transformers")
-    interpreted("triton_codes_cases.py", "triton_capacity_cases.py", "triton_trace_cases.py")
+    check_interpreted("triton_codes_cases.py", "triton_capacity_cases.py", "triton_trace_cases.py")
 
 
 def test_models_equal_eager():
     pytest.importorskip("transformers")
-    interpreted("triton_models.py")
+    check_interpreted("triton_models.py")
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_models_equal_eager():
     "name", ["triton_cases.py", "triton_router_cases.py", "triton_codes_cases.py", "triton_models.py"]
 )
 def test_the_full_cross_product(name):
-    interpreted(name, marks="slow")
+    check_interpreted(name, marks="slow")
 
 
 @pytest.mark.gpu

@@ -63,7 +63,7 @@ def test_rows_as_formulas():
         assert int(factor.padded(16).subs(TOKENS, T)) == Choices(T, 8, 2, True, -(-T // 2)).padded(16)
 
 
-def held(formula, real, tight):
+def check_bound(formula, real, tight):
     """The formula is no smaller than what is asked for, and not much larger from `tight` tokens on."""
     for T in COUNTS:
         bound, asked = int(formula.subs(TOKENS, T)), real(T)
@@ -82,7 +82,7 @@ def test_forward_workspace(spec, shape, threads):
         def real(T, x=x):
             return make_plan(spec, Sizes(T, *shape), x, TARGET, threads).workspace_bytes
 
-        held(formula, real, tight=1)
+        check_bound(formula, real, tight=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -96,7 +96,7 @@ def test_backward_workspace(spec, shape, distinct):
     def real(T):
         return make_backward_plan(spec, Sizes(T, *shape), x, x, int(rows.subs(TOKENS, T)), TARGET, 2).workspace_bytes
 
-    held(formula, real, tight=1)
+    check_bound(formula, real, tight=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,4 +108,4 @@ def test_triton_buffers(spec, shape):
         sizes = Sizes(T, *shape)
         return sum(buffer.bytes for buffer in program(spec, sizes, default_config(spec, sizes)).buffers)
 
-    held(formula, real, tight=200)
+    check_bound(formula, real, tight=200)
