@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock
@@ -21,6 +21,7 @@ from moec.target import Target
 # -O2 and not -O3: the kernels are unrolled by hand and build in two thirds of the time.
 _FLAGS = ("-O2", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 _FLAGS_FAST = (*_FLAGS, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_SEAL = b"moec sealed "  # and a hash: what stands behind every library in the cache
 
 
 @lru_cache(maxsize=8)
@@ -94,7 +95,7 @@ def _warn_not_kept(cache_dir: Path, why: str) -> None:
 
 def _key(source: str, flags: Sequence[str], compiler: str) -> str:
     parts = (source, *(text for _, text in header_texts()), *flags, compiler, compiler_version(compiler))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -102,10 +103,23 @@ def _load(path: Path) -> ctypes.CDLL | None:
     if not path.exists():
         return None
     try:
-        return ctypes.CDLL(str(path))
+        if _is_whole(path.read_bytes()):
+            return ctypes.CDLL(str(path))
     except OSError:
-        path.unlink(missing_ok=True)
-        return None
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _seal(library: bytes) -> bytes:
+    """What is put behind a library, where loaders do not look: its hash."""
+    return _SEAL + sha256(library).digest()
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether these are all the bytes that were written: to load a library that lacks some may end the process."""
+    library = content.rpartition(_SEAL)[0]
+    return content == library + _seal(library)
 
 
 def _compile(source: str, flags: Sequence[str], compiler: str, path: Path) -> None:
@@ -123,4 +137,9 @@ def _compile(source: str, flags: Sequence[str], compiler: str, path: Path) -> No
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise BuildError(f"{' '.join(command)} failed:\n" + "\n".join(errors[:5]))
+        if not built.exists():
+            raise BuildError(f"{' '.join(command)} wrote no library; set CXX to a working g++ or clang++")
+        library = built.read_bytes()
+        with built.open("ab") as file:
+            file.write(_seal(library))
         os.replace(built, path)

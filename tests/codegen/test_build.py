@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,13 @@ from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
 
 TINY = 'extern "C" __attribute__((visibility("default"))) int seven() { return 7; }\n'
+LOADS = """
+import sys
+from pathlib import Path
+from moec.codegen.build import build
+from moec.target import Target
+print(build(sys.argv[1], Target.host(), Path(sys.argv[2])).seven())
+"""
 SPEC = KernelSpec(ExpertsSpec("bf16"), RouterSpec("bf16"), y_dtype="bf16")
 
 
@@ -41,6 +49,30 @@ def test_a_damaged_entry_is_built_again(tmp_path):
     bad.write_bytes(good.read_bytes()[:100])
     assert build(TINY, Target.host(), bad.parent).seven() == 7
     assert bad.stat().st_size == good.stat().st_size
+
+
+@pytest.mark.parametrize("kept", [0, 1, 64, 0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("rest", ["missing", "zeros"])
+def test_a_library_that_lacks_bytes_is_not_loaded(tmp_path, kept, rest):
+    build(TINY, Target.host(), tmp_path / "good")
+    (good,) = (tmp_path / "good").glob("*.so")
+    content = good.read_bytes()
+    count = kept if isinstance(kept, int) else int(kept * len(content))
+    bad = tmp_path / "bad" / good.name
+    bad.parent.mkdir()
+    bad.write_bytes(content[:count] + bytes(len(content) - count if rest == "zeros" else 0))
+    script = (
+        "import sys; from pathlib import Path; from moec.codegen.build import build; from moec.target import Target\n"
+    )
+    script += "print(build(sys.argv[1], Target.host(), Path(sys.argv[2])).seven())"
+    done = subprocess.run([sys.executable, "-c", script, TINY, str(bad.parent)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+    assert bad.read_bytes() == content
+
+
+def test_a_compiler_that_writes_nothing_is_named(tmp_path):
+    with pytest.raises(BuildError, match=r"true .*wrote no library; set CXX"):
+        build(TINY, replace(Target.host(), compiler=shutil.which("true")), tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
