@@ -17,6 +17,7 @@ from moec.ir.formulas import over_tokens
 from moec.ir.graph import Arg, Graph, Instr, Ref, sweep
 from moec.ir.token_range import TokenRange
 from moec.passes.canonical.canonicalize import twins
+from moec.passes.lowering.layout import laid_out
 from moec.passes.lowering.lower_words import WORDS
 from moec.passes.raising.raise_graph import Raised, fake
 
@@ -284,6 +285,8 @@ def _rewire(state: Lowering, root: str, origin: fx.Node) -> None:
             state.gm.graph.call_method("copy_", (base, new))
         origin.replace_all_uses_with(base, delete_user_cb=lambda user: user is not new)
         return
+    if origin not in new.all_input_nodes and new not in state.raised.order:
+        new = state.made[root] = laid_out(state.gm.graph, new, origin)
     for user, holder in list(state.users(root, -1)):
         user.replace_input_with(holder, new)
     # What is written to it later is written to the new node; copies of it are written to apart.
