@@ -200,9 +200,9 @@ class Environment:
 
 
 def _cache_dir(env: Mapping[str, str]) -> Path:
-    if env.get("MOEC_CACHE_DIR"):
-        return Path(env["MOEC_CACHE_DIR"])
     try:
+        if env.get("MOEC_CACHE_DIR"):
+            return Path(env["MOEC_CACHE_DIR"]).expanduser()  # a shell does that, a container's settings do not
         return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
     except RuntimeError as error:  # a container's user without an entry among the system's
-        raise OptionError(f"no folder for built kernels: {error}; set MOEC_CACHE_DIR") from error
+        raise OptionError(f"no folder for built kernels: {error}; set MOEC_CACHE_DIR to a path") from error

@@ -91,3 +91,8 @@ def test_a_mode_that_torch_does_not_know():
         check_mode(mode)
     with pytest.raises(OptionError, match=r"mode='max-autotun' \(did you mean 'max-autotune'\?\); expected"):
         check_mode("max-autotun")
+
+
+def test_a_cache_below_the_home_may_be_written_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Environment.read({"MOEC_CACHE_DIR": "~/kernels"}).cache_dir == tmp_path / "kernels"
