@@ -77,8 +77,9 @@ class Carver:
         choices = self._choices(roles, root)
         roles |= {name: "choice" for name in roles if self.old(name) in choices}
         later = self._computed_from(choices, root)
-        # Gates are zero where the mask that they come from is.
-        later |= self._computed_from(tuple(n for n in map(self.old, _masked(instrs)) if roles.get(n) == "given"), root)
+        # Gates are zero where the mask that they come from is, and that may compare scores with the k-th of them.
+        masks = tuple(n for n in map(self.old, _masked(instrs)) if roles.get(n) == "given")
+        later |= self._computed_from((*masks, *self._first_of(masks, root)), root)
         derived = [n for n in map(self.old, roles) if (n in later or self._constant(n)) and n not in choices]
         cut = self._cut(roles, derived)
         original, replacement = Copy(self.source, cut), Copy(self.source, cut)
@@ -125,6 +126,14 @@ class Carver:
         whole = [n for n in map(self.old, roles) if types[n].dtype in ("i64", "i32") and types[n].rank]
         numbers = [n for n in whole if not self._constant(n)]
         return tuple(n for n in numbers if not any(n in self._computed_from((o,), root) for o in numbers if o != n))
+
+    def _first_of(self, masks: tuple[str, ...], root: str) -> tuple[str, ...]:
+        """Of the values that a mask compares, those that another one is computed from."""
+        defs = self.raised.graph.defs
+        compared = {name for mask in masks if mask in defs for name in defs[mask].uses}
+        return tuple(
+            n for n in sorted(compared) if not (compared - {n}).isdisjoint(self._computed_from((n,), root) - {n})
+        )
 
     def _constant(self, name: str) -> bool:
         """Whether a value is the same for any input of its size."""

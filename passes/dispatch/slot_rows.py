@@ -2,6 +2,7 @@
 
 rows = (ids == e).any(-1); w[rows] and ids[rows] == e are [n, k]. The number of the slot that chose e is taken by a sum
 of what is left of w, by an index at the places of the mask, or by a gather at its argmax: each time it is w[t, s].
+The argmax and the gather may also be of all tokens, and be read at the loop's rows: what others have there is not read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from moec.ir.graph import Arg, Instr, Ref
 from moec.passes.rows.lift import FLOATS, First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows.rows import Anchor, Gate, Ids, Masked, OneHot, Rows, Slot, Space, Special, Token
-from moec.passes.rows.token_axes import choice_axes, names_once
+from moec.passes.rows.token_axes import choice_axes, is_token, names_once
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class Mine(Special):
 
     space: Space
     choice: str
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class SlotOf(Special):
+    """The slot of each token that chose the loop's expert, any where none did; with `value`, its w[t, s]."""
+
+    choice: str
+    anchor: str
     value: str = ""
 
 
@@ -131,9 +141,61 @@ def _gathered(lifter: Lifter, instr: Instr) -> Lift | None:
 def _largest(lifter: Lifter, instr: Instr) -> Lift | None:
     """argmax(mask): the slot."""
     mine = _mine(lifter, instr.args[0])
-    if mine is None or mine.value or instr.attr("dim") not in (1, -1) or not _once(lifter, mine):
+    if mine is None:
+        return _slot_of(lifter, instr)
+    if mine.value or instr.attr("dim") not in (1, -1) or not _once(lifter, mine):
         return None
     return Ids(mine.space, "slot", mine.choice)
+
+
+def _slot_of(lifter: Lifter, instr: Instr) -> Lift | None:
+    """argmax(ids == e), of all tokens."""
+    held, last = lifter.lift(instr.args[0]), lifter.type(instr.args[0]).rank - 1
+    if not isinstance(held, OneHot) or not held.anchor or held.choice not in lifter.graph.types:
+        return None
+    whole = held.axes == choice_axes(lifter.graph, held.choice) and held.axes[-1:] == ("s",)
+    if not whole or instr.attr("dim") not in (last, -1) or not names_once(lifter.graph, held.choice):
+        return None
+    return SlotOf(held.choice, held.anchor)
+
+
+def _viewed(lifter: Lifter, instr: Instr) -> Lift | None:
+    """An axis of size 1 behind the slots of all tokens, or none."""
+    held = lifter.lift(instr.args[0])
+    if not isinstance(held, SlotOf):
+        return None
+    given, made = lifter.type(instr.args[0]).shape, instr.types[0].shape
+    return held if made == (*given, 1) or (given[-1] == 1 and made == given[:-1]) else None
+
+
+def _gathered_of_all(lifter: Lifter, instr: Instr) -> Lift | None:
+    """w.gather(-1, slot[..., None])."""
+    table, at = instr.args
+    held, rank = lifter.lift(at), lifter.type(table).rank
+    if (
+        not isinstance(held, SlotOf)
+        or held.value
+        or not isinstance(table, Ref)
+        or instr.attr("dim") not in (rank - 1, -1)
+    ):
+        return None
+    alike = lifter.type(table).shape == lifter.type(Ref(held.choice)).shape and lifter.type(at).shape[-1:] == (1,)
+    return replace(held, value=table.name) if alike and lifter.type(at).rank == rank else None
+
+
+def _at_rows(lifter: Lifter, instr: Instr) -> Lift | None:
+    """slot[rows] and w.gather(…)[rows], for the tokens of the loop's rows."""
+    held, ids = lifter.lift(instr.args[0]), [lifter.lift(i) for i in instr.args[1:]]
+    first = ids[0] if ids else None
+    if not isinstance(held, SlotOf) or not isinstance(first, Ids) or first.space.kind != "loop":
+        return None
+    whole = is_token(lifter.graph, first.choice, tuple(i.what for i in ids if isinstance(i, Ids)))
+    same = all(isinstance(i, Ids) and (i.space, i.choice) == (first.space, first.choice) for i in ids)
+    if not whole or not same or (first.space.key, first.choice) != (held.anchor, held.choice) or instr.attr("dim") != 0:
+        return None
+    if held.value:
+        return Rows(first.space, Slot(held.value), first.layout, held.choice)
+    return Ids(first.space, "slot", held.choice)
 
 
 def _column(lifter: Lifter, instr: Instr) -> Lift | None:
@@ -162,8 +224,9 @@ _FIRST: Mapping[str, First] = {
     "mul": lambda lifter, instr, which: _weighted(lifter, instr),
     "reduce_sum": lambda lifter, instr, which: _summed(lifter, instr),
     "where_indices": _slot_place,
-    "index": lambda lifter, instr, which: _picked(lifter, instr),
-    "gather": lambda lifter, instr, which: _gathered(lifter, instr),
+    "index": lambda lifter, instr, which: _at_rows(lifter, instr) or _picked(lifter, instr),
+    "reshape": lambda lifter, instr, which: _viewed(lifter, instr),
+    "gather": lambda lifter, instr, which: _gathered_of_all(lifter, instr) or _gathered(lifter, instr),
     "take": lambda lifter, instr, which: _column(lifter, instr),
     "max": lambda lifter, instr, which: _largest(lifter, instr) if which == 1 else None,
     "argmax": lambda lifter, instr, which: _largest(lifter, instr),

@@ -14,6 +14,7 @@ from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Arg, Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
 from moec.passes.rows.body import BodyMatch
+from moec.passes.rows.hot import sinks
 from moec.passes.rows.lift import FLOATS, Lift, Lifter, same
 from moec.passes.rows.pairs import Writer
 from moec.passes.rows.rows import Anchor, Column, Gates, OneHot
@@ -25,7 +26,7 @@ _COMPARISONS = frozenset({"gt", "ge", "lt", "le", "ne", "eq"})
 
 @dataclass(frozen=True)
 class Table:
-    """Who chooses whom, […, E]: the mask `value`, or where `value` compares so with a number."""
+    """Who chooses whom, […, E]: the mask `value`, where `value` compares so with a number, or not (`invert`)."""
 
     value: str
     word: str = ""
@@ -37,10 +38,11 @@ class Table:
         return f"{self.value}#{self.word}{self.limit if self.word else ''}"
 
     def mask(self, out: Writer) -> str:
-        """The mask, made where it is a comparison."""
+        """The mask, made where it is a comparison or the opposite of one."""
         if not self.word:
             return self.value
-        return out.emit(self.word, (Ref(self.value), self.limit), Type("bool", out.type(self.value).shape))
+        operands: tuple[Arg, ...] = (Ref(self.value),) if self.word == "invert" else (Ref(self.value), self.limit)
+        return out.emit(self.word, operands, Type("bool", out.type(self.value).shape))
 
 
 def column(lifter: Lifter, held: Gates, item: Anchor) -> Lift:
@@ -95,13 +97,18 @@ def table_choice(
 
 
 def support(graph: Graph, gates: str) -> Table | None:
-    """Where gates may differ from zero, and may have a gradient: relu(u), where(m, u, 0), m·u, and what follows."""
+    """Where gates may differ from zero, and may have a gradient.
+
+    relu(u), where(m, u, 0), m·u, softmax(where(m, u, −∞)), and what follows.
+    """
     made = graph.defs.get(gates)
     if made is None:
         return None
     shape = graph.types[gates].shape
     if made.word == "relu":
         return Table(gates, "gt", 0.0)
+    if made.word == "softmax":
+        return _unsunk(graph, made.args[0])
     if made.word == "where" and _is_zero(graph, made.args[2]) and isinstance(made.args[0], Ref):
         mask = graph.types[made.args[0].name]
         return Table(made.args[0].name) if mask.dtype == "bool" and mask.shape == shape else None
@@ -118,9 +125,44 @@ def support(graph: Graph, gates: str) -> Table | None:
     return None
 
 
+def _unsunk(graph: Graph, scores: Arg) -> Table | None:
+    """Where scores are not −∞: where(m, u, −∞), where(m, −∞, u), and those times or over a positive number."""
+    found = graph.behind(scores, ("cast", "same"))
+    made = graph.defs.get(found.name) if isinstance(found, Ref) else None
+    if made is None or not isinstance(found, Ref):
+        return None
+    if made.word in ("mul", "div"):
+        number = made.args[1]
+        positive = isinstance(number, int | float) and not isinstance(number, bool) and 1e-3 <= number <= 1e3
+        return _unsunk(graph, made.args[0]) if positive else None
+    if made.word == "masked_fill":
+        mask, low, inverted = made.args[1], made.args[2], True
+    elif made.word == "where":
+        inverted = _sinks(graph, made.args[1])
+        mask, low = made.args[0], made.args[1 if inverted else 2]
+    else:
+        return None
+    if not isinstance(mask, Ref) or not _sinks(graph, low):
+        return None
+    kind = graph.types[mask.name]
+    alike = kind.dtype == "bool" and kind.shape == graph.types[found.name].shape
+    return Table(mask.name, "invert" if inverted else "") if alike else None
+
+
+def _sinks(graph: Graph, arg: Arg) -> bool:
+    """Whether a softmax gives 0 to a score filled in."""
+    value = _constant(graph, arg)
+    return not isinstance(value, Ref) and sinks(value, graph.types[arg.name].dtype if isinstance(arg, Ref) else "f32")
+
+
 def _is_zero(graph: Graph, arg: Arg) -> bool:
+    return _constant(graph, arg) in (0, 0.0)
+
+
+def _constant(graph: Graph, arg: Arg) -> object:
+    """The number that a value is everywhere, else the value."""
     made = graph.defs.get(arg.name) if isinstance(arg, Ref) else None
-    return arg in (0, 0.0) if made is None else made.word == "full" and made.attr("value") in (0, 0.0)
+    return made.attr("value") if made is not None and made.word == "full" else arg
 
 
 def say_support(lifter: Lifter, root: Instr, body: BodyMatch, table: Table) -> tuple[Instr, ...] | NoMatch:

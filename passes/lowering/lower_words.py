@@ -115,6 +115,7 @@ WORDS: Mapping[str, Make] = {
     "reduce_sum": _sum,
     "bitwise_and": _call(torch.bitwise_and),
     "bitwise_or": _call(torch.bitwise_or),
+    "invert": _call(torch.bitwise_not),
     "where": _call(torch.where),
     "below": _below,
     "cat": _call(torch.cat, "dim"),

@@ -1,0 +1,130 @@
+"""Ways to write MoE layers that small repositories and tutorials share, each beside what only looks like it."""
+
+from __future__ import annotations
+
+import torch
+from spelling import E, K, Spelling, batches, tokens
+from spellings_strangers import Chosen
+from torch import nn
+
+
+class BelowKth(Chosen):
+    """Scores below the k-th are −∞ before the softmax; every expert on every token."""
+
+    def gates(self, scores):
+        kth = scores.topk(K, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < kth, float("-inf")).softmax(-1)
+
+    def forward(self, x):
+        rows = torch.stack([expert(x) for expert in self.experts], dim=1)
+        return torch.einsum("te,teh->th", self.gates(self.router(x)), rows)
+
+
+class WhereBelowKth(BelowKth):
+    """The same by `where`, with the least number there is, and a temperature; one addition after the other."""
+
+    def gates(self, scores):
+        kth = torch.topk(scores, K).values.min(dim=-1, keepdim=True).values
+        low = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        return (torch.where(scores >= kth, scores, low) / 0.7).softmax(-1)
+
+    def forward(self, x):
+        gates = self.gates(self.router(x))
+        return sum(gates[:, e : e + 1] * expert(x) for e, expert in enumerate(self.experts))
+
+
+class SlotOfAll(Chosen):
+    """Which slot chose the expert is asked of all tokens, and read at those that did."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            rows = mine.any(dim=-1)
+            if not rows.any():
+                continue
+            slot = mine.float().argmax(dim=-1)
+            y[rows] += w[rows].gather(-1, slot[rows].unsqueeze(-1)) * expert(x[rows])
+        return y
+
+
+class WeightOfAll(Chosen):
+    """The weight at that slot is gathered for all tokens, and read at those that chose the expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            rows = mine.any(dim=-1)
+            weight = w.gather(-1, mine.int().argmax(dim=-1, keepdim=True))
+            y[rows] += weight[rows] * expert(x[rows])
+        return y
+
+
+SPELLINGS = (
+    Spelling("BelowKth", "P6", BelowKth, tokens),
+    Spelling("WhereBelowKth", "P6", WhereBelowKth, tokens),
+    Spelling("SlotOfAll", "P1", SlotOfAll, batches),
+    Spelling("WeightOfAll", "P1", WeightOfAll, tokens),
+)
+
+
+class NotLowEnough(BelowKth):
+    """Near miss: what is below the k-th still counts."""
+
+    def gates(self, scores):
+        kth = scores.topk(K, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < kth, -4.0).softmax(-1)
+
+
+class Turned(BelowKth):
+    """Near miss: the softmax is of the negative scores, so that those that were filled are the ones that count."""
+
+    def gates(self, scores):
+        kth = scores.topk(K, dim=-1).values[..., -1:]
+        return (scores.masked_fill(scores < kth, -1e9) / -1.0).softmax(-1)
+
+
+class SlotOfNext(Chosen):
+    """Near miss: the slot is the one that chose the next expert, or the first where none did."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (chosen == e).any(dim=-1)
+            weight = w.gather(-1, (chosen == (e + 1) % E).int().argmax(dim=-1, keepdim=True))
+            y[rows] += weight[rows] * expert(x[rows])
+        return y
+
+
+class SlotOfTwice(Chosen):
+    """Near miss: a token may choose an expert twice, and weighs it by the first of its slots."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen // 2 == e
+            rows = mine.any(dim=-1)
+            weight = w.gather(-1, mine.int().argmax(dim=-1, keepdim=True))
+            y[rows] += weight[rows] * expert(x[rows])
+        return y
+
+
+class SlotBesideRows(Chosen):
+    """Near miss: the weight at the slot is also added to tokens that did not choose the expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            weight = w.gather(-1, mine.int().argmax(dim=-1, keepdim=True))
+            y = y + weight * expert(x)
+        return y
+
+
+NEAR: tuple[type[nn.Module], ...] = (NotLowEnough, Turned, SlotOfNext, SlotOfTwice, SlotBesideRows)
