@@ -63,11 +63,40 @@ class WeightOfAll(Chosen):
         return y
 
 
+class OneSlot(Chosen):
+    """One expert a token by a top-k, whose axis of one slot is dropped from the mask; weights keep theirs."""
+
+    def forward(self, x):
+        w, chosen = self.router(x).softmax(-1).topk(1, dim=-1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (chosen == e).squeeze(-1)
+            if rows.any():
+                y[rows] = w[rows] * expert(x[rows])
+        return y
+
+
+class OneKept(Chosen):
+    """One expert a token by a maximum that keeps its axis; rows by `nonzero`; all are weighted at the end."""
+
+    def forward(self, x):
+        w, chosen = self.router(x).softmax(-1).max(dim=-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (chosen == e).squeeze(-1).nonzero().squeeze(-1)
+            if rows.numel():
+                y[rows] = expert(x[rows])
+        return y * w
+
+
 SPELLINGS = (
     Spelling("BelowKth", "P6", BelowKth, tokens),
     Spelling("WhereBelowKth", "P6", WhereBelowKth, tokens),
     Spelling("SlotOfAll", "P1", SlotOfAll, batches),
     Spelling("WeightOfAll", "P1", WeightOfAll, tokens),
+    Spelling("OneSlot", "P1", OneSlot, tokens),
+    Spelling("OneSlotOfSequences", "P1", OneSlot, batches),
+    Spelling("OneKept", "P1", OneKept, tokens),
 )
 
 
@@ -127,4 +156,23 @@ class SlotBesideRows(Chosen):
         return y
 
 
-NEAR: tuple[type[nn.Module], ...] = (NotLowEnough, Turned, SlotOfNext, SlotOfTwice, SlotBesideRows)
+class FirstOfTwoSlots(Chosen):
+    """Near miss: of two slots the mask keeps the first, the weights are those of the second."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            rows = (chosen == e)[:, 0]
+            y[rows] = w[rows, 1:] * expert(x[rows])
+        return y
+
+
+NEAR: tuple[type[nn.Module], ...] = (
+    NotLowEnough,
+    Turned,
+    SlotOfNext,
+    SlotOfTwice,
+    SlotBesideRows,
+    FirstOfTwoSlots,
+)

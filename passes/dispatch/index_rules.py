@@ -101,14 +101,14 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
-    """Whether a table has one number for each token, and a token one expert: w[T] or w[T, 1] for e[T] or e[T, 1]."""
+    """Whether a table has one number for each token, and a token one expert: w[…] or w[…, 1] for e[…] or e[…, 1]."""
     chosen = lifter.graph.types.get(choice)
     if chosen is None:
         return False
     narrow = kind.rank >= axes and all(size == 1 for size in kind.shape[axes:])
     if narrow and "s" not in choice_axes(lifter.graph, choice):
         return True
-    return narrow and axes == 1 and all(size == 1 for size in chosen.shape[1:])
+    return narrow and axes == chosen.rank - 1 and chosen.shape[-1] == 1
 
 
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:

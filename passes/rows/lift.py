@@ -135,7 +135,9 @@ def _mask_axes(lifter: Lifter, mask: OneHot, source: Type, to: Type) -> tuple[st
     known = mask.choice in lifter.graph.types
     joins = known and len(mask.axes) > 1 and mask.axes == token_axes(lifter.graph, mask.choice)
     if _real(source.shape) == _real(to.shape) and not joins:
-        return _with_units(mask.axes, source, to)
+        sizes = zip(mask.axes, source.shape, strict=True)
+        one = tuple("1" if axis == "s" and size == 1 else axis for axis, size in sizes)  # a token's one slot is no axis
+        return _with_units(mask.axes, source, to) or _with_units(one, source, to)
     return reshaped(lifter.graph, mask.choice, mask.axes, source, to) if known else None
 
 

@@ -86,6 +86,8 @@ def reshaped(graph: Graph, choice: str, axes: tuple[str, ...], source: Type, to:
         return ("t",)
     apart = tuple("".join(tokens) if a == "t" and len(tokens) > 1 else a for a in axes)
     found = relabel(apart, sizes, to.shape)
+    if found is None and "s" in apart and sizes["s"] == 1:  # the one slot of a token
+        found = relabel(tuple(a for a in apart if a != "s"), sizes, to.shape)
     if found is None:
         return None
     slots = f"{int(sizes['s'])}" if "s" in sizes and sizes["s"].is_Integer else ""
