@@ -89,6 +89,22 @@ class OneKept(Chosen):
         return y * w
 
 
+class ZerosForIdle(Chosen):
+    """In training an idle expert's parameters are added as zeros, so that they have a gradient."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            if mine.any():
+                rows = mine.any(dim=-1).nonzero().flatten()
+                y.index_add_(0, rows, expert(x[rows]) * w[mine].view(-1, 1))
+            elif self.training:
+                y[0, 0] += 0 * sum(p.sum() for p in expert.parameters())
+        return y
+
+
 SPELLINGS = (
     Spelling("BelowKth", "P6", BelowKth, tokens),
     Spelling("WhereBelowKth", "P6", WhereBelowKth, tokens),
@@ -97,6 +113,7 @@ SPELLINGS = (
     Spelling("OneSlot", "P1", OneSlot, tokens),
     Spelling("OneSlotOfSequences", "P1", OneSlot, batches),
     Spelling("OneKept", "P1", OneKept, tokens),
+    Spelling("ZerosForIdle", "P1", ZerosForIdle, tokens),
 )
 
 
@@ -168,6 +185,22 @@ class FirstOfTwoSlots(Chosen):
         return y
 
 
+class LittleForIdle(Chosen):
+    """Near miss: what idle experts add is little, but no zero."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            if mine.any():
+                rows = mine.any(dim=-1).nonzero().flatten()
+                y.index_add_(0, rows, expert(x[rows]) * w[mine].view(-1, 1))
+            else:
+                y[0, 0] += 0.1 * sum(p.sum() for p in expert.parameters())
+        return y
+
+
 NEAR: tuple[type[nn.Module], ...] = (
     NotLowEnough,
     Turned,
@@ -175,4 +208,5 @@ NEAR: tuple[type[nn.Module], ...] = (
     SlotOfTwice,
     SlotBesideRows,
     FirstOfTwoSlots,
+    LittleForIdle,
 )

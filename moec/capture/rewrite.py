@@ -23,6 +23,7 @@ from moec.capture.single import single
 from moec.capture.slices import JOINING
 from moec.capture.state import NotRolled, loop_key
 from moec.capture.words import RUNTIME, Unrollable, call
+from moec.capture.zeros import without_zeros
 
 _FOR = dis.opmap["FOR_ITER"]
 _BACK = frozenset(op for name, op in dis.opmap.items() if "BACKWARD" in name)  # a `while`
@@ -108,6 +109,7 @@ def _candidates(owner: ast.FunctionDef, file: str, known: Known) -> Iterator[_Fo
     scope = scope_of(owner)
     for loop, path in loops(owner):
         helped = written_out(loop, owner, file, known)
+        helped = without_zeros(helped or loop) or helped
         if helped is not None:
             holder = ast.If(ast.Constant(True), [helped], [])
             where: Path = (*path, (holder, holder.body, 0))
