@@ -105,6 +105,19 @@ class ZerosForIdle(Chosen):
         return y
 
 
+class ListsOfRows(Chosen):
+    """Rows of each expert in a list, their results in another one that is made of it; both are read to write them."""
+
+    def forward(self, x):
+        w, chosen = self.router(x).softmax(-1).max(dim=-1)
+        rows = [torch.eq(chosen, e).nonzero(as_tuple=True)[0] for e in range(E)]
+        y = x.new_zeros(x.shape)
+        made = [self.experts[e](x[rows[e], :]) for e in range(E)]
+        for e in range(E):
+            y[rows[e], :] = made[e]
+        return y * w.view(-1, 1)
+
+
 SPELLINGS = (
     Spelling("BelowKth", "P6", BelowKth, tokens),
     Spelling("WhereBelowKth", "P6", WhereBelowKth, tokens),
@@ -114,6 +127,7 @@ SPELLINGS = (
     Spelling("OneSlotOfSequences", "P1", OneSlot, batches),
     Spelling("OneKept", "P1", OneKept, tokens),
     Spelling("ZerosForIdle", "P1", ZerosForIdle, tokens),
+    Spelling("ListsOfRows", "P1", ListsOfRows, tokens),
 )
 
 
@@ -201,6 +215,19 @@ class LittleForIdle(Chosen):
         return y
 
 
+class NextRows(Chosen):
+    """Near miss: each expert's results are written to the next one's rows."""
+
+    def forward(self, x):
+        w, chosen = self.router(x).softmax(-1).max(dim=-1)
+        chosen = chosen.new_tensor(range(x.shape[0])) % E
+        rows = [torch.eq(chosen, e).nonzero(as_tuple=True)[0] for e in range(E)]
+        y = x.new_zeros(x.shape)
+        for e in range(E):
+            y[rows[e - 1][:2], :] = self.experts[e](x[rows[e][:2], :])
+        return y * w.view(-1, 1)
+
+
 NEAR: tuple[type[nn.Module], ...] = (
     NotLowEnough,
     Turned,
@@ -209,4 +236,5 @@ NEAR: tuple[type[nn.Module], ...] = (
     SlotBesideRows,
     FirstOfTwoSlots,
     LittleForIdle,
+    NextRows,
 )

@@ -4,8 +4,8 @@ rows = [torch.where(chosen == j) for j in range(E)]
 for e in range(E):                                    →   for e in range(E):
     t, s = rows[e]                                            t, s = torch.where(chosen == e)
 
-`for e, (t, s) in enumerate(rows)` and `zip(experts, rows)` too. Only a list that is read once, so that nothing is
-computed twice, and made of what nobody changes before its entry is read.
+`for e, (t, s) in enumerate(rows)` and `zip(experts, rows)` too. Only a list that is read in one loop, where its entry
+is computed once, and made of what nobody changes before its entry is read. It may be made of another one's entries.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _moved(function: ast.FunctionDef, stmt: ast.stmt, block: list[ast.stmt], pla
     uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == listed]
     reads = [n for n in uses if isinstance(n.ctx, ast.Load)]
     loop = next((s for s in rest if isinstance(s, ast.For) and any(n in reads for n in ast.walk(s))), None)
-    if len(uses) != 2 or len(reads) != 1 or loop is None or loop.orelse:
+    if not reads or len(uses) != len(reads) + 1 or loop is None or loop.orelse:
         return False
     until = rest[: rest.index(loop) + 1]
-    if (stored(until) | in_place_names(until)) & loaded([stmt.value]):
+    if (stored(until) | in_place_names(until)) & (loaded([stmt.value]) - stored([made.generators[0].target])):
         return False
-    if not (_by_subscript(loop, made, reads[0]) or _by_iteration(loop, made, reads[0])):
+    if not (_by_subscript(loop, made, reads) or (len(reads) == 1 and _by_iteration(loop, made, reads[0]))):
         return False
     del block[place]
     return True
@@ -69,14 +69,20 @@ def _range(expr: ast.expr) -> str | None:
     return ast.unparse(expr.args[0]) if call and isinstance(expr, ast.Call) and len(expr.args) == 1 else None
 
 
-def _by_subscript(loop: ast.For, made: ast.ListComp, read: ast.Name) -> bool:
-    """`rows[e]` in a loop over the same places."""
+def _by_subscript(loop: ast.For, made: ast.ListComp, reads: list[ast.Name]) -> bool:
+    """`rows[e]` in a loop over the same places; where it stands more than once, the entry is made first."""
     place = _place(loop, made)
     inner = {id(n) for s in ast.walk(ast.Module(loop.body, [])) if isinstance(s, _LOOPS) for n in ast.walk(s)}
-    at = [n for n in ast.walk(loop) if isinstance(n, ast.Subscript) and n.value is read and id(n) not in inner]
-    if place is None or len(at) != 1 or not isinstance(at[0].slice, ast.Name) or at[0].slice.id != place:
+    at = [n for n in ast.walk(loop) if isinstance(n, ast.Subscript) and n.value in reads and id(n) not in inner]
+    if place is None or len(at) != len(reads) or any(ast.unparse(n.slice) != place for n in at):
         return False
-    _Swap(at[0], _entry(made, place)).visit(loop)
+    entry = _entry(made, place)
+    if len(at) > 1:
+        first = ast.Assign([ast.Name(f"_moec_held_{reads[0].id}", ast.Store())], entry)
+        loop.body.insert(0, _at(first, made))
+        entry = _at(ast.Name(f"_moec_held_{reads[0].id}", ast.Load()), made)
+    for read in at:
+        _Swap(read, copy.deepcopy(entry)).visit(loop)
     return True
 
 
