@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from spelling import E, K, Spelling, batches, tokens
+import torch.nn.functional as F
+from spelling import WIDTH, E, H, K, Spelling, batches, tokens
 from spellings_strangers import Chosen
 from torch import nn
 
@@ -118,6 +119,69 @@ class ListsOfRows(Chosen):
         return y * w.view(-1, 1)
 
 
+class Apart(nn.Module):
+    """Gate and up of an expert as two matrices on an axis of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(H, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E, 2, WIDTH, H) * 0.2)
+        self.down = nn.Parameter(torch.randn(E, H, WIDTH) * 0.2)
+
+    def choose(self, x):
+        """Weights[T, k] and experts[T, k]."""
+        w, chosen = self.router(x).softmax(-1).topk(K, dim=-1)
+        return w / w.sum(-1, keepdim=True), chosen
+
+
+class LoopApart(Apart):
+    """Each of the two by its number, in a loop."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(chosen == e)
+            both = self.up[e]
+            h = F.silu(F.linear(x[token], both[0])) * F.linear(x[token], both[1])
+            y.index_add_(0, token, F.linear(h, self.down[e]) * w[token, slot, None])
+        return y
+
+
+class TwoIndicesApart(Apart):
+    """Expert and matrix in one index."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(chosen == e)
+            rows = x[token]
+            h = F.silu(rows @ self.up[e, 0].t()) * (rows @ self.up[e, 1].t())
+            y.index_add_(0, token, (h @ self.down[e].t()) * w[token, slot, None])
+        return y
+
+
+class GatheredApart(Apart):
+    """Both at once by an einsum of gathered matrices."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        h = torch.einsum("th,tkdfh->tkdf", x, self.up[chosen])
+        h = F.silu(h[:, :, 0]) * h[:, :, 1]
+        return torch.einsum("tkf,tkhf,tk->th", h, self.down[chosen], w)
+
+
+class DenseApart(Apart):
+    """Both at once, first of all axes, of every expert on every token."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, chosen, w)
+        a, b = torch.einsum("th,edfh->dtef", x, self.up).unbind(0)
+        return torch.einsum("tef,ehf,te->th", F.silu(a) * b, self.down, gates)
+
+
 SPELLINGS = (
     Spelling("BelowKth", "P6", BelowKth, tokens),
     Spelling("WhereBelowKth", "P6", WhereBelowKth, tokens),
@@ -128,6 +192,10 @@ SPELLINGS = (
     Spelling("OneKept", "P1", OneKept, tokens),
     Spelling("ZerosForIdle", "P1", ZerosForIdle, tokens),
     Spelling("ListsOfRows", "P1", ListsOfRows, tokens),
+    Spelling("LoopApart", "P3", LoopApart, tokens),
+    Spelling("TwoIndicesApart", "P3", TwoIndicesApart, tokens),
+    Spelling("GatheredApart", "P5", GatheredApart, tokens),
+    Spelling("DenseApart", "P6", DenseApart, tokens),
 )
 
 
@@ -228,6 +296,19 @@ class NextRows(Chosen):
         return y * w.view(-1, 1)
 
 
+class TwiceTheFirst(Apart):
+    """Near miss: both halves are the gate's, of the next expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(chosen == e)
+            a, b = x[token] @ self.up[e, 0].t(), x[token] @ self.up[(e + 1) % E, 0].t()
+            y.index_add_(0, token, F.linear(F.silu(a) * b, self.down[e]) * w[token, slot, None])
+        return y
+
+
 NEAR: tuple[type[nn.Module], ...] = (
     NotLowEnough,
     Turned,
@@ -237,4 +318,5 @@ NEAR: tuple[type[nn.Module], ...] = (
     FirstOfTwoSlots,
     LittleForIdle,
     NextRows,
+    TwiceTheFirst,
 )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.ir.graph import Graph, Instr, Ref, Type, substitute, sweep
-from moec.passes.canonical import bank_axes, one_hot_index, split_axes, spread_axes
+from moec.passes.canonical import bank_axes, halves, one_hot_index, split_axes, spread_axes
 from moec.passes.canonical.fold_permutes import fold_permutes
 from moec.passes.canonical.ranges import Ranges, decided
 from moec.passes.canonical.rewriter import Rule, rewritten
@@ -66,6 +66,9 @@ RULES: tuple[Rule, ...] = (
     one_hot_index.rule_product,
     one_hot_index.rule_place,
     split_axes.rule_joined,
+    halves.rule_cut,
+    halves.rule_both,
+    halves.rule_turned,
     bank_axes.rule_first,
     spread_axes.rule_expand,
     spread_axes.rule_column,
