@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from moec.codegen.cpp import header_texts
 from moec.errors import BuildError
+from moec.options import Environment
 from moec.target import Target
 
 # -O2 and not -O3: the kernels are unrolled by hand and build in two thirds of the time.
@@ -43,9 +44,7 @@ def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
     can be written to the cache, it is built for this process alone, with one warning.
     """
     if target.compiler is None:
-        raise BuildError(
-            "no C++ compiler found (looked for CXX, g++, clang++, c++); install one or use kernels='eager'"
-        )
+        raise BuildError(_no_compiler(Environment.read().cxx))
     flags = (*_FLAGS_FAST, *target.flags)
     name = f"{_key(source, flags, target.compiler)}.so"
     try:
@@ -60,6 +59,12 @@ def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
             f"no kernel can be built: neither {cache_dir} nor the system's temporary folder can be written ({error}); "
             "set MOEC_CACHE_DIR or TMPDIR to a folder that can"
         ) from error
+
+
+def _no_compiler(wanted: str | None) -> str:
+    if wanted:
+        return f"CXX={wanted!r} is no program on the path; expected one name or path; correct or unset it"
+    return "no C++ compiler found (looked for g++, clang++, c++); install one, set CXX, or use kernels='eager'"
 
 
 def _kept(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctypes.CDLL:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_a_library_that_lacks_bytes_is_not_loaded(tmp_path, kept, rest):
     assert bad.read_bytes() == content
 
 
+def test_a_compiler_that_is_not_there_is_named(tmp_path, monkeypatch):
+    for wanted in ("nosuch++", "ccache g++"):
+        monkeypatch.setenv("CXX", wanted)
+        with pytest.raises(BuildError, match=re.escape(f"CXX={wanted!r} is no program on the path")):
+            build(TINY, Target.host(), tmp_path)
+
+
 def test_a_compiler_that_writes_nothing_is_named(tmp_path):
     with pytest.raises(BuildError, match=r"true .*wrote no library; set CXX"):
         build(TINY, replace(Target.host(), compiler=shutil.which("true")), tmp_path)
@@ -95,7 +103,8 @@ def test_where_nothing_can_be_written_the_error_names_both_folders(tmp_path, mon
         build(TINY, Target.host(), Path("/dev/null/cache2"))
 
 
-def test_errors_name_the_command_and_the_first_errors(tmp_path):
+def test_errors_name_the_command_and_the_first_errors(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BuildError, match=r"(?s)-shared.*error: .*nonsense"):
         build("nonsense nonsense;\n", Target.host(), tmp_path)
     assert not list(tmp_path.glob("*.so"))
