@@ -150,7 +150,7 @@ def test_each_thread_reserves_once():
 
 def test_what_is_shown_is_what_is_reserved(tmp_path, capsys):
     path = tmp_path / "ranged.py"
-    path.write_text(TARGET.format(path=[str(TESTS), str(TESTS / "moec")]))
+    path.write_text(TARGET.format(path=[str(TESTS), str(TESTS / "moec" / "runtime")]))
     command = ["inspect", f"{path}:make", "--capacity", "--json", "--options", "rest=aot_eager,tokens=1..200"]
     assert cli.run(command) == cli.OK
     (found,) = json.loads(capsys.readouterr().out)["capacity"]
