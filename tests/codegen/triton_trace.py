@@ -23,6 +23,11 @@ class Launched:
         }
 
 
+def extent(tensor):
+    """Elements from a tensor's first to its last: a storage is all of a call's buffers."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def trace(monkeypatch):
     """A list that grows by a `Launched` a launch from here on."""
     launches, spans = [], []
@@ -32,12 +37,9 @@ def trace(monkeypatch):
     def traced(self, *args, **kwargs):
         named = inspect.getcallargs(self.fn, *args, **{k: v for k, v in kwargs.items() if k in self.arg_names})
         tensors = {name: value for name, value in named.items() if hasattr(value, "data_ptr")}
-        marks = [
-            {n: np.zeros(t.untyped_storage().nbytes() // t.element_size(), bool) for n, t in tensors.items()}
-            for _ in range(2)
-        ]
+        marks = [{n: np.zeros(extent(t), bool) for n, t in tensors.items()} for _ in range(2)]
         launches.append(Launched(self.fn.__name__, *marks, {n: t.element_size() for n, t in tensors.items()}))
-        spans[:] = [(n, t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for n, t in tensors.items()]
+        spans[:] = [(n, t.data_ptr(), extent(t) * t.element_size()) for n, t in tensors.items()]
         return call(self, *args, **kwargs)
 
     def mark(kind, ptrs, mask):
