@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -86,14 +87,15 @@ def summary(seconds: list[float]) -> Timing:
 def interleaved(calls: Mapping[str, Callable[[], float]], repeats: int, budget: float) -> dict[str, Timing]:
     """Take seconds from the calls in turns, so that a neighbour's load falls on all alike. Each has run before (warm).
 
+    Every round has an order of its own: threads of the call before may still spin, and no call shall meet that always.
     A call whose share of `budget` seconds is used up is left out of further turns: it keeps fewer runs, at least one.
     """
     share = budget / max(len(calls), 1)
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
+    for turn in range(repeats):
+        for name in random.Random(turn).sample(list(calls), len(calls)):
             if not taken[name] or sum(taken[name]) + min(taken[name]) <= share:
-                taken[name].append(call())
+                taken[name].append(calls[name]())
     return {name: summary(seconds) for name, seconds in taken.items()}
 
 

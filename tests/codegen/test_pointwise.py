@@ -78,7 +78,8 @@ def test_special_values_as_in_torch(library, name):
     x = torch.tensor([float("nan"), inf, -inf, *numbers])
     y = torch.empty_like(x)
     call(getattr(library, f"f_{name}"), x, y)
-    want = POINTWISE[name].eager(x)
+    want, exact = POINTWISE[name].eager(x), POINTWISE[name].eager(x.double()).float()
+    want = torch.where(want.isnan(), exact, want)  # torch's own gelu of inf is NaN in fp32 where vectors have 16 numbers
     assert torch.allclose(y, want, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 

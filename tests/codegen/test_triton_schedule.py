@@ -51,7 +51,9 @@ def test_what_is_near_the_default_is_tried_too():
     assert {c.block_k for c in few} == {default.block_k // 2, default.block_k, 2 * default.block_k}
     many = candidates(SPEC, replace(SIZES, T=4096), gpu_target("sm_90"))
     tile = many[0]
-    assert {c.num_stages for c in many if c == replace(tile, num_stages=c.num_stages)} == {2, 3, 4}
+    stages = {c.num_stages for c in many if c == replace(tile, num_stages=c.num_stages)}
+    assert stages == {tile.num_stages - 1, tile.num_stages}, "one more does not fit"
+    assert not fits(replace(tile, num_stages=tile.num_stages + 1), gpu_target("sm_90"), "bf16")
     assert {c.group_m for c in many if c == replace(tile, group_m=c.group_m)} == {16, 32, 64}
 
 

@@ -104,6 +104,15 @@ def test_interleaving_gives_each_its_share():
     assert summary([0.003, 0.001, 0.002]) == Timing(2.0, 1.0, 3.0, 3)
 
 
+def test_no_call_follows_the_same_one_in_every_round():
+    order: list[str] = []
+    interleaved({name: lambda name=name: order.append(name) or 0.001 for name in "abc"}, repeats=12, budget=1.0)
+    rounds = [order[i : i + 3] for i in range(0, 36, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    followed = {each[each.index("b") - 1] for each in rounds if each[0] != "b"}
+    assert followed == {"a", "c"}
+
+
 def test_limit_is_the_slower_of_arithmetic_and_memory():
     layer = Layer(hidden=100, width=10, experts=4, top_k=2, itemsize=2)
     assert layer.flops(3) == 2 * 3 * 100 * (4 + 3 * 2 * 10)
