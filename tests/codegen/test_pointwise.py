@@ -79,7 +79,8 @@ def test_special_values_as_in_torch(library, name):
     y = torch.empty_like(x)
     call(getattr(library, f"f_{name}"), x, y)
     want, exact = POINTWISE[name].eager(x), POINTWISE[name].eager(x.double()).float()
-    want = torch.where(want.isnan(), exact, want)  # torch's own gelu of inf is NaN in fp32 where vectors have 16 numbers
+    # torch's own gelu of inf is NaN in fp32 where vectors have 16 numbers.
+    want = torch.where(want.isnan(), exact, want)
     assert torch.allclose(y, want, rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
