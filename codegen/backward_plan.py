@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, pairs_of_bf16, up
-from moec.codegen.tuning import Sizes, few_rows
+from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
+from moec.codegen.tuning import Sizes, few_rows, row_bytes
 from moec.ir.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -56,15 +56,10 @@ def views(spec: ExpertsSpec) -> int:
     return spec.ab_views
 
 
-def row_bytes(spec: KernelSpec, target: Target) -> int:
-    """Of a number of x, y's gradient, h or slopes: bf16 where it is multiplied in pairs, else a float."""
-    return 2 if pairs_of_bf16(spec.experts, target) else 4
-
-
 def group_pairs(spec: KernelSpec, H: int, F: int, target: Target) -> int:
     """Pairs of (token, slot) that are taken together, unless one expert has more."""
     numbers = (views(spec.experts) + spec.experts.out) * F
-    return max(_GROUP_BYTES // (row_bytes(spec, target) * numbers + 4 * H), 1)
+    return max(_GROUP_BYTES // (row_bytes(spec.experts, target) * numbers + 4 * H), 1)
 
 
 def saves_activations(spec: KernelSpec, H: int, F: int, O: int, k: int) -> bool:
@@ -89,8 +84,8 @@ def make_backward_plan(
     e = spec.experts
     back = {"nk": "kn", "kn": "nk"}
     layouts = (e.layout_in, back[e.layout_out], back[e.layout_in])
-    item = row_bytes(spec, target)
-    few = [few_rows(layout, "bf16" if item == 2 else "f32", target) for layout in layouts]
+    item = row_bytes(spec.experts, target)
+    few = [few_rows(layout, e, target) for layout in layouts]
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
     outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)
@@ -130,7 +125,7 @@ def _sections(
     target: Target,
 ) -> tuple[Size, ...]:
     """Bytes of each part of the workspace for `tokens`, a number or a symbol; `most_rows` bounds one expert's pairs."""
-    item = row_bytes(spec, target)
+    item = row_bytes(spec.experts, target)
     ld, n = _row_lengths(spec, sizes, item), tokens * sizes.k
     rows = least(n, most(group_pairs(spec, sizes.H, sizes.F, target), most_rows))
     x_rows = 0 if direct[0] else tokens if spec.experts.weight_on == "output" else rows
@@ -151,7 +146,7 @@ def backward_formula(
 ) -> Size:
     """A bound on `make_backward_plan(…).workspace_bytes` in T, for every T up to `sizes.T`."""
     tries = [replace(sizes, T=tokens) for tokens in tokens_to_try(sizes.T)]
-    item = row_bytes(spec, target)
+    item = row_bytes(spec.experts, target)
     direct = (
         all(_in_place(spec, at, x, item) for at in tries),
         all(_in_place(spec, at, g, item, gradient=True) for at in tries),

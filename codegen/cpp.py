@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from moec.codegen.plan import pairs_of_bf16
 from moec.codegen.statements import statements
 from moec.codegen.storage import Storage
+from moec.codegen.tuning import pairs_of_bf16
 from moec.errors import CodegenError
 from moec.ir.expr import Const, Expr, Var, derivative, variables
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
@@ -195,11 +195,10 @@ def _experts_backward(spec: KernelSpec, target: Target) -> str:
     e: ExpertsSpec = spec.experts
     outputs = {"h =": e.phi, "da =": derivative(e.phi, "a")}
     outputs["db ="] = derivative(e.phi, "b") if e.ab_views == 2 else Const(0.0)
-    op = "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
     layouts = (e.layout_in, e.layout_out)
     return _kernel(
         spec,
-        (f"using Op = {op};",),
+        (f"using Op = {_stored(e, target)};",),
         layouts,
         "void slopes",
         ", vf& h, vf& da, vf& db",

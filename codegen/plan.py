@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.codegen.storage import Storage
-from moec.codegen.tuning import Sizes, Tuning, default_tuning
+from moec.codegen.tuning import Sizes, Tuning, default_tuning, pairs_of_bf16
 from moec.ir.bounds import TOKENS, Size, floor_div, least, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -53,11 +53,6 @@ class Plan:
             *(int(self.x_direct), int(self.router_direct), self.ld_x, self.ld_h),
             *(*self.places, self.per_thread, self.at_tile),
         )
-
-
-def pairs_of_bf16(spec: ExpertsSpec, target: Target) -> bool:
-    """Whether the experts' arithmetic takes bf16 in pairs instead of converting to fp32."""
-    return target.bf16_pairs and spec.dtype == "bf16" and not spec.codes
 
 
 def up(n: int, to: int) -> int:

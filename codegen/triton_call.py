@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moec.codegen import triton_operands as ops
-from moec.codegen.plan import Sizes
+from moec.codegen.plan import Sizes, up
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_operands import Operands
 from moec.errors import CodegenError
@@ -96,7 +96,7 @@ def places(program: Program, aligned: int) -> tuple[tuple[int, ...], int]:
     """Where in one block each buffer begins, in bytes, and what the block takes: buffers that no launch needs at the
     same time may lie at the same place."""
     lives = [_life(program, buffer) for buffer in program.buffers]
-    sizes = [-(-buffer.bytes // aligned) * aligned for buffer in program.buffers]
+    sizes = [up(buffer.bytes, aligned) for buffer in program.buffers]
     begins: dict[int, int] = {}
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         begin = 0

@@ -100,6 +100,16 @@ def _number(name: str, text: str) -> int | tuple[int, int]:
     return (int(parts[0]), int(parts[1])) if name in _PAIRS else int(parts[0])
 
 
+def pairs_of_bf16(spec: ExpertsSpec, target: Target) -> bool:
+    """Whether the experts' arithmetic takes bf16 in pairs instead of converting to fp32."""
+    return target.bf16_pairs and spec.dtype == "bf16" and not spec.codes
+
+
+def row_bytes(spec: ExpertsSpec, target: Target) -> int:
+    """Of a number of the rows that meet weights: bf16 where it is multiplied in pairs, else a float."""
+    return 2 if pairs_of_bf16(spec, target) else 4
+
+
 def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int) -> Tuning:
     """What is used where nothing was measured."""
     e = spec.experts
@@ -131,10 +141,10 @@ def _many_depth(e: ExpertsSpec, layout: str) -> int:
 def _few_rows(e: ExpertsSpec, layout: str, target: Target) -> int:
     """Of an expert's matrices as they are kept: columns of codes are packed for any number of rows."""
     scaled = e.coding is not None and e.coding.scaled
-    return 0 if scaled and layout == "kn" else few_rows(layout, e.dtype, target)
+    return 0 if scaled and layout == "kn" else few_rows(layout, e, target)
 
 
-def few_rows(layout: str, dtype: str, target: Target) -> int:
+def few_rows(layout: str, e: ExpertsSpec, target: Target) -> int:
     """Up to how many rows an expert its weights are streamed as stored; above, packing pays.
 
     Measured on AVX2 (dot_rows 3), one thread, GFLOP/s streamed / packed: nk f32 76/63 at 24 rows, 73/76 at 48; nk bf16
@@ -144,7 +154,7 @@ def few_rows(layout: str, dtype: str, target: Target) -> int:
     """
     if target.lanes < 16:
         return 8 if layout == "kn" else 13 * target.dot_rows
-    row = _few_depth(dtype, target) * (2 if dtype == "bf16" and target.bf16_pairs else 4)
+    row = _few_depth(e.dtype, target) * row_bytes(e, target)
     return min(_ROW_BLOCK, target.l2_bytes * 3 // 4 // row)
 
 

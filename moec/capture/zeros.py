@@ -18,13 +18,17 @@ from moec.capture.recognise import tainted_by
 
 def without_zeros(loop: ast.For) -> ast.For | None:
     """A copy of the loop without such sides; None where it has none."""
-    tainted = tainted_by(loop)
+    sides = [(i, s) for i, s in enumerate(loop.body) if isinstance(s, ast.If) and s.orelse]
+    tainted = tainted_by(loop) if sides else set[str]()
+    found = [i for i, s in sides if loaded([s.test]) & tainted and _adds_zeros(s.orelse, tainted)]
+    if not found:
+        return None
     out = copy.deepcopy(loop)
-    sides = [s for s in out.body if isinstance(s, ast.If) and s.orelse and loaded([s.test]) & tainted]
-    found = [s for s in sides if _adds_zeros(s.orelse, tainted)]
-    for stmt in found:
+    for i in found:
+        stmt = out.body[i]
+        assert isinstance(stmt, ast.If)
         stmt.orelse = []
-    return out if found else None
+    return out
 
 
 def _adds_zeros(block: list[ast.stmt], tainted: set[str]) -> bool:

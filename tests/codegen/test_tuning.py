@@ -75,8 +75,10 @@ def test_candidates_fit_the_caches():
 
 def test_long_vectors_stream_weights_while_the_rows_stay_in_the_second_cache():
     target = Target("avx512_bf16", 16, 12, 2, 6, True, (), l2_bytes=1 << 20)
-    assert few_rows("nk", "f32", target) == few_rows("kn", "f32", target) == 96
-    assert few_rows("nk", "bf16", target) == 192, "pairs of bf16 take half the room"
-    assert few_rows("nk", "f16", target) == few_rows("nk", "f32", target), "f16 is widened"
-    assert few_rows("nk", "f32", TARGET) == 39, "16 registers: packing pays from some rows on, whatever the cache"
-    assert few_rows("kn", "bf16", TARGET) == 8
+    assert few_rows("nk", ExpertsSpec("f32"), target) == few_rows("kn", ExpertsSpec("f32"), target) == 96
+    assert few_rows("nk", ExpertsSpec("bf16"), target) == 192, "pairs of bf16 take half the room"
+    assert few_rows("nk", ExpertsSpec("f16"), target) == few_rows("nk", ExpertsSpec("f32"), target), "f16 is widened"
+    assert few_rows("nk", ExpertsSpec("f32"), TARGET) == 39, (
+        "16 registers: packing pays from some rows on, whatever the cache"
+    )
+    assert few_rows("kn", ExpertsSpec("bf16"), TARGET) == 8
