@@ -144,6 +144,7 @@ MOEC_INLINE void keep(V& v) {
 }
 
 MOEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+MOEC_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 // --- shuffles -----------------------------------------------------------------------------------------------
 #if defined(__clang__) || __GNUC__ >= 12
