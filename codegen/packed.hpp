@@ -93,7 +93,10 @@ __attribute__((noinline)) void stream_panel(const typename Op::A* const* a, cons
     int64_t i = 0;
     for (; i + U <= end; i += U) {
 #pragma GCC unroll 8
-      for (int64_t b = 0; b < U * row; b += line) prefetch(at + i * row + ahead + b);
+      for (int64_t b = 0; b < U * row; b += line) {
+        prefetch(at + i * row + ahead + b);
+        if constexpr (L == 16) prefetch_near(at + i * row + NEAR * line + b);
+      }
 #pragma GCC unroll 4
       for (int u = 0; u < U; u++) add(u, i + u);
     }
