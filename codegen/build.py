@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -22,19 +24,23 @@ from moec.target import Target
 # -O2 and not -O3: the kernels are unrolled by hand and build in two thirds of the time.
 _FLAGS = ("-O2", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 _FLAGS_FAST = (*_FLAGS, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_ANOTHER = "set CXX to a working g++ or clang++"
+_ROOM = 4 << 20  # bytes, more than any kernel: whether they can be written tells a full disk from a wrong source
 _SEAL = b"moec sealed "  # and a hash: what stands behind every library in the cache
 
 
 @lru_cache(maxsize=8)
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
     """The first line that the compiler says about itself; raises BuildError where it cannot be run."""
+    name = shlex.join(compiler)
     try:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(
-            f"compiler {compiler!r} cannot be run: {error}; set CXX to a working g++ or clang++"
-        ) from error
-    return done.stdout.splitlines()[0] if done.stdout else compiler
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"compiler {name!r} cannot be run: {error}; {_ANOTHER}") from error
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or "and says nothing").splitlines()[0]
+        raise BuildError(f"{name} --version ends with {done.returncode}: {said}; {_ANOTHER}")
+    return done.stdout.splitlines()[0] if done.stdout else name
 
 
 def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
@@ -43,7 +49,7 @@ def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
     The cache key covers the source, the headers, the flags and the compiler, so entries are never stale. Where nothing
     can be written to the cache, it is built for this process alone, with one warning.
     """
-    if target.compiler is None:
+    if not target.compiler:
         raise BuildError(_no_compiler(Environment.read().cxx))
     flags = (*_FLAGS_FAST, *target.flags)
     name = f"{_key(source, flags, target.compiler)}.so"
@@ -63,11 +69,11 @@ def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
 
 def _no_compiler(wanted: str | None) -> str:
     if wanted:
-        return f"CXX={wanted!r} is no program on the path; expected one name or path; correct or unset it"
+        return f"CXX={wanted!r} names no program on the path; expected a C++ compiler, with or without arguments"
     return "no C++ compiler found (looked for g++, clang++, c++); install one, set CXX, or use kernels='eager'"
 
 
-def _kept(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctypes.CDLL:
+def _kept(source: str, flags: Sequence[str], compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
     """The library at `path`, built where it is not there; raises OSError where nothing can be written."""
     loaded = _load(path)
     if loaded is not None:
@@ -79,11 +85,11 @@ def _kept(source: str, flags: Sequence[str], compiler: str, path: Path) -> ctype
             return loaded
         _compile(source, flags, compiler, path)
         try:
-            return ctypes.CDLL(str(path))
+            return _open(path)
         except OSError as error:
             raise BuildError(
-                f"{path} was built but cannot be loaded ({error}); check {compiler!r}, and that programs may run from "
-                "that folder, or set MOEC_CACHE_DIR to another"
+                f"{path} was built but cannot be loaded ({error}); check {shlex.join(compiler)!r}, and that programs "
+                "may run from that folder or the system's temporary one (TMPDIR)"
             ) from error
 
 
@@ -98,8 +104,8 @@ def _warn_not_kept(cache_dir: Path, why: str) -> None:
     )
 
 
-def _key(source: str, flags: Sequence[str], compiler: str) -> str:
-    parts = (source, *(text for _, text in header_texts()), *flags, compiler, compiler_version(compiler))
+def _key(source: str, flags: Sequence[str], compiler: tuple[str, ...]) -> str:
+    parts = (source, *(text for _, text in header_texts()), *flags, *compiler, compiler_version(compiler))
     return sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -109,11 +115,20 @@ def _load(path: Path) -> ctypes.CDLL | None:
         return None
     try:
         if _is_whole(path.read_bytes()):
-            return ctypes.CDLL(str(path))
+            return _open(path)
     except OSError:
         pass
     path.unlink(missing_ok=True)
     return None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """A library; by a copy of it where programs may not run from its folder, as on a disk mounted so."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with tempfile.TemporaryDirectory() as folder:  # the process's user alone may write there
+            return ctypes.CDLL(shutil.copy(path, folder))
 
 
 def _seal(library: bytes) -> bytes:
@@ -127,24 +142,43 @@ def _is_whole(content: bytes) -> bool:
     return content == library + _seal(library)
 
 
-def _compile(source: str, flags: Sequence[str], compiler: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        text = Path(folder, "kernel.cpp")
-        text.write_text(source)
-        for name, header in header_texts():
-            Path(folder, name).write_text(header)
-        built = Path(folder, "kernel.so")
-        command = [compiler, *flags, str(text), "-o", str(built)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise BuildError(f"compiler {compiler!r} cannot be run: {error}") from error
-        if done.returncode != 0:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise BuildError(f"{' '.join(command)} failed:\n" + "\n".join(errors[:5]))
-        if not built.exists():
-            raise BuildError(f"{' '.join(command)} wrote no library; set CXX to a working g++ or clang++")
-        library = built.read_bytes()
+def _compile(source: str, flags: Sequence[str], compiler: tuple[str, ...], path: Path) -> None:
+    folder = path.with_suffix(".new")  # the lock is held: what lies there is what a killed process left
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        built = _run(source, [*compiler, *flags], folder)
         with built.open("ab") as file:
-            file.write(_seal(library))
+            file.write(_seal(built.read_bytes()))
         os.replace(built, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(source: str, command: Sequence[str], folder: Path) -> Path:
+    """The library that a compiler makes of `source` in `folder`; raises BuildError, OSError for a full disk."""
+    text, built = folder / "kernel.cpp", folder / "kernel.so"
+    for name, content in ((text.name, source), *header_texts()):
+        Path(folder, name).write_text(content)
+    command = [*command, str(text), "-o", str(built)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(folder)}
+        )
+    except OSError as error:
+        raise BuildError(f"compiler {command[0]!r} cannot be run: {error}; {_ANOTHER}") from error
+    if done.returncode != 0:
+        Path(folder, "room").write_bytes(bytes(_ROOM))
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if "error" in line] or lines or ["it says nothing"]
+        raise BuildError(
+            _without(f"{errors[0]}: the C++ compiler failed; its command was {shlex.join(command)}", folder)
+        )
+    if not built.exists():
+        raise BuildError(_without(f"{shlex.join(command)} wrote no library; {_ANOTHER}", folder))
+    return built
+
+
+def _without(text: str, folder: Path) -> str:
+    """`text` with the files of a folder by their names: the same reason is the same text for every kernel."""
+    return text.replace(f"{folder}/", "")

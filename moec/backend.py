@@ -7,11 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
-from torch.compiler import config as compiler_config
 
 import moec.runtime.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
 from moec.capture import install
@@ -38,14 +37,12 @@ from moec.passes.raising.vocabulary import raise_fx
 from moec.passes.raising.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
 from moec.proof import Verdict, prove, prove_bodies
-from moec.proof.store import source_hash
 from moec.report import GraphReport, PassRecord, Reason, Report
+from moec.rest import Compiled, compile_rest
 from moec.runtime.choose_once import choose_once
 from moec.runtime.copies import copies_made
 from moec.spread.lower import SITES, SPREAD, Spreading, spread
 from moec.verify import recording, verifying
-
-Compiled = Callable[..., Any]
 
 install.install()
 
@@ -227,18 +224,11 @@ class Backend:
         return refused
 
     def compile_rest(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        """Hand what is not MoE to the compiler that the options name."""
+        """What is not MoE, by the compiler that the options name."""
         recorded = self.mode in ("reduce-overhead", "max-autotune")  # as CUDA graphs, which Inductor makes
-        if self.options.rest == "eager" or (nothing_to_compile(gm) and not recorded):
+        if nothing_to_compile(gm) and not recorded:
             return gm.forward
-        if self.options.rest == "aot_eager":
-            return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = list_mode_options(self.mode) if self.mode not in (None, "default") else None
-        with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
-            return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+        return compile_rest(gm, example_inputs, self.options.rest, self.mode)
 
 
 def compile_graph(
@@ -286,11 +276,6 @@ def explain_call(
         for loop in install.declined_in(model):
             backend.not_rolled(loop)
     return report
-
-
-def _cache_tag() -> str:
-    """The user's own tag and moec's source: what torch keeps on disk knows ops by name, not how they differentiate."""
-    return f"{compiler_config.cache_key_tag}moec-{source_hash()}"
 
 
 def _whole(parts: Sequence[GraphReport]) -> GraphReport:

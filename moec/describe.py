@@ -137,7 +137,7 @@ def _maker(instr: Instr, facts: Facts) -> str:
     engine, host = facts.options.kernels, Target.host()
     if engine == "triton" or (engine == "auto" and not on_cpu):
         return "triton"
-    if engine == "eager" or host.compiler is None:
+    if engine == "eager" or not host.compiler:
         return "eager"
     weights = facts.options.engine(training=bool(facts.grad)).weights
     return host.isa if weights == "stored" else f"{host.isa}_{weights}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ class Target:
     dot_rows      rows of x that the dot kernel takes against 4 rows of weights
     bf16_pairs    bf16 is multiplied in pairs into fp32 sums, without conversion
     flags         what the compiler is told
-    compiler      path of the C++ compiler; None: there is none
+    compiler      the command of the C++ compiler, its path first; empty: there is none
     processor     its name, for people and for what was measured on it
     """
 
@@ -42,7 +43,7 @@ class Target:
     threads: int = 1
     l1_bytes: int = 32 << 10
     l2_bytes: int = 512 << 10
-    compiler: str | None = None
+    compiler: tuple[str, ...] = ()
     processor: str = ""
 
     @staticmethod
@@ -130,10 +131,21 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def find_compiler(cxx: str | None) -> str | None:
-    """The path of the C++ compiler: the one named, else g++, clang++ or c++; None where there is none."""
-    names = (cxx,) if cxx else ("g++", "clang++", "c++")
-    return next(filter(None, map(shutil.which, names)), None)
+def find_compiler(cxx: str | None) -> tuple[str, ...]:
+    """The command of the C++ compiler: the one named, else g++, clang++ or c++; empty where there is none.
+
+    `cxx` is one program, or a program and arguments as a shell would split them (`ccache g++`).
+    """
+    commands = [(cxx,), _words(cxx)] if cxx else [("g++",), ("clang++",), ("c++",)]
+    found = ((shutil.which(command[0]), command[1:]) for command in commands if command)
+    return next(((path, *arguments) for path, arguments in found if path), ())
+
+
+def _words(command: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(command))
+    except ValueError:  # a quotation that does not end
+        return ()
 
 
 @dataclass(frozen=True)

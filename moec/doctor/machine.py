@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -69,12 +70,14 @@ def _triton() -> Check:
 
 
 def _compiler() -> Check:
-    path = Target.host().compiler
+    command = Target.host().compiler
     way_out = "install g++ or clang++ (Debian: apt-get install g++), or set CXX to one"
-    if path is None:
+    if not command:
         wanted = Environment.read().cxx
-        return Check("compiler", "broken", f"CXX={wanted!r} is not on the path" if wanted else "none found", way_out)
-    return Check("compiler", "ok", f"{compiler_version(path)} ({path})", way_out)
+        return Check(
+            "compiler", "broken", f"CXX={wanted!r} names no program on the path" if wanted else "none found", way_out
+        )
+    return Check("compiler", "ok", f"{compiler_version(command)} ({shlex.join(command)})", way_out)
 
 
 def _isa() -> Check:

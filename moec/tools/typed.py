@@ -71,6 +71,8 @@ def parse_sizes(spec: KernelSpec, text: str, known: Mapping[str, int] | None = N
             raise OptionError(f"--sizes {part!r}: expected {', '.join(f'{n}=number' for n in names)}, each at least 1")
         given[name] = int(value)
     values = {**(known or {}), **given}
+    if "O" not in given and values.get("O") == (known or {}).get("H"):  # it is H by being no other width, as in a spec
+        values.pop("O", None)
     missing = [name for name in names if name != "O" and name not in values]
     if missing:
         raise OptionError(f"--sizes lacks {', '.join(missing)}; for example --sizes T=64,H=4096,F=14336,E=8,k=2")

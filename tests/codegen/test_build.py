@@ -1,6 +1,7 @@
 """The builder: cache, damage, errors, one pool of OpenMP threads, other instruction sets."""
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -72,15 +73,89 @@ def test_a_library_that_lacks_bytes_is_not_loaded(tmp_path, kept, rest):
 
 
 def test_a_compiler_that_is_not_there_is_named(tmp_path, monkeypatch):
-    for wanted in ("nosuch++", "ccache g++"):
+    for wanted in ("nosuch++", "nosuchcache g++", "g++ 'open"):
         monkeypatch.setenv("CXX", wanted)
-        with pytest.raises(BuildError, match=re.escape(f"CXX={wanted!r} is no program on the path")):
+        with pytest.raises(BuildError, match=re.escape(f"CXX={wanted!r} names no program on the path")):
             build(TINY, Target.host(), tmp_path)
+
+
+def test_a_compiler_may_have_arguments(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "env UNUSED='a b' g++")
+    target = Target.host()
+    assert target.compiler == (shutil.which("env"), "UNUSED=a b", "g++")
+    assert build(TINY, target, tmp_path).seven() == 7
+
+
+FAILS = """#!/bin/sh
+[ "$1" = --version ] && echo broken++ 1.0 && exit
+for source; do case "$source" in *.cpp) echo "$source:1:1: error: no headers" >&2 ;; esac; done
+exit 1
+"""
+
+
+def test_the_same_failure_is_the_same_reason_for_every_kernel(tmp_path):
+    compiler = tmp_path / "broken++"
+    compiler.write_text(FAILS)
+    compiler.chmod(0o755)
+    target = replace(Target.host(), compiler=(str(compiler),))
+    reasons = set()
+    for source in (TINY, f"{TINY}// another"):
+        with pytest.raises(
+            BuildError, match=r"^kernel\.cpp:1:1: error: no headers: the C\+\+ compiler failed"
+        ) as caught:
+            build(source, target, tmp_path / "cache")
+        reasons.add(str(caught.value))
+    assert len(reasons) == 1
+    assert "\n" not in reasons.pop()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_compiler_that_fails_for_a_full_disk_runs_in_the_temporary_folder(tmp_path, monkeypatch):
+    wrapper = tmp_path / "full++"
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *{tmp_path}/cache*) exit 1 ;; esac\nexec g++ "$@"\n')
+    wrapper.chmod(0o755)
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.is_relative_to(tmp_path / "cache"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.warns(RuntimeWarning, match="kernels are not kept: .*No space left"):
+        assert build(TINY, replace(Target.host(), compiler=(str(wrapper),)), tmp_path / "cache").seven() == 7
+
+
+def test_a_library_is_loaded_by_a_copy_where_programs_may_not_run_from_the_cache(tmp_path, monkeypatch):
+    load = ctypes.CDLL
+
+    def refused(name):
+        if name.startswith(str(tmp_path)):
+            raise OSError(f"{name}: failed to map segment from shared object")
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", refused)
+    assert build(TINY, Target.host(), tmp_path).seven() == 7
+    (built,) = tmp_path.glob("*.so")
+    stamp = built.stat().st_mtime_ns
+    assert build(TINY, Target.host(), tmp_path).seven() == 7
+    assert built.stat().st_mtime_ns == stamp
+
+
+def test_what_a_killed_build_left_is_cleared_away(tmp_path):
+    build(TINY, Target.host(), tmp_path)
+    (built,) = tmp_path.glob("*.so")
+    left = built.with_suffix(".new")
+    left.mkdir()
+    (left / "kernel.so").write_text("half")
+    built.unlink()
+    assert build(TINY, Target.host(), tmp_path).seven() == 7
+    assert not left.exists()
 
 
 def test_a_compiler_that_writes_nothing_is_named(tmp_path):
     with pytest.raises(BuildError, match=r"true .*wrote no library; set CXX"):
-        build(TINY, replace(Target.host(), compiler=shutil.which("true")), tmp_path)
+        build(TINY, replace(Target.host(), compiler=(shutil.which("true"),)), tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -105,13 +180,13 @@ def test_where_nothing_can_be_written_the_error_names_both_folders(tmp_path, mon
 
 def test_errors_name_the_command_and_the_first_errors(tmp_path, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(BuildError, match=r"(?s)-shared.*error: .*nonsense"):
+    with pytest.raises(BuildError, match=r"^kernel\.cpp:1:1: error: .*nonsense.*-shared"):
         build("nonsense nonsense;\n", Target.host(), tmp_path)
     assert not list(tmp_path.glob("*.so"))
     with pytest.raises(BuildError, match="no C\\+\\+ compiler found"):
-        build(TINY, replace(Target.host(), compiler=None), tmp_path)
+        build(TINY, replace(Target.host(), compiler=()), tmp_path)
     with pytest.raises(BuildError, match="cannot be run"):
-        build(TINY, replace(Target.host(), compiler="/nowhere/g++"), tmp_path)
+        build(TINY, replace(Target.host(), compiler=("/nowhere/g++",)), tmp_path)
 
 
 def test_one_pool_of_openmp_threads(tmp_path):
@@ -155,16 +230,15 @@ def longest_run_without_spills(listing):
 
 
 def test_neon_compiles(tmp_path):
-    compiler = shutil.which("aarch64-linux-gnu-g++") or (
-        Target.host().compiler if os.uname().machine == "aarch64" else None
-    )
-    if compiler is None:
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    compiler = (cross,) if cross else Target.host().compiler if os.uname().machine == "aarch64" else ()
+    if not compiler:
         pytest.skip("no compiler for aarch64 on this machine")
     target = replace(Target.host().emulating("neon"), flags=_flags("neon"), compiler=compiler)
     source = tmp_path / "kernel.cpp"
     source.write_text(cpp.emit(SPEC, target, "bf16"))
     headers = Path(cpp.__file__).resolve().parent
-    command = [compiler, "-O2", "-std=c++17", "-fopenmp", *target.flags, f"-I{headers}", "-c", source]
+    command = [*compiler, "-O2", "-std=c++17", "-fopenmp", *target.flags, f"-I{headers}", "-c", source]
     done = subprocess.run([*command, "-o", tmp_path / "kernel.o"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -135,6 +135,8 @@ def test_sizes_of_a_layer():
     assert parse_sizes(two, "T=5", known) == Sizes(5, 2, 3, 4, 1)
     assert parse_sizes(two, "O=7", known) == Sizes(1, 2, 3, 4, 1, 7)
     assert parse_sizes(one, "F=6", {**known, "O": 3}) == parse_sizes(one, "F=6,O=6", known) == Sizes(1, 2, 6, 4, 1, 6)
+    assert parse_sizes(two, "H=6", {**known, "O": 2}) == Sizes(1, 6, 3, 4, 1)  # as wide as what it reads
+    assert parse_sizes(two, "H=6", {**known, "O": 5}) == Sizes(1, 6, 3, 4, 1, 5)
     with pytest.raises(OptionError, match="--sizes O=7: without an output matrix it is F=3"):
         parse_sizes(one, "O=7", known)
 

@@ -174,7 +174,7 @@ def test_without_a_compiler_the_twin_runs_with_one_warning(layer, monkeypatch):
     runtime._kernel_or_warning.cache_clear()
     runtime._warn_once.cache_clear()
     x = torch.randn(5, H)
-    reason = r"eager experts instead of a kernel: CXX='/nowhere/g\+\+' is no program on the path"
+    reason = r"eager experts instead of a kernel: CXX='/nowhere/g\+\+' names no program on the path"
     with pytest.warns(RuntimeWarning, match=reason):
         torch.ops.moec.moe(x, [w], params, K, SPEC, "auto")
     with warnings.catch_warnings():
