@@ -23,6 +23,7 @@ from moec.describe import Sorted, describe, layers_of, site_name, with_opaque, w
 from moec.ir.graph import Graph, sweep
 from moec.ir.text import dump
 from moec.options import Environment, Options, check_mode
+from moec.own_error import own_errors
 from moec.passes import PASSES
 from moec.passes.canonical.canonicalize import Canonicalize
 from moec.passes.lowering.collector import no_collections
@@ -255,6 +256,7 @@ def explain(
     """Compile `model` for these inputs, run it once, and say what was found and done.
 
     `moec_options` are the options of `torch.compile(..., backend="moec", options=…)`.
+    Raises OptionError, and ModelError where the model itself fails on these arguments.
     """
     return explain_call(model, args, kwargs, Options.make(moec_options))
 
@@ -268,7 +270,7 @@ def explain_call(
     torch._dynamo.reset()
     mark = Mark.now()
     numbers = torch._dynamo.config.patch(specialize_float=True) if symbolic else contextlib.nullcontext()
-    with numbers, copies_made() as copies:
+    with own_errors(model, args, kwargs), numbers, copies_made() as copies:
         torch.compile(model, backend=backend, dynamic=True if symbolic else None)(*args, **kwargs)
     report.packed += copies
     report.graph_breaks += mark.breaks_since()

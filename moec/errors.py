@@ -15,6 +15,10 @@ class TargetError(MoecError):
     """A command-line target cannot be imported, called or understood."""
 
 
+class ModelError(MoecError):
+    """The model fails on the arguments that were given, compiled or not; its own error is the cause."""
+
+
 class ParseError(MoecError):
     """A text form (graph, site, expression) does not parse; says where and what was expected."""
 

@@ -41,7 +41,7 @@ from moec.cli.types import (
     report_of,
 )
 from moec.cli.verify import verify_command
-from moec.errors import MoecError, OptionError, TargetError
+from moec.errors import ModelError, MoecError, OptionError, TargetError
 
 app = typer.Typer(
     name="moec",
@@ -202,7 +202,7 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(
             f"{_usage_message(error)} (moec --help lists commands, moec COMMAND --help their options)", BAD_INPUT
         )
-    except (TargetError, OptionError) as error:
+    except (TargetError, OptionError, ModelError) as error:
         if debug:
             raise
         return _fail(str(error), BAD_INPUT)
@@ -210,8 +210,8 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         kind = "" if isinstance(error, MoecError) else f"{type(error).__name__}: "
-        # torch appends paragraphs of advice about its own logs to the errors of a backend.
-        text = str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0]
+        # torch appends paragraphs of advice about eager mode and its own logs.
+        text = str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].partition("\n  Hint: ")[0]
         return _fail(f"{kind}{text} (--debug shows where)", BROKEN_PROMISE)
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from moec.backend import Backend
 from moec.options import Options
+from moec.own_error import own_errors
 from moec.report import Report
 from moec.tools.loading import Target
 from moec.tools.proving import buffers_kept
@@ -64,7 +65,8 @@ def find_culprit(
     step: Callable[[Tried], None] = lambda tried: None,
 ) -> Verdict:
     """Bisect over fuel. `grad`: gradients count too. `scale` widens what is allowed."""
-    wanted = answer(target.model, target, grad)
+    with own_errors(target.model, target.args, target.kwargs):
+        wanted = answer(target.model, target, grad)
     tried: list[Tried] = []
 
     def run(fuel: int) -> tuple[Tried, Report]:

@@ -15,6 +15,7 @@ from moec.backend import Backend
 from moec.describe import site_name
 from moec.ir.graph import Graph
 from moec.options import Options
+from moec.own_error import own_errors
 from moec.passes.raising.raise_graph import Raised
 from moec.pipeline import Facts
 from moec.proof import Verdict
@@ -112,7 +113,7 @@ def verify_model(
     report, found = Report(), list[Checked]()
     backend = Examining(Options.make({"rest": "eager", **options}), report=report, found=found, step=step)
     torch._dynamo.reset()
-    with buffers_kept(model):
+    with own_errors(model, args, kwargs), buffers_kept(model):
         want = _run(model, model, args, kwargs)
     with buffers_kept(model):
         got = _run(torch.compile(model, backend=backend), model, args, kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from moec.backend import Backend
 from moec.options import Options
+from moec.own_error import own_errors
 from moec.report import GraphReport, Report, Site
 from moec.sizing.angles import QUANTILES, Angles
 from moec.sizing.loads import Load
@@ -168,7 +169,8 @@ def record(
     compiled = torch.compile(target.model, backend=recorder)
     with torch.no_grad():
         for args, kwargs in batches:
-            compiled(*args, **kwargs)
+            with own_errors(target.model, args, kwargs):
+                compiled(*args, **kwargs)
     return tuple(_merged(recorder.tallies, choices)), report
 
 
