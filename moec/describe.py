@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 
 from moec import report
+from moec.capture.state import current_tx
 from moec.ir import site as ir
 from moec.ir.dims import dim_text
 from moec.ir.graph import Graph, Instr, Ref
@@ -201,9 +202,16 @@ def module_path(node: fx.Node) -> str:
     """The dotted path of the module whose code made the node, relative to what was compiled."""
     stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or {}
     if not stack:
-        return ""
+        return _compiled_class()
     path, kind = list(stack.values())[-1]
     return clean_path(path) or getattr(kind, "__name__", str(kind).rpartition(".")[2])
+
+
+def _compiled_class() -> str:
+    """The class of the module whose own forward is compiled, of which Dynamo notes no path; '' for a function."""
+    tx = current_tx()
+    owner = tx.output.root_tx.f_locals.get("self") if tx is not None else None
+    return type(owner).__name__ if isinstance(owner, nn.Module) else ""
 
 
 def clean_path(path: str) -> str:

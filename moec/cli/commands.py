@@ -1,19 +1,21 @@
 """The command line: every command of `moec`, exit codes, and one-line errors.
 
 Exit codes: 0 the command's promise holds; 1 it does not (explain: a layer is not fused; verify: a result differs;
-doctor: something is broken;
-demo: results differ; any unexpected error); 2 bad input, with one line on stderr. `--debug` shows the traceback.
+doctor: something is broken; demo: results differ; any unexpected error); 2 bad input, with one line on stderr; 130
+stopped by Ctrl-C. `--debug` shows the traceback.
 Commands import what they need when they run, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.text import Text
 
 from moec.cli.bisect import bisect_command
@@ -33,6 +35,7 @@ from moec.cli.types import (
     BAD_INPUT,
     BROKEN_PROMISE,
     OK,
+    STOPPED,
     Debug,
     Json,
     NoGrad,
@@ -45,38 +48,43 @@ from moec.errors import ModelError, MoecError, OptionError, TargetError
 
 app = typer.Typer(
     name="moec",
-    help="A compiler for Mixture-of-Experts layers: torch.compile(model, backend='moec').",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("scan")(scan_command)
-app.command("diff")(diff_command)
-app.command("bisect")(bisect_command)
-app.command("repro")(repro_command)
-app.command("routes")(routes_command)
-app.command("kernels")(kernels_command)
 
-app.add_typer(cache_app, name="cache")
-app.command("tune")(tune_command)
-app.command("verify")(verify_command)
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moec {importlib.metadata.version('moec')}")
+        raise typer.Exit
 
 
 @app.callback()
-def root(debug: Debug = False) -> None:
-    """A compiler for Mixture-of-Experts layers in PyTorch."""
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """A compiler for Mixture-of-Experts layers in PyTorch: torch.compile(model, backend='moec').
+
+    TARGET is file.py:callable or module:callable; the callable returns (model, args) or (model, args, kwargs).
+    Exit codes: 0 yes, 1 no or a failure, 2 bad input, 130 stopped.
+    """
 
 
-@app.command()
 def demo(
-    tokens: Annotated[str, typer.Option(help="Token counts to measure, separated by commas.")] = "1,8,64,512",
+    tokens: Annotated[str, typer.Option(help="T, numbers of tokens to measure, separated by commas.")] = "1,8,64,512",
     dtype: Annotated[str, typer.Option(help="Weights and activations: bf16, f32 or f16.")] = "bf16",
     hidden: Annotated[int, typer.Option(help="H, the model's hidden size.")] = 2048,
     width: Annotated[int, typer.Option(help="F, an expert's width.")] = 768,
     experts: Annotated[int, typer.Option(help="E, the number of experts.")] = 64,
     top_k: Annotated[int, typer.Option(help="k, experts a token.")] = 8,
-    budget: Annotated[float, typer.Option(help="Seconds after which what is left to compare with is skipped.")] = 85.0,
+    budget: Annotated[
+        float, typer.Option(help="Seconds of measuring; what is then left to compare with is skipped.")
+    ] = 85.0,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -95,17 +103,16 @@ def demo(
     return OK if result.equal else BROKEN_PROMISE
 
 
-@app.command()
 def inspect(
     target: TargetArgument,
-    passes: Annotated[bool, typer.Option("--passes", help="What each pass changed, as diffs.")] = False,
-    source: Annotated[bool, typer.Option("--source", help="The source of the generated kernels.")] = False,
-    ir: Annotated[bool, typer.Option("--ir/--no-ir", help="The IR of each layer.")] = True,
+    passes: Annotated[bool, typer.Option("--passes", help="Show what each pass changed, as diffs.")] = False,
+    source: Annotated[bool, typer.Option("--source", help="Show the source of the generated kernels.")] = False,
+    ir: Annotated[bool, typer.Option("--ir/--no-ir", help="Show the IR of each layer.")] = True,
     candidates: Annotated[
-        bool, typer.Option("--candidates", help="Every region that may be an MoE layer, also the rejected.")
+        bool, typer.Option("--candidates", help="Show every region that may be an MoE layer, also the rejected.")
     ] = False,
     capacity: Annotated[
-        bool, typer.Option("--capacity", help="Bounds on rows and workspaces in terms of T, and what drops.")
+        bool, typer.Option("--capacity", help="Show bounds on rows and workspaces in terms of T, and what drops.")
     ] = False,
     tokens: Tokens = None,
     loads: Loads = None,
@@ -113,7 +120,10 @@ def inspect(
     exchange: Exchange = None,
     place: Place = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Write one self-contained page.", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="Write all of it as one HTML page that needs no other file.", show_default=False
+        ),
     ] = None,
     options: OptionPairs = None,
     no_grad: NoGrad = False,
@@ -148,7 +158,6 @@ def inspect(
     return OK
 
 
-@app.command()
 def explain(
     target: TargetArgument,
     options: OptionPairs = None,
@@ -171,7 +180,6 @@ def explain(
     return OK if report.complete else BROKEN_PROMISE
 
 
-@app.command()
 def doctor(json: Json = False, debug: Debug = False) -> int:
     """Check this machine, from versions to a real kernel. Exit code 1: something is broken."""
     from moec.doctor.machine import checks, doctor_table
@@ -186,6 +194,33 @@ def doctor(json: Json = False, debug: Debug = False) -> int:
     return BROKEN_PROMISE if any(c.status == "broken" for c in results) else OK
 
 
+COMMANDS = {
+    "See": (
+        ("demo", demo, "moec demo --hidden 64 --width 32 --experts 8 --top-k 2 --dtype f32 --budget 5"),
+        ("doctor", doctor, "moec doctor"),
+        ("explain", explain, "moec explain examples/01_compile.py:make --no-grad"),
+        ("inspect", inspect, "moec inspect examples/01_compile.py:make --passes --html report.html"),
+        ("verify", verify_command, "moec verify examples/01_compile.py:make"),
+        ("scan", scan_command, "moec scan examples/01_compile.py --input 'f32[13, 64]'"),
+        ("routes", routes_command, "moec routes examples/01_compile.py:make --out loads.jsonl"),
+    ),
+    "Make faster": (
+        ("tune", tune_command, "moec tune examples/01_compile.py:make --budget 60"),
+        ("kernels", kernels_command, "moec kernels examples/01_compile.py:make --target sm_90 --kernel gate_up"),
+    ),
+    "Find a fault": (
+        ("diff", diff_command, "moec diff examples/01_compile.py:make --other rest=eager"),
+        ("bisect", bisect_command, "moec bisect examples/01_compile.py:make --options rest=eager"),
+        ("repro", repro_command, "moec repro examples/01_compile.py:make --out repro.py"),
+    ),
+}
+"""The commands as `moec --help` lists them, each with an example."""
+
+for _panel, _commands in COMMANDS.items():
+    for _name, _command, _example in _commands:
+        app.command(_name, rich_help_panel=_panel, epilog=f"Example: {escape(_example)}")(_command)
+app.add_typer(cache_app, name="cache", rich_help_panel="Make faster")
+
 # typer carries its own copy of click in new versions and uses the installed one in old ones: ask its own class.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -195,13 +230,16 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = app(args=list(arguments), prog_name="moec", standalone_mode=False)
+        if code == STOPPED:  # what typer may make of Ctrl-C
+            return _fail("stopped", STOPPED)
         return code if isinstance(code, int) else OK
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped", BROKEN_PROMISE)
+        return _fail("stopped", STOPPED)
     except _UsageError as error:
-        return _fail(
-            f"{_usage_message(error)} (moec --help lists commands, moec COMMAND --help their options)", BAD_INPUT
-        )
+        message = _usage_message(error)
+        if not message:  # a command without its arguments, whose help has been shown
+            return BAD_INPUT
+        return _fail(f"{message} (moec --help lists commands, moec COMMAND --help their options)", BAD_INPUT)
     except (TargetError, OptionError, ModelError) as error:
         if debug:
             raise

@@ -12,14 +12,26 @@ from moec.cli.types import BROKEN_PROMISE, OK, Debug, Json
 
 def kernels_command(
     what: Annotated[
-        str, typer.Argument(metavar="SPEC|TARGET", help="A kernel spec's text, or a model.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SPEC|TARGET",
+            help="A model (file.py:callable), or a kernel spec's text with --sizes.",
+            show_default=False,
+        ),
     ],
     target: Annotated[str, typer.Option("--target", help="The GPU: sm_90, gfx942, h200, …")] = "sm_90",
-    sizes: Annotated[str, typer.Option(help="T, H, F, E and k of a spec; T of a model. T=64,H=4096,…")] = "",
-    config: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Other than the default tiles.")] = None,
-    kernel: Annotated[str, typer.Option(help="Only the kernel of this name.")] = "",
+    sizes: Annotated[
+        str,
+        typer.Option(help="Sizes: T=64,H=4096,F=14336,E=8,k=2 for a spec; for a model those that differ (T is 64)."),
+    ] = "",
+    config: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Tiles other than the default: block_m=64,num_stages=4."),
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="Only the kernel of this name: dispatch, gate_up, down, …")] = "",
     diff: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="OLD NEW", help="Compare targets, configurations or specs.")
+        tuple[str, str] | None,
+        typer.Option(metavar="OLD NEW", help="Compare two targets, configurations or specs: sm_80 sm_90,num_stages=4."),
     ] = None,
     source: Annotated[bool, typer.Option("--source", help="Print the Triton source.")] = False,
     asm: Annotated[bool, typer.Option("--asm", help="Print the machine code.")] = False,

@@ -18,9 +18,11 @@ def repro_command(
         str | None,
         typer.Argument(metavar="SITE", help="A fused layer's name, or its number from 0.", show_default=False),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write it.")] = Path("repro.py"),
-    tokens: Annotated[int | None, typer.Option(help="T, else the model's own.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file to write.")] = Path("repro.py"),
+    tokens: Annotated[
+        int | None, typer.Option(help="T, the number of tokens; else the model's own.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     options: OptionPairs = None,
     no_grad: NoGrad = False,
     json: Json = False,

@@ -28,7 +28,12 @@ WHAT = Annotated[
 ]
 INPUTS = Annotated[
     list[str] | None,
-    typer.Option("--input", metavar="DTYPE[SIZES]", help="What to call it with; once an argument.", show_default=False),
+    typer.Option(
+        "--input",
+        metavar="DTYPE[SIZES]",
+        help="A tensor to call it with: 'f32[2, 7, 64]'; once for each argument.",
+        show_default=False,
+    ),
 ]
 
 
@@ -36,11 +41,13 @@ def scan_command(
     what: WHAT,
     args: Annotated[
         list[str] | None,
-        typer.Option("--args", metavar="NAME=VALUE", help="Constructor arguments.", show_default=False),
+        typer.Option(
+            "--args", metavar="NAME=VALUE", help="Constructor arguments: dim=64,num_experts=8.", show_default=False
+        ),
     ] = None,
     inputs: INPUTS = None,
     options: OptionPairs = None,
-    no_grad: Annotated[bool, typer.Option("--grad/--no-grad", help="As for training or inference.")] = False,
+    no_grad: Annotated[bool, typer.Option("--grad/--no-grad", help="As for training, or for inference.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:

@@ -30,7 +30,7 @@ def tune_command(
         ),
     ],
     budget: Annotated[float, typer.Option(help="Seconds of measuring, shared by all layers and token counts.")] = 60.0,
-    tokens: Annotated[str, typer.Option(help="Token counts to tune for, separated by commas.")] = "1,8,64,512",
+    tokens: Annotated[str, typer.Option(help="T, numbers of tokens to tune for, separated by commas.")] = "1,8,64,512",
     profile: Annotated[
         str, typer.Option(help="How tokens are spread over experts: uniform, zipf, zipf:1.2, or a JSON file of counts.")
     ] = "uniform",

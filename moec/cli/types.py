@@ -12,7 +12,7 @@ from moec.tools.typed import parse_options
 if TYPE_CHECKING:
     from moec.report import Report
 
-OK, BROKEN_PROMISE, BAD_INPUT = 0, 1, 2
+OK, BROKEN_PROMISE, BAD_INPUT, STOPPED = 0, 1, 2, 130
 """Exit codes."""
 
 TargetArgument = Annotated[
@@ -23,13 +23,16 @@ TargetArgument = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; all else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 NoGrad = Annotated[bool, typer.Option("--no-grad", help="Compile as for inference, under torch.no_grad().")]
 OptionPairs = Annotated[
     list[str] | None,
     typer.Option(
-        "--options", metavar="KEY=VALUE", help="Options of the backend, separated by commas.", show_default=False
+        "--options",
+        metavar="KEY=VALUE",
+        help="Options of the backend, separated by commas, such as rest=eager,proof=off (docs/options.md lists them).",
+        show_default=False,
     ),
 ]
 

@@ -1,8 +1,10 @@
 """The command line: exit codes, one-line errors, and real runs on a tiny layer."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from moec.cli import commands as cli
 from moec.errors import OptionError
 from moec.tools.typed import demo_size, parse_options
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 TINY = """
 import torch
 from moec.demo.forms import make_moe
@@ -96,8 +99,8 @@ def test_explain_without_any_layer_keeps_no_promise(tiny, capsys):
     assert "no MoE layer was found" in capsys.readouterr().out
 
 
-def test_a_model_that_fails_is_one_line_and_exit_code_1(tiny, capsys):
-    assert cli.run(["explain", f"{tiny}:broken"]) == cli.BROKEN_PROMISE
+def test_a_model_that_fails_is_one_line_and_bad_input(tiny, capsys):
+    assert cli.run(["explain", f"{tiny}:broken"]) == cli.BAD_INPUT
     err = capsys.readouterr().err
     assert "broken model" in err
     assert err.count("\n") == 1
@@ -130,6 +133,37 @@ def test_inspect_with_options(tiny, capsys):
 def test_fuel_zero_declines_and_explain_says_so(tiny, capsys):
     assert cli.run(["explain", f"{tiny}:make", "--options", "fuel=0", "--json"]) == cli.BROKEN_PROMISE
     assert json.loads(capsys.readouterr().out)["complete"] is False
+
+
+def test_a_layer_in_the_model_s_own_forward_has_the_model_s_class_as_name(capsys):
+    assert cli.run(["explain", f"{EXAMPLES}/01_compile.py:make", "--json"]) == cli.OK
+    (site,) = json.loads(capsys.readouterr().out)["sites"]
+    assert site["name"] == "MoE"
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert cli.run(["--version"]) == cli.OK
+    assert capsys.readouterr().out == f"moec {importlib.metadata.version('moec')}\n"
+
+
+@pytest.mark.parametrize("name", [name for panel in cli.COMMANDS.values() for name, _, _ in panel])
+def test_every_command_s_help_ends_with_an_example(name, capsys):
+    assert cli.run([name, "--help"]) == cli.OK
+    assert f"Example: moec {name}" in capsys.readouterr().out
+
+
+def test_a_group_without_a_command_shows_its_help_and_no_empty_error(capsys):
+    assert cli.run(["cache"]) == cli.BAD_INPUT
+    assert capsys.readouterr().err == ""
+
+
+def test_stopping_is_one_line_and_exit_code_130(tiny, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moec.tools.loading.load", stop)
+    assert cli.run(["explain", f"{tiny}:make"]) == 130
+    assert capsys.readouterr().err == "moec: error: stopped\n"
 
 
 def test_help_needs_no_torch():
