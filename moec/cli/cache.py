@@ -147,10 +147,11 @@ def _said(text: str, data: dict[str, Any], json: bool) -> int:
 def entries_table(entries: Sequence[Entry]) -> Table:
     """Tuning results, one a row."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    from moec.view.fitting import FittingTable
+
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("layer", "T ≤", "threads", "ms", "default ms", "best", "by", "date", "where"):
         table.add_column(name, overflow="fold", justify="right" if name in ("T ≤", "threads", "ms") else "left")
     for e in sorted(entries, key=lambda e: (e.key.spec, e.key.H, e.key.F, e.key.T)):

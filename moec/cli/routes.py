@@ -79,9 +79,10 @@ def _data(load: Load, fields: dict[str, Any]) -> dict[str, Any]:
 def loads_table(loads: Iterable[Load]) -> Table:
     """One row a layer."""
     from rich import box
-    from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    from moec.view.fitting import FittingTable
+
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column("layer", overflow="fold")
     for name in ("tokens", "batches", "k", "E", "max / mean", "entropy", "idle experts", "busiest", "cos to gate"):
         table.add_column(name, justify="right")

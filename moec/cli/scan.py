@@ -122,10 +122,11 @@ def _show(found: Iterable[Scanned]) -> None:
 def scan_table(found: Iterable[Scanned]) -> Table:
     """One row a class."""
     from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    from moec.view.fitting import FittingTable
+
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for name in ("module", "called with", "MoE layers", "would be fused", "what was found"):
         table.add_column(name, overflow="fold", justify="right" if name in ("MoE layers", "would be fused") else "left")
     for each in found:

@@ -10,13 +10,14 @@ from rich.text import Text
 
 from moec.compare.measure import Timing
 from moec.compare.ways import MOEC, Row, tokens_text
+from moec.view.fitting import FittingTable
 
 FEW_RUNS = 3  # with fewer calls than this, the cell says how many
 
 
 def plain_table(title: str) -> Table:
     """A table in the house style."""
-    return Table(
+    return FittingTable(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
 

@@ -24,6 +24,7 @@ from moec.codegen.build import compiler_version
 from moec.errors import MoecError
 from moec.options import Environment
 from moec.target import Target
+from moec.view.fitting import FittingTable
 
 STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 MARKS = {"ok": "✓", "note": "–", "broken": "✗"}
@@ -179,7 +180,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
 
 def doctor_table(results: list[Check]) -> Table:
     """The answers as a table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("", "what", "found", "to change it"):
         table.add_column(name, overflow="fold")
     for check in results:

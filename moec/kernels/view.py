@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from moec.gpu.figures import Figures
 from moec.gpu.offline import Compiled, Refused
 from moec.kernels.compiled import Kernel, Layer
+from moec.view.fitting import FittingTable
 
 NOTE = "Read off compiled code: not run times. Nothing here ran on a GPU."
 
@@ -25,7 +25,7 @@ def layer_view(layer: Layer) -> RenderableType:
     head = Text.assemble(
         (f"{layer.name} on {r.target.name}", "bold"), f" ({r.target.chip}) · {sizes}\n", (config, "dim")
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in ("kernel", "registers", "spills", "shared KB", "occupancy", "matrix unit", "instr/step", "loads", ""):
         table.add_column(
             name, overflow="fold", justify="right" if name in ("registers", "spills", "instr/step") else "left"
@@ -70,7 +70,7 @@ def _counts(found: Mapping[str, int]) -> str:
 def diff_view(old: Layer, new: Layer) -> RenderableType:
     """What differs between two layers' figures, kernel by kernel; figures that are equal are left out."""
     left, right = ({kernel.name: kernel.result for kernel in layer.kernels} for layer in (old, new))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in ("kernel", "figure", "old", "new"):
         table.add_column(name, overflow="fold")
     rows = 0

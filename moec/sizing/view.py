@@ -15,6 +15,7 @@ from rich.text import Text
 from moec.sizing.angles import NEARLY
 from moec.sizing.drops import CONFIDENCE, Sized
 from moec.sizing.layer import Bound, Local, Sizing
+from moec.view.fitting import FittingTable
 
 
 def sizings_view(sizings: Sequence[Sizing]) -> RenderableType:
@@ -51,7 +52,7 @@ def _layer(sizing: Sizing) -> Iterator[RenderableType]:
 
 def _bounds_table(sizing: Sizing) -> Table:
     low, high = sizing.tokens
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column("at most", no_wrap=True)
     table.add_column("for T tokens", overflow="fold")
     for count in dict.fromkeys((low, high)):

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moec.spread.plan import Plan
+from moec.view.fitting import FittingTable
 
 
 def plans_view(plans: Sequence[Plan]) -> RenderableType:
@@ -60,7 +61,7 @@ def _alike(plans: Sequence[Plan]) -> Iterator[tuple[str, Plan]]:
 
 
 def _table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for name in ("experts", "rows"):
         table.add_column(name, no_wrap=True)
     nodes = plan.cluster.size > 1

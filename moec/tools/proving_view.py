@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moec.tools.proving import Checked, Verification
+from moec.view.fitting import FittingTable
 
 STYLE = {"agrees": "green", "differs": "red", "unproved": "yellow"}
 
@@ -34,7 +35,7 @@ def verification_view(found: Verification) -> Iterator[RenderableType]:
 
 
 def _table(rewrites: tuple[Checked, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("layer", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     names = ("fp64 error", "own dtypes", "gradients", "same experts", "trials", "routings", "x")

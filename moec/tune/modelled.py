@@ -19,6 +19,7 @@ from moec.gpu.offline import Refused, compile_offline
 from moec.gpu.target import GpuTarget
 from moec.ir.spec import KernelSpec
 from moec.kernels.jobs import Request, kernel_jobs
+from moec.view.fitting import FittingTable
 
 MARK = "modelled, not measured"
 _PRODUCTS = ("gate_up", "down", "decode_gate_up", "decode_route_gate_up", "decode_down")
@@ -104,7 +105,7 @@ def _compiled(
 
 def ranking_table(rankings: Sequence[Ranking]) -> Table:
     """A row a candidate; * marks the one that would be taken."""
-    table = Table(box=box.SIMPLE, title=MARK)
+    table = FittingTable(box=box.SIMPLE, title=MARK)
     for name in ("layer", "T", "", "configuration", "model, µs", "registers", "instr/step", "what is wrong"):
         table.add_column(name, justify="right" if name in ("T", "model, µs", "registers") else "left")
     for ranking in rankings:

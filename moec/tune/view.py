@@ -14,6 +14,7 @@ from rich.text import Text
 from moec.errors import OptionError
 from moec.tune.job import Job
 from moec.tune.search import Decision
+from moec.view.fitting import FittingTable
 
 Search = tuple[Job, tuple[str, ...], Decision]
 
@@ -79,7 +80,7 @@ def rank_correlation(order: Sequence[int]) -> float:
 
 def report_table(searches: Sequence[Search]) -> Table:
     """One row a search."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("layer", "T", "profile", "default ms", "best ms", "gain", "best", "measured", "model's place", "rank"):
         table.add_column(name, overflow="fold", justify="left" if name in ("layer", "best", "profile") else "right")
     for row in sorted(map(row_of, searches), key=lambda r: (r.spec, r.sizes, r.T)):

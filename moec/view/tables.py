@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moec.report import GraphReport, PassRecord, Report, Site
+from moec.view.fitting import FittingTable
 
 FIRST_TEXT = 400  # lines of the raised graph that are still shown before the diffs
 WIDE = 110  # columns from which router, experts and kernels each get a column of their own
@@ -99,7 +100,7 @@ def report_view(report: Report, width: int) -> RenderableType:
 
 def sites_table(groups: Iterable[Alike], wide: bool) -> Table:
     """One row a group of like sites."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=False, padding=(0, 1))
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=False, padding=(0, 1))
     table.add_column("layer", overflow="fold", ratio=2 if wide else None)
     table.add_column("status", no_wrap=True)
     for letter in ("E", "k"):
@@ -163,7 +164,7 @@ def ladder(group: Alike) -> Text:
 
 def regions_table(report: Report) -> Table:
     """Every region that was looked at, fused, declined or rejected."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
     for name in ("region", "status", "chosen", "experts", "why"):
         table.add_column(name, overflow="fold", no_wrap=name == "status")
     for region in report.regions:
