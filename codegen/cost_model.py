@@ -198,7 +198,8 @@ def quantities(
     values["group"] = _groups(target, values["block_m"], values["num_warps"])
     if not target.can("wgmma") and not target.can("tcgen05"):
         values["warp_share"] = constants.group_share
-    results = _evaluator(names)(*(values[name] for name in _NAMES.split()))
+    with np.errstate(divide="ignore"):  # what a tile takes nothing of does not limit how many run: that is infinity
+        results = _evaluator(names)(*(values[name] for name in _NAMES.split()))
     return {n: np.broadcast_to(np.asarray(r, np.float64), (len(configs),)) for n, r in zip(names, results, strict=True)}
 
 

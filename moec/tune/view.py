@@ -117,18 +117,24 @@ def plot(searches: Sequence[Search], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(2 + 1.2 * max(len(searches), 2), 4))
+    figure, axes = pyplot.subplots(figsize=(2 + 1.2 * max(len(searches), 3), 4))
     for i, search in enumerate(searches):
-        decision = search[2]
+        decision, first = search[2], i == 0
         default = decision.standing(0).median
         times = [s.median / default for s in decision.standings if s.seconds and not s.failed]
-        axes.scatter([i] * len(times), times, s=14, alpha=0.6, color="tab:gray")
+        axes.scatter([i] * len(times), times, s=14, alpha=0.6, color="tab:gray", label="candidate" if first else None)
         best = decision.standing(decision.winner).median / default
-        axes.scatter([i], [best], s=60, marker="_", linewidths=3, color="tab:green")
+        axes.scatter([i], [best], s=90, marker="D", facecolors="none", edgecolors="tab:green", linewidths=2,
+                     label="kept" if first else None)  # fmt: skip
     axes.axhline(1.0, color="tab:blue", linewidth=1, label="default")
-    axes.set_xticks(range(len(searches)), [f"T={s[0].sizes.T}\n{s[0].profile}" for s in searches])
-    axes.set_ylabel("time / default's time (green: kept)")
-    axes.legend()
+    layers = [f"H={s[0].sizes.H} F={s[0].sizes.F}\nE={s[0].sizes.E} k={s[0].sizes.k}" for s in searches]
+    axes.set_xticks(
+        range(len(searches)),
+        [f"T={s[0].sizes.T}\n{s[0].profile}\n{at}" for s, at in zip(searches, layers, strict=True)],
+    )
+    axes.set_xlabel("tokens, how they are spread, and the layer")
+    axes.set_ylabel("median time ÷ default's (below 1: faster)")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)
