@@ -15,6 +15,8 @@ EXPECTED = {
     "03_explain_a_miss.py": ["1 declined", "not fused, and still equal to eager"],
     "04_library_model.py": ["2 fused", "logits equal to eager"],
     "05_ranks.py": ["gradients of experts [0, 1, 2, 3], equal to eager: True", "[4, 5, 6, 7], equal to eager: True"],
+    "06_train.py": ["the same losses, on the model's own parameters"],
+    "07_copies_of_weights.py": ["{'freeze': True}", "after a parameter was changed", "copies follow their parameters"],
 }
 BY_ITSELF = ("01_compile.py", "05_ranks.py")  # the first, and one that forks
 
