@@ -132,10 +132,11 @@ def test_documented_options_are_the_real_ones():
 
 def test_documented_exit_codes_are_the_real_ones():
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert [int(code) for code in re.findall(r"^\| (\d) \|", text, re.MULTILINE)] == [
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == [
         cli.OK,
         cli.BROKEN_PROMISE,
         cli.BAD_INPUT,
+        cli.STOPPED,
     ]
 
 
