@@ -84,7 +84,7 @@ AIMS = (
 # What the first product is called: with pairs sorted by expert, and at decode. Variants differ there.
 FIRST = ("gate_up", "decode_route_gate_up")
 VARIANTS = {
-    "router, bf16": (LAYER, {}, ("router",)),
+    "router, bf16": (LAYER, {}, ("router", "route")),
     "gate/up, bf16": (LAYER, {}, FIRST),
     "gate/up, f16": (KernelSpec(ExpertsSpec(dtype="f16"), None, "f16"), {}, FIRST),
     "gate/up, f32": (KernelSpec(ExpertsSpec(), None, "f32"), {}, FIRST),

@@ -48,21 +48,22 @@ class Load:
 
 def moved_bytes(load: Load, made: Program) -> dict[str, dict[str, int]]:
     """Bytes by launch and by argument of a forward program, zeroed buffers under the name `zeros`."""
-    block_m = next((int(n.constexprs()["BLOCK_M"]) for n in made.launches if n.kernel == "dispatch"), 1)
-    found = {launch.kernel: _of_launch(load, launch, block_m) for launch in made.launches}
+    block_m = next((int(n.constexprs()["BLOCK_M"]) for n in made.launches if "BLOCK_M" in n.constexprs()), 1)
+    between = {b.name: math.prod(b.shape) for b in made.buffers if b.name in ("parts", "counts")}
+    found = {launch.kernel: _of_launch(load, launch, block_m, between) for launch in made.launches}
     zeros = {b.name: math.prod(b.shape) * 4 for b in made.buffers if b.zeros}
     return found | ({"zeros": zeros} if zeros else {})
 
 
-def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
+def _of_launch(load: Load, launch: Launch, block_m: int, between: Mapping[str, int]) -> dict[str, int]:
     s, groups = load.sizes, load.spec.experts.param_groups
     tiles = sum(-(-count // block_m) for count in load.histogram)
     atomic = bool(launch.constexprs().get("ATOMIC"))
     elements: Mapping[str, int] = {
         "x": s.T * s.H, "router": s.E * s.H, "router_bias": s.E, "selection": s.E, "logits": s.T * s.E,
         "weights": s.T * s.k, "experts": s.T * s.k, "order": load.rows, "offsets": s.E + 1, "tile_expert": tiles,
-        "tile_row": tiles, "counters": 4, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.O,
-        "y": s.T * s.O, "rows": load.rows * s.H,
+        "tile_row": tiles, "counters": 6, "h": load.rows * s.F, "slots": (s.T if atomic else load.rows) * s.O,
+        "y": s.T * s.O, "rows": load.rows * s.H, **between,
     }  # fmt: skip
     found: dict[str, int] = {}
     for argument in launch.arguments:
@@ -78,10 +79,12 @@ def _of_launch(load: Load, launch: Launch, block_m: int) -> dict[str, int]:
 
 
 def _times(launch: Launch, name: str) -> int:
-    """How often a launch touches an argument: slots that its last blocks add twice; atomic sums ask for no expert."""
+    """How often a launch touches an argument: what it writes and reads again twice; atomic sums ask for no expert."""
     values = launch.constexprs()
     if name == "saved":
         return int(values["SAVE"])
+    if launch.kernel == "route" and name == "experts":
+        return 2
     if launch.kernel != "down":
         return 1
     return 0 if name == "experts" and values["ATOMIC"] else 2 if name == "slots" and values["FUSED"] else 1

@@ -16,6 +16,7 @@ from moec.codegen.plan import Sizes
 from moec.codegen.triton_call import Argument, Buffer, Launch, Program
 from moec.codegen.triton_config import GpuConfig, sorted_config
 from moec.codegen.triton_operands import Operands
+from moec.codegen.triton_route import dispatch, routing_buffers
 from moec.ir.spec import KernelSpec
 
 
@@ -24,12 +25,15 @@ class Wanted:
     """Which gradients are: by x, by the routing weights, by each parameter group.
 
     saved: the call is given what φ read as `inputs`, a row a pair.
+    step: all at once, or only what comes before (`last`) or behind (`first`) the gradients by φ's inputs, which the
+    call is given as `dinputs` then: named after the product whose gradients it has
     """
 
     x: bool
     weights: bool
     groups: tuple[str, ...]
     saved: bool = False
+    step: str = ""
 
 
 def backward_config(config: GpuConfig) -> GpuConfig:
@@ -51,30 +55,35 @@ def backward_program(spec: KernelSpec, sizes: Sizes, config: GpuConfig, operands
     at = forward.at(spec, sizes, config, operands)
     columns = forward.ceil_div(sizes.F, config.block_n)
     x_wanted = not wanted.saved or any(g not in ("out", "bias_out") for g in wanted.groups)
-    steps = [forward.dispatch(at), forward.permute(at, "grad", "grad_rows")]
     rows = [forward.permute(at, into="x_rows")] if x_wanted else []
-    if not wanted.saved:
-        steps += [*rows, *_inputs(at)]
-        rows = []
-    steps.append(_hidden(at, wanted.saved))
+    steps = [*dispatch(at)]
+    if wanted.step != "first":
+        steps.append(forward.permute(at, "grad", "grad_rows"))
+        if not wanted.saved:
+            steps += [*rows, *_inputs(at)]
+            rows = []
+        steps.append(_hidden(at, wanted.saved))
     # What is read last comes last: rows of y's gradient, of x and of dx are then in one place after one another.
     of_last, of_first = _params(at, wanted.groups)
-    steps += [*of_last, *rows, *of_first]
-    if wanted.x or (wanted.weights and spec.experts.weight_on == "input"):
+    steps += [*of_last, *(rows if wanted.step != "last" else []), *of_first]
+    on_input = spec.experts.weight_on == "input"
+    if wanted.x or (wanted.weights and on_input):
         steps.append(_rows(at))
     if wanted.x or wanted.weights:
-        steps.append(_tokens(at, columns, wanted.x or spec.experts.weight_on == "input"))
+        steps.append(_tokens(at, columns if wanted.weights else 0, wanted.x or on_input))
     dtype, pairs = spec.experts.dtype, at.pairs
     buffers = (
+        *routing_buffers(at),
         *forward.tile_buffers(at),
         Buffer("grad_rows", dtype, (pairs, sizes.O)),
-        *((Buffer("x_rows", dtype, (pairs, sizes.H)),) if x_wanted else ()),
-        *((Buffer("h", dtype, (pairs, sizes.F)),) if spec.experts.out else ()),
-        Buffer("dinputs", dtype, (pairs, at.columns)),
+        Buffer("x_rows", dtype, (pairs, sizes.H)),
+        Buffer("h", dtype, (pairs, sizes.F)),
+        *(() if wanted.step else (Buffer("dinputs", dtype, (pairs, at.columns)),)),
         Buffer("slots", dtype, (pairs, sizes.H)),
         Buffer("parts", "f32", (pairs, columns)),
     )
-    return Program(tuple(steps), buffers)
+    used = {name for step in steps for name in step.pointers}
+    return Program(tuple(steps), tuple(buffer for buffer in buffers if buffer.name in used))
 
 
 def _groups(spec: KernelSpec, first: bool) -> list[str]:

@@ -228,7 +228,7 @@ def tile_buffers(at: At) -> tuple[Buffer, ...]:
         Buffer("offsets", "i32", (at.sizes.E + 1,)),
         Buffer("tile_expert", "i32", (at.m_tiles,)),
         Buffer("tile_row", "i32", (at.m_tiles,)),
-        Buffer("counters", "i32", (4,)),
+        Buffer("counters", "i32", (6,)),
     )
 
 
@@ -271,20 +271,6 @@ def gemm_consts(at: At, depth: int) -> dict[str, int | bool]:
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": block_k, "GROUP_M": c.group_m,
         "EVEN_K": depth % block_k == 0,
     }  # fmt: skip
-
-
-def dispatch(at: At) -> Launch:
-    s = at.sizes
-    outputs = (pointer(name, "i32") for name in ("order", "offsets", "tile_expert", "tile_row", "counters"))
-    block = min(4096, max(32, power_of_two(at.pairs)))
-    consts = constants(
-        E=s.E,
-        BLOCK_E=power_of_two(s.E + 1),
-        BLOCK_PAIRS=block,
-        BLOCK_M=at.config.block_m,
-    )
-    arguments = (pointer("experts", "i64"), *outputs, Argument("pairs", "i32", at.pairs), *consts)
-    return Launch("dispatch", (s.E,), arguments, 8 if block > 1024 else 4, 1)
 
 
 def permute(at: At, source: str = "x", into: str = "rows") -> Launch:

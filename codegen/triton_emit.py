@@ -37,10 +37,12 @@ import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))  # where bfloat16 is multiplied and rounded wrongly
 LEAST = tl.constexpr(-(2**31))  # a key below every value
-TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done, rows
+TILES = tl.constexpr(0)  # counters: row tiles in use, units of work taken, tiles done, rows,
 QUEUE = tl.constexpr(1)
 DONE = tl.constexpr(2)
 ROWS = tl.constexpr(3)
+TAKEN = tl.constexpr(4)  # units of routing taken, and of choices done
+CHOSEN = tl.constexpr(5)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _router_context(r: RouterSpec) -> dict[str, Any]:
         or (r.choose_by != "logits" and not r.selection_bias and r.groups == 1),
         "maps_logits": r.softened != Var("logits"),
         "maps_score": r.score not in ("softmax", "logits"),
-        "block_groups": max(16, 1 << max(r.groups - 1, 0).bit_length()),
+        "block_groups": 1 << max(r.groups - 1, 0).bit_length(),
     }
 
 

@@ -35,7 +35,6 @@ from moec.codegen.triton_call import (
     ceil_div,
     constants,
     depth_of_step,
-    dispatch,
     gemm_consts,
     param_arguments,
     permute,
@@ -46,6 +45,15 @@ from moec.codegen.triton_call import (
 )
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_operands import Operands, contiguous
+from moec.codegen.triton_route import (
+    choice,
+    choice_consts,
+    router_bias,
+    router_consts,
+    router_operands,
+    routing,
+    routing_buffers,
+)
 from moec.codegen.triton_views import undescribable
 from moec.errors import CodegenError
 from moec.ir.bounds import TOKENS, Size, most, plain_bound, tokens_to_try
@@ -88,11 +96,9 @@ def _sorted(at: At) -> Program:
     reason = undescribable(at.spec, at.sizes, at.config, at.operands) if at.config.weights == "descriptors" else None
     if reason:
         raise CodegenError(f"weights='descriptors': {reason}; use weights='pointers'")
-    steps = [dispatch(at), _gate_up(at), *((_down(at),) if at.spec.experts.out else ())]
-    if at.config.specialized:
-        steps.insert(1, permute(at))
-    if at.routed:
-        steps.insert(0, _router(at))
+    steps = [*routing(at), *((permute(at),) if at.config.specialized else ()), _gate_up(at)]
+    if at.spec.experts.out:
+        steps.append(_down(at))
     if at.config.combine == "separate" or not at.spec.experts.out:
         steps.append(_combine(at))
     return Program(tuple(steps), buffers(at), at.config.weights == "descriptors")
@@ -107,7 +113,7 @@ def buffers(at: At) -> tuple[Buffer, ...]:
     slots = Buffer("slots", "f32", (s.T, s.O), zeros=True) if at.atomic else Buffer("slots", dtype, (at.pairs, s.O))
     rows = (Buffer("rows", dtype, (at.rows, s.H)),) if at.config.specialized else ()
     between = (replace(h, shape=(at.rows, s.F)),) if at.spec.experts.out else ()
-    return (*tile_buffers(at), *between, slots, *rows)
+    return (*routing_buffers(at), *tile_buffers(at), *between, slots, *rows)
 
 
 def _hidden(at: At) -> str:
@@ -144,71 +150,6 @@ def _decode(at: At) -> Program:
     if at.routed:
         steps.insert(0, _decode_logits(at))
     return Program(tuple(steps), buffers(at))
-
-
-def _router_operands(at: At) -> tuple[Argument, ...]:
-    o, r = at.operands, at.spec.router
-    assert r is not None
-    return (
-        pointer("x", o.x_dtype),
-        pointer("router", o.router_dtype),
-        *((pointer("router_bias", o.router_bias_dtype),) if r.bias else ()),
-    )
-
-
-def _choice(at: At) -> tuple[Argument, ...]:
-    """The arguments that choosing experts takes, after the logits."""
-    o, r = at.operands, at.spec.router
-    assert r is not None
-    return (
-        *((pointer("selection", o.selection_dtype),) if r.selection_bias else ()),
-        pointer("logits", r.compute),
-        pointer("weights", r.weight_dtype),
-        pointer("experts", "i64"),
-    )
-
-
-def _router_consts(at: At) -> dict[str, int | bool]:
-    o = at.operands
-    return {
-        "H": at.sizes.H, "E": at.sizes.E, "stride_x_t": o.x_strides[0], "stride_x_h": o.x_strides[1],
-        "stride_router_e": o.router_strides[0], "stride_router_h": o.router_strides[1],
-    }  # fmt: skip
-
-
-def _choice_consts(at: At) -> dict[str, int | bool]:
-    s, r = at.sizes, at.spec.router
-    assert r is not None
-    # Of fewer than 16 slots Triton 3.7 makes tensors that have no layout where products are WMMA (gfx1100, gfx1201).
-    return {
-        "K": s.k, "BLOCK_E": max(16, power_of_two(s.E)), "BLOCK_SLOTS": max(16, power_of_two(s.k)),
-        "WIDE_CHOICE": r.selection_bias and at.operands.selection_dtype == "f32",
-    }  # fmt: skip
-
-
-def _router(at: At) -> Launch:
-    s, o = at.sizes, at.operands
-    block_e = max(16, power_of_two(s.E))
-    block_t = 16 if block_e > 64 or s.T < 2048 else 32
-    half = o.x_dtype == o.router_dtype != "f32"
-    # Steps of 32 are for sums without matrix instructions (sm_75), whose operands take registers as fp32 ones do.
-    deep = half and at.config.block_k > 32
-    block_h, stages = _router_depth(block_t + block_e, 2 if deep else 4, s.H)
-    consts = constants(
-        **_router_consts(at), **_choice_consts(at), BLOCK_T=block_t, BLOCK_H=block_h,
-        EVEN_H=s.H % block_h == 0, WIDE_X=at.wide_x, HALF=half,
-    )  # fmt: skip
-    arguments = (*_router_operands(at), *_choice(at), Argument("T", "i32", s.T), *consts)
-    warps = 2 if block_t * block_e <= 512 else 8 if block_e > 256 else 4  # 4 warps spill on the least tile
-    return Launch("router", (ceil_div(s.T, block_t),), arguments, warps, stages)
-
-
-def _router_depth(rows: int, item: int, hidden: int) -> tuple[int, int]:
-    """(depth of a step, stages) whose operands fit the 64 KiB of shared memory that every GPU has."""
-    depth = min(128 if item == 2 else 32, max(16, power_of_two(hidden)))
-    while depth > 16 and 2 * depth * rows * item > 56 << 10:
-        depth //= 2
-    return depth, 3 if 2 * depth * rows * item <= 56 << 10 else 2
 
 
 def _schedule(at: At) -> dict[str, int | bool]:
@@ -289,12 +230,11 @@ def _combine(at: At) -> Launch:
 
 def _decode_logits(at: At) -> Launch:
     s = at.sizes
-    block_e = 1 if s.E <= 64 else 2
-    block_h = min(1024, max(64, power_of_two(s.H)))
+    block_h = min(2048, max(64, power_of_two(s.H)))
     assert at.spec.router is not None
-    consts = constants(**_router_consts(at), BLOCK_E=block_e, BLOCK_H=block_h)
-    logits = pointer("logits", at.spec.router.compute)
-    return Launch("decode_logits", (ceil_div(s.E, block_e), s.T), (*_router_operands(at), logits, *consts), 4, 1)
+    consts = constants(**router_consts(at), BLOCK_E=1, BLOCK_H=block_h)
+    pointers = (*router_operands(at), *router_bias(at), pointer("logits", at.spec.router.compute))
+    return Launch("decode_logits", (s.E, s.T), (*pointers, *consts), 8, 1)
 
 
 def _step_of_rows(at: At, depth: int, most: int) -> int:
@@ -308,12 +248,12 @@ def _step_of_rows(at: At, depth: int, most: int) -> int:
 def _decode_gate_up(at: At) -> Launch:
     s, c, o = at.sizes, at.config, at.operands
     pointers, strides = param_arguments(at, True)
-    routing: tuple[Argument, ...]
+    chooser: tuple[Argument, ...]
     if at.routed:
-        routing, numbers = _choice(at), _choice_consts(at)
+        chooser, numbers = choice(at), choice_consts(at)
     else:
         weights = (pointer("weights", o.weights_dtype),) if at.spec.experts.weight_on == "input" else ()
-        routing, numbers = (*weights, pointer("experts", "i64")), {"K": s.k}
+        chooser, numbers = (*weights, pointer("experts", "i64")), {"K": s.k}
     consts = constants(
         H=s.H, F=s.F, E=s.E, **numbers, stride_x_t=o.x_strides[0], stride_x_h=o.x_strides[1], **strides,
         BLOCK_N=c.block_n, BLOCK_K=_step_of_rows(at, s.H, c.block_k), STAGES=c.num_stages,
@@ -321,7 +261,7 @@ def _decode_gate_up(at: At) -> Launch:
     kernel = "decode_route_gate_up" if at.routed else "decode_gate_up"
     h = replace(pointer("h", at.spec.experts.dtype), binding=_hidden(at))
     grid = (ceil_div(s.F, c.block_n), s.k, s.T)
-    return Launch(kernel, grid, (pointer("x", o.x_dtype), *routing, *pointers, h, *consts), c.num_warps, 1)
+    return Launch(kernel, grid, (pointer("x", o.x_dtype), *chooser, *pointers, h, *consts), c.num_warps, 1)
 
 
 def _decode_down(at: At) -> Launch:

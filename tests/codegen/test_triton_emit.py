@@ -80,7 +80,7 @@ def test_golden():
     assert source == GOLDEN.read_text()
 
 
-@pytest.mark.parametrize(("name", "count", "depth"), [("sm_90", 128, 64), ("sm_75", 128, 32), ("sm_75", 256, 16)])
+@pytest.mark.parametrize(("name", "count", "depth"), [("sm_90", 128, 64), ("sm_75", 128, 32), ("sm_75", 256, 32)])
 def test_a_router_without_matrix_instructions_takes_shallow_steps(name, count, depth):
     """At 64 and more its operands spill on sm_75: offline compilation."""
     sizes = Sizes(4096, 7168, 2048, count, 8)
@@ -219,7 +219,8 @@ def test_few_launches(T):
     sizes = Sizes(T, 2048, 768, 128, 8)
     made = launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes))
     assert len(made) <= (3 if T <= 2 else 4)
-    assert len(launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes), entry="experts")) == len(made) - 1
+    given = launches(MIXTRAL, sizes, default_config(MIXTRAL, sizes), entry="experts")
+    assert len(given) == len(made) - (T < 4096)  # of many pairs a launch of its own counts those of each expert
 
 
 @pytest.mark.parametrize("entry", ["moe", "experts"])

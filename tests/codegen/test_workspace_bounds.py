@@ -63,12 +63,12 @@ def test_rows_as_formulas():
         assert int(factor.padded(16).subs(TOKENS, T)) == Choices(T, 8, 2, True, -(-T // 2)).padded(16)
 
 
-def check_bound(formula, real, tight):
-    """The formula is no smaller than what is asked for, and not much larger from `tight` tokens on."""
+def check_bound(formula, real, tight, more=0):
+    """The formula is no smaller than what is asked for, and not much larger from `tight` tokens on, but for `more`."""
     for T in COUNTS:
         bound, asked = int(formula.subs(TOKENS, T)), real(T)
         assert asked <= bound, (T, formula)
-        assert tight > T or bound <= 1.1 * asked, (T, formula)
+        assert tight > T or bound <= 1.1 * asked + more, (T, formula)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -108,4 +108,5 @@ def test_triton_buffers(spec, shape):
         sizes = Sizes(T, *shape)
         return sum(buffer.bytes for buffer in program(spec, sizes, default_config(spec, sizes)).buffers)
 
-    check_bound(formula, real, tight=200)
+    # Where tokens are few a router's sums are split, and pairs counted in groups: which, depends on more than T.
+    check_bound(formula, real, tight=200, more=(33 + (8192 if spec.router else 0)) * shape[2] * 4)

@@ -7,12 +7,18 @@ import dataclasses
 
 import pytest
 import torch
+from elsewhere import moved
 from moe_reference import make_params, relative
 from quick_interpreter import quick  # noqa: F401
 from triton_cases import DECODE, LIMITS, SORTED, kernel
 
 import moec.runtime.ops  # noqa: F401  # defines the ops
-from moec.codegen import twin
+from moec.codegen import triton_route, twin
+from moec.codegen.plan import Sizes
+from moec.codegen.triton_call import at, tile_buffers
+from moec.codegen.triton_config import GpuConfig
+from moec.codegen.triton_emit import load
+from moec.codegen.triton_route import routing, routing_buffers
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 
@@ -39,6 +45,62 @@ ROUTERS = {
 }  # fmt: skip
 
 
+def run_routing(spec, T, E, k, **given):
+    """What the launches before the first product wrote, their buffers holding anything before."""
+    made = at(spec, Sizes(T, 24, 16, E, k), GpuConfig(16, 32, 32), None, None)
+    dtypes = {"f32": torch.float32, "i32": torch.int32}
+    tensors = {
+        b.name: torch.randint(-9, 9, b.shape).to(dtypes[b.dtype]) for b in (*routing_buffers(made), *tile_buffers(made))
+    }
+    tensors = {name: moved(tensor) for name, tensor in {**tensors, **given}.items()}
+    for launch in routing(made):
+        arguments = [tensors[a.name] if a.type.startswith("*") else a.value for a in launch.arguments]
+        getattr(load(spec), launch.kernel)[launch.grid](*arguments, **launch.options())
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def check_order(found, E, rows=16):
+    """Pairs by expert, by number among equals; where experts begin; tiles of `rows` rows; how many there are."""
+    chosen = found["experts"].flatten()
+    pairs = torch.nonzero((chosen >= 0) & (chosen < E)).flatten()
+    want = pairs[torch.sort(chosen[pairs], stable=True).indices]
+    count = torch.bincount(chosen[pairs], minlength=E)
+    tiles = [(e, int(count[:e].sum()) + row) for e in range(E) for row in range(0, int(count[e]), rows)]
+    assert found["order"][: len(want)].tolist() == want.tolist()
+    assert found["offsets"].tolist() == [0, *count.cumsum(0).tolist()]
+    assert list(zip(found["tile_expert"].tolist(), found["tile_row"].tolist(), strict=True))[: len(tiles)] == tiles
+    assert found["counters"][:4].tolist() == [len(tiles), 0, 0, len(want)]
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 3, 2), (40, 5, 2), (33, 130, 3)])
+@pytest.mark.parametrize("spread", [False, True])
+def test_choices_are_ordered(monkeypatch, T, E, k, spread):
+    """Several groups of tokens, units of several tokens, and all of one call in one."""
+    if spread:
+        monkeypatch.setattr(triton_route, "_GROUP", 16)
+        monkeypatch.setattr(triton_route, "_CHOICES", 4)
+    spec = KernelSpec(ExpertsSpec(), RouterSpec())
+    x, router = torch.randn(T, 24), torch.randn(E, 24)
+    room = {"logits": torch.empty(T, E), "weights": torch.empty(T, k), "experts": torch.empty(T, k, dtype=torch.int64)}
+    found = run_routing(spec, T, E, k, x=x, router=router, **room)
+    assert torch.equal(found["experts"], torch.sort(x @ router.t(), descending=True, stable=True).indices[:, :k])
+    check_order(found, E)
+
+
+@pytest.mark.parametrize("kind", ["random", "one", "outside"])
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 3, 2), (40, 5, 2), (19, 130, 3)])
+def test_given_choices_are_ordered(monkeypatch, T, E, k, kind):
+    """As one launch, and where another one counts groups of pairs before."""
+    chosen = torch.randint(E, (T, k)) if kind == "random" else torch.full((T, k), E - 1)
+    if kind == "outside":
+        chosen = torch.randint(-1, E + 1, (T, k))
+        chosen[::3] = 2**32 + 1  # in 32 bits an expert's number
+    check_order(run_routing(KernelSpec(ExpertsSpec()), T, E, k, experts=chosen), E)
+    monkeypatch.setattr(triton_route, "_RECOUNTED", 0)
+    monkeypatch.setattr(triton_route, "_GROUP", 16)
+    check_order(run_routing(KernelSpec(ExpertsSpec()), T, E, k, experts=chosen), E)
+
+
 def check_router(r, config, T, E, k, dtype="f32", H=40):
     spec = KernelSpec(ExpertsSpec(dtype), r, dtype)
     params = make_params(spec.experts, H, 16, E)
@@ -56,10 +118,20 @@ def check_router(r, config, T, E, k, dtype="f32", H=40):
         weights, want_weights = weights.gather(1, at), want_weights.gather(1, to)
     assert torch.equal(experts, want_experts)
     assert torch.equal(weights.isnan(), want_weights.isnan())  # of an expert that no chosen group has
+    spoilt = weights.isnan().any(1)
     weights, want_weights = weights.nan_to_num(), want_weights.nan_to_num()
     assert relative(weights, want_weights) < (1e-6 if r.weight_dtype == "f32" else 8e-3)
     want = twin.experts(x, weights, experts, params, spec)
-    assert relative(y, want) < LIMITS[dtype]
+    assert y[spoilt].isnan().all()
+    assert relative(y[~spoilt], want[~spoilt]) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+@pytest.mark.parametrize("name", ["bf16-bias", "groups-max"])
+@pytest.mark.parametrize("E", [4, 12, 16])
+def test_groups_of_few_and_of_many_experts(name, E, config):
+    """Also of one each, and where groups lie together in a power of two."""
+    check_router(ROUTERS[name], config, 3, E, 2)
 
 
 @pytest.mark.parametrize("name", ROUTERS)

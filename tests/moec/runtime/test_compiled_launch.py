@@ -81,16 +81,17 @@ def test_addresses_are_those_of_the_tensors(monkeypatch):
     call = caller(100, x, params)
     for _ in range(2):
         y, logits, weights, chosen = call()
-        router, dispatch, gate_up, down = (each.arguments for each in gpu.launches[-4:])
+        router, route, gate_up, down = (each.arguments for each in gpu.launches[-4:])
         assert router["x"] == gate_up["x"] == x.data_ptr()
-        assert (router["logits"], router["weights"]) == (logits.data_ptr(), weights.data_ptr())
-        assert router["experts"] == dispatch["experts"] == chosen.data_ptr()
+        assert (route["logits"], route["weights"]) == (logits.data_ptr(), weights.data_ptr())
+        assert route["experts"] == chosen.data_ptr()
+        assert all(router[name] == route[name] for name in ("parts", "counts", "counters"))
         assert (gate_up["ab"], down["out"], down["y"]) == (params[0].data_ptr(), params[1].data_ptr(), y.data_ptr())
         assert gate_up["h"] == down["h"]
-        buffers = {dispatch[n] for n in ("order", "offsets", "tile_expert", "tile_row", "counters")}
-        assert len(buffers | {down["h"], down["slots"]}) == 7
+        buffers = {route[n] for n in ("order", "offsets", "tile_expert", "tile_row", "counters", "counts")}
+        assert len(buffers | {down["h"], down["slots"]}) == 8
         assert all(address % 256 == 0 for address in buffers)
-        assert all(down[name] == dispatch[name] for name in ("order", "offsets", "counters"))
+        assert all(down[name] == route[name] for name in ("order", "offsets", "counters"))
 
 
 def test_what_is_not_aligned_has_kernels_of_its_own(monkeypatch):
@@ -143,7 +144,7 @@ def test_hooks_of_a_profiler_are_called(monkeypatch):
     call()
     leave.add(lambda metadata: seen.append(("leave", metadata.get()["name"], metadata.get()["stream"])))
     call()
-    kernels = ["router", "dispatch", "gate_up", "down"]
+    kernels = ["router", "route", "gate_up", "down"]
     enters = [("enter", name, 1001) for name in kernels]
     assert seen[:4] == enters
     assert seen[4:] == [(when, name, 1001) for name in kernels for when in ("enter", "leave")]

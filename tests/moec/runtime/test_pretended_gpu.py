@@ -87,7 +87,7 @@ def test_launches_are_on_the_tensors_device_and_stream(monkeypatch, properties, 
     gpu = gpus.pretend(monkeypatch, properties)
     y, logits, weights, chosen = moe(spec_of(dtype), T)
     few = ["decode_logits", "decode_route_gate_up", "decode_down"]
-    assert [each.kernel for each in gpu.launches] == (few if T == 1 else ["router", "dispatch", "gate_up", "down"])
+    assert [each.kernel for each in gpu.launches] == (few if T == 1 else ["router", "route", "gate_up", "down"])
     assert {(each.device, each.stream) for each in gpu.launches} == {(1, 1001)}  # while cuda:0 is the current one
     assert gpu.current == 0
     assert {t.device for t in (y, logits, weights, chosen)} == {torch.device("cuda:1")}
