@@ -83,3 +83,51 @@ def experts_backward_fake(
         weights.new_empty(weights.shape if needs[1] else 0),
         [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)],
     )
+
+
+def slopes_of(x: Tensor, experts: Tensor, params: Sequence[Tensor], spec: str) -> Tensor:
+    """Room for the gradients by what φ reads, [T·k, F or 2F], in the order of experts."""
+    s = KernelSpec.parse(spec).experts
+    return params[0].new_empty((x.shape[0] * experts.shape[1], s.ab_views * widths(s, params)[1]))
+
+
+def of_step(spec: str, needs: Sequence[bool], last: bool) -> list[bool]:
+    """Of the gradients that are wanted, those of one step: of the last product, or of the first."""
+    s = KernelSpec.parse(spec).experts
+    each = (len(needs) - 2) // len(s.param_groups)
+    own = [(group in ("out", "bias_out")) == last for group in s.param_groups for _ in range(each)]
+    in_step = (not last, (s.weight_on == "output") == last, *own)
+    return [need and here for need, here in zip(needs, in_step, strict=True)]
+
+
+def backward_last_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    params: Sequence[Tensor],
+    saved: Tensor,
+    spec: str,
+    engine: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The slopes, and the gradients of the first step."""
+    mine = of_step(spec, needs, last=True)
+    found = experts_backward_fake(grad, x, weights, experts, params, saved, spec, engine, mine)
+    return (slopes_of(x, experts, params, spec), *found[1:])
+
+
+def backward_first_fake(
+    slopes: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    params: Sequence[Tensor],
+    spec: str,
+    engine: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The gradients of the second step."""
+    mine = of_step(spec, needs, last=False)
+    return experts_backward_fake(grad, x, weights, experts, params, slopes, spec, engine, mine)

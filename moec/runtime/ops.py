@@ -22,22 +22,23 @@ from moec.errors import BuildError, CodegenError, MoecError
 from moec.ir.dtypes import DTYPE_NAMES
 from moec.ir.engine import Engine
 from moec.ir.spec import KernelSpec
-from moec.runtime.backward import BackwardKernel, fresh, load_backward
+from moec.runtime.backward_ops import backward_first, backward_last, experts_backward, gradients
 from moec.runtime.coded import coded_kernel
 from moec.runtime.cpu import Kernel, kernel_source, load_kernel
 from moec.runtime.fakes import (
+    backward_first_fake,
+    backward_last_fake,
     experts_backward_fake,
     experts_fake,
     experts_training_fake,
     moe_fake,
     saved_rows,
 )
-from moec.runtime.gradients import gradient_memory
+from moec.runtime.fallback import or_twin, takes_or_raise, warn_once
 from moec.runtime.packed import packed_kernel
 from moec.runtime.race import racer
-from moec.runtime.reserve import backward_bytes, forward_bytes, most_rows, most_tokens, reserve
+from moec.runtime.reserve import forward_bytes, most_tokens, reserve
 from moec.runtime.triton import TritonKernel, load_triton
-from moec.runtime.triton_backward import TritonBackward, load_triton_backward
 
 __all__ = ["kernel_source"]
 
@@ -64,6 +65,16 @@ _LIB.define(
     " str engine, bool[] needs) -> (Tensor, Tensor, Tensor[])",
     tags=_TAGS,
 )
+_LIB.define(  # the same in two steps: what forward saved is needed by the first alone
+    "experts_backward_last(Tensor grad, Tensor x, Tensor weights, Tensor experts, Tensor[] params, Tensor saved,"
+    " str spec, str engine, bool[] needs) -> (Tensor, Tensor, Tensor[])",
+    tags=_TAGS,
+)
+_LIB.define(
+    "experts_backward_first(Tensor slopes, Tensor grad, Tensor x, Tensor weights, Tensor experts, Tensor[] params,"
+    " str spec, str engine, bool[] needs) -> (Tensor, Tensor, Tensor[])",
+    tags=_TAGS,
+)
 
 
 def _kernel(spec: str, mode: Engine, device: torch.device, router_dtype: torch.dtype | None) -> _AnyKernel | None:
@@ -88,13 +99,8 @@ def _kernel_or_warning(
             return load_kernel(spec, router_dtype)
         return load_triton(spec, device, combine, schedule)
     except (BuildError, CodegenError) as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         return None
-
-
-@lru_cache(maxsize=64)
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"moec: eager experts instead of a kernel: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _moe(
@@ -105,7 +111,7 @@ def _moe(
     if kernel is None:
         return _twin_moe(x, router, params, k, spec)
     if isinstance(kernel, TritonKernel):
-        return _or_twin(
+        return or_twin(
             mode,
             lambda: kernel.moe(x, router, params, k, mode.tokens),
             lambda: _twin_moe(x, router, params, k, spec),
@@ -120,23 +126,12 @@ def _moe(
     return _opted(ready, mode, x, params, k, call)
 
 
-def _or_twin(mode: Engine, run: Callable[[], _T], eager: Callable[[], _T]) -> _T:
-    """What Triton kernels give; eager's, with one warning, where they cannot be compiled for the device."""
-    try:
-        return run()
-    except BuildError as error:
-        if mode.kind != "auto":
-            raise
-        _warn_once(str(error))
-        return eager()
-
-
 def _chosen(
     x: Tensor, params: Sequence[Tensor], spec: str, mode: Engine, router_dtype: torch.dtype | None
 ) -> _AnyKernel | None:
     """The kernel that runs, or None for the twin; warns once where it leaves race, freeze and weights unused."""
     kernel = _kernel(spec, mode, x.device, router_dtype)
-    if kernel is not None and not _takes(kernel.takes(x, params), spec, mode.kind, (x, *params)):
+    if kernel is not None and not takes_or_raise(kernel.takes(x, params), spec, mode.kind, (x, *params)):
         kernel = None
     if isinstance(kernel, TritonKernel) and mode.weights != "stored":
         kernel = coded_kernel(kernel, mode.weights, params)
@@ -179,7 +174,7 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
     mode = Engine.parse(engine)
     kernel = _chosen(x, params, spec, mode, None)
     if isinstance(kernel, TritonKernel):
-        return _or_twin(
+        return or_twin(
             mode,
             lambda: kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens),
             lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec)),
@@ -237,67 +232,7 @@ def _experts_training(
     def run() -> Tensor:
         return kernel.experts(x, weights, experts, params, mode.capacity, mode.tokens, saved)
 
-    return _or_twin(mode, run, eager), saved
-
-
-def _experts_backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    experts: Tensor,
-    params: Sequence[Tensor],
-    saved: Tensor,
-    spec: str,
-    engine: str,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    mode = Engine.parse(engine)
-    kind = mode.kind
-    kernel = _gradients(spec, kind, x.device)
-
-    def eager() -> tuple[Tensor, Tensor, list[Tensor]]:
-        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
-
-    if kernel is None or not _takes(kernel.takes(grad, x, params), spec, kind, (grad, x, *params)):
-        return eager()
-    if isinstance(kernel, TritonBackward):
-        kept = saved if saved.numel() else None
-        return _or_twin(mode, lambda: kernel(grad, x, weights, experts, params, needs, kept), eager)
-    if mode.tokens and x.numel():
-        most = most_tokens(mode, x.shape[0])
-        sizes = replace(kernel.sizes(x, params, experts.shape[1]), T=most)
-        limit, threads = most_rows(mode, most), torch.get_num_threads()
-        size = backward_bytes(kernel.spec, sizes, DTYPE_NAMES[x.dtype], kernel.target, threads, limit)
-        reserve(size, mode, x.shape[0])
-    take = fresh if mode.fresh else gradient_memory().take
-    return kernel(grad, x, weights, experts, params, saved if saved.numel() else None, needs, take)
-
-
-@lru_cache(maxsize=1024)
-def _gradients(spec: str, kind: str, device: torch.device) -> BackwardKernel | TritonBackward | None:
-    """The kernels of the gradients, or None for the twin. An engine asked for by name raises where it has none."""
-    if kind == "eager" or (kind == "cpp" and device.type != "cpu"):
-        return None
-    try:
-        triton = kind == "triton" or device.type != "cpu"
-        return load_triton_backward(spec, device) if triton else load_backward(spec)
-    except (BuildError, CodegenError) as error:
-        if kind != "auto":
-            raise
-        _warn_once(str(error))
-        return None
-
-
-def _takes(takes: bool, spec: str, engine: str, tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel runs; raises CodegenError where it cannot and an engine was asked for by name."""
-    if not takes and engine != "auto":
-        found = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
-        wanted = KernelSpec.parse(spec).experts.dtype
-        raise CodegenError(
-            f"engine {engine!r} has kernels for x in f32, bf16 or f16 and parameters in {wanted}, got {found}; "
-            "use engine 'auto', which computes other dtypes in plain PyTorch"
-        )
-    return takes
+    return or_twin(mode, run, eager), saved
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -322,7 +257,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weights, experts, saved, *params = ctx.saved_tensors
     spec, engine = ctx.texts[:2]
     needs = wanted(ctx)
-    found = torch.ops.moec.experts_backward(grad, x, weights, experts, params, saved, spec, engine, needs)
+    found = gradients(grad, x, weights, experts, params, saved, spec, engine, needs)
     return by_input(ctx, needs, *found)
 
 
@@ -361,7 +296,9 @@ _OPS: Ops = (
     ("moe", _moe, moe_fake),
     ("experts", _experts, experts_fake),
     ("experts_training", _experts_training, experts_training_fake),
-    ("experts_backward", _experts_backward, experts_backward_fake),
+    ("experts_backward", experts_backward, experts_backward_fake),
+    ("experts_backward_last", backward_last, backward_last_fake),
+    ("experts_backward_first", backward_first, backward_first_fake),
 )
 
 
@@ -387,6 +324,7 @@ def register(library: torch.library.Library, ops: Ops) -> None:
 
 
 register(_LIB, _OPS)
-torch.library.register_autograd("moec::experts_backward", no_second_gradient, lib=_LIB)
+for _name in ("experts_backward", "experts_backward_last", "experts_backward_first"):
+    torch.library.register_autograd(f"moec::{_name}", no_second_gradient, lib=_LIB)
 torch.library.register_autograd("moec::experts", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("moec::experts_training", _backward, setup_context=_save_training, lib=_LIB)

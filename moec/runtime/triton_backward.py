@@ -38,6 +38,7 @@ class TritonBackward:
     def __init__(self, forward: TritonKernel) -> None:
         self.forward, self.spec = forward, forward.spec
         self._programs: dict[tuple[object, ...], Built | BuildError] = {}
+        self._unbuilt: BuildError | None = None
         load(forward.spec, backward=True)  # what cannot be generated is known before the first call
 
     def takes(self, grad: Tensor, x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -53,10 +54,14 @@ class TritonBackward:
         params: Sequence[Tensor],
         needs: Sequence[bool],
         saved: Tensor | None = None,
+        step: str = "",
+        slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients by x, weights and each parameter, in their shapes and dtypes; empty where `needs` wants none.
 
-        `saved`: what the forward kept, [T·k, F or 2F]; None: computed again.
+        `saved`: what the forward kept, [T·k, F or 2F]; None: computed again. `step`: as `Wanted` has it, of calls that
+        write (`last`) or read (`first`) the gradients by φ's inputs, `slopes` [T·k, F or 2F] in the order of experts.
+        Raises BuildError in the second step too where the first one's kernels cannot be compiled.
         """
         x = rows_of(x)
         dparams = [p.new_empty(p.shape if n else (0,) * p.dim()) for p, n in zip(params, needs[2:], strict=True)]
@@ -74,9 +79,13 @@ class TritonBackward:
         tensors = {"grad": grad.contiguous(), "x": x, "weights": given.contiguous(), "dx": dx, "dweights": dweights}
         tensors |= {"experts": experts.to(torch.int64).contiguous(), **bound.tensors, **results}
         tensors |= {} if saved is None else {"inputs": saved}
+        tensors |= {} if slopes is None else {"dinputs": slopes}
         operands = self.forward.operands(x, bound, tensors)
-        wanted = Wanted(needs[0], needs[1], groups, saved is not None)
-        run(self._program(sizes, config, operands, wanted, tensors), tensors)
+        wanted = Wanted(needs[0], needs[1], groups, saved is not None or step == "first", step)
+        made = self._program(sizes, config, operands, wanted, tensors)
+        if step == "last" and isinstance(made, BuildError):
+            self._unbuilt = made
+        run(self._unbuilt if step == "first" and self._unbuilt else made, tensors)
         return (
             dx if needs[0] else x.new_empty(0),
             dweights.to(weights.dtype) if needs[1] else weights.new_empty(0),

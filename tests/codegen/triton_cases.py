@@ -11,16 +11,19 @@ import torch
 from elsewhere import DEVICE, There, moved
 from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing, weight_terms
 from quick_interpreter import quick  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config, sorted_config
 from moec.codegen.triton_launch import program
-from moec.errors import CodegenError
+from moec.errors import BuildError, CodegenError
 from moec.gpu.target import gpu_target
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec
+from moec.runtime import backward_ops
+from moec.runtime.fakes import of_step
 from moec.runtime.triton import TritonKernel, load_triton
 from moec.runtime.triton_backward import TritonBackward, load_triton_backward
 
@@ -285,6 +288,70 @@ def check_backward(
 @pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
 def test_gradients(form):
     check_backward(form, "f32")
+
+
+@pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
+def test_gradients_in_two_steps_are_those_of_one(form):
+    """Between the two, what forward kept may be gone."""
+    spec, (T, H, F, E, k) = with_gate(*form, "f32"), (13, 20, 24, 3, 2)
+    params, (weights, experts) = make_params(spec.experts, H, F, E), routing("sentinels", T, E, k)
+    x, g = torch.randn(T, H), torch.randn(T, H)
+    backward, needs = There(load_triton_backward(str(spec), DEVICE)), [True] * (2 + len(params))
+    saved = moved(torch.empty(T * k, spec.experts.ab_views * F))
+    There(TritonKernel(spec, DEVICE)).experts(x, weights, experts, params, "", "", saved)
+    dx, dweights, dparams = backward(g, x, weights, experts, params, needs, saved)
+    slopes = moved(torch.full((T * k, spec.experts.ab_views * F), torch.nan))
+    last, first = (of_step(str(spec), needs, last) for last in (True, False))
+    one = backward(g, x, weights, experts, params, last, saved, "last", slopes)
+    two = backward(g, x, weights, experts, params, first, None, "first", slopes)
+    assert [a or b for a, b in zip(last, first, strict=True)] == needs
+    assert one[0].numel() == 0
+    assert torch.equal(two[0], dx)
+    assert torch.equal((one if last[1] else two)[1], dweights)
+    for whole, a, b, here in zip(dparams, one[2], two[2], last[2:], strict=True):
+        assert torch.equal(a if here else b, whole)
+        assert (b if here else a).numel() == 0
+
+
+class Ops(TorchDispatchMode):
+    """The names of moec's ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names += [func._opname] if func.namespace == "moec" else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_large_calls_take_two_steps(monkeypatch, least):
+    monkeypatch.setattr(backward_ops, "_LEAST_FREED", least)
+    spec = with_gate("concat", "nk", True, False, "output")
+    params = [moved(p.contiguous()).requires_grad_() for p in make_params(spec.experts, 16, 8, 3)]
+    weights, experts = (moved(t) for t in routing("random", 5, 3, 2))
+    x = moved(torch.randn(5, 16)).requires_grad_()
+    leaves = [x, weights.requires_grad_(), *params]
+    y, _ = torch.ops.moec.experts_training(x, weights, experts, params, str(spec), "triton", "always")
+    with Ops() as ops:
+        found = torch.autograd.grad(y.square().sum(), leaves)
+    steps = ["experts_backward_last", "experts_backward_first"]
+    assert ops.names == (["experts_backward"] if least else steps)
+    plain = twin.experts(x, weights, experts, params, spec)
+    wanted = torch.autograd.grad(plain.square().sum(), leaves)
+    assert all(relative(a.cpu(), b.cpu()) < 1e-5 for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_second_step_without_a_first_one_is_an_error():
+    """Its slopes were never written: what calls it computes all anew."""
+    spec = with_gate("concat", "nk", True, False, "output")
+    backward = TritonBackward(TritonKernel(spec, DEVICE))
+    backward._unbuilt = BuildError("no such instruction")
+    params, (weights, experts) = make_params(spec.experts, 16, 8, 3), routing("random", 5, 3, 2)
+    x, slopes = torch.randn(5, 16), torch.empty(10, 16)
+    with pytest.raises(BuildError, match="no such instruction"):
+        There(backward)(x, x, weights, experts, params, [True] * 4, None, "first", slopes)
 
 
 @pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)

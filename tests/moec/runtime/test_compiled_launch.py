@@ -15,12 +15,13 @@ from moec.errors import BuildError
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import ops as runtime
+from moec.runtime.backward_ops import gradient_kernel
 from moec.runtime.triton import load_triton
 from moec.runtime.triton_backward import load_triton_backward
 from moec.target import gpu_figures
 
 H, F, E, K = 64, 32, 8, 2
-CACHES = (load_triton, load_triton_backward, gpu_figures, runtime._kernel_or_warning, runtime._gradients, _load)
+CACHES = (load_triton, load_triton_backward, gpu_figures, runtime._kernel_or_warning, gradient_kernel, _load)
 SPEC = KernelSpec(ExpertsSpec(dtype="bf16"), RouterSpec(renormalize=True), "bf16")
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as nnf
 from moec.errors import BuildError, CodegenError
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import ops as runtime
+from moec.runtime.fallback import warn_once
 
 SPEC = str(KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True)))
 ONLY = str(KernelSpec(ExpertsSpec()))
@@ -172,7 +173,7 @@ def test_without_a_compiler_the_twin_runs_with_one_warning(layer, monkeypatch):
     w, params = layer
     monkeypatch.setenv("CXX", "/nowhere/g++")
     runtime._kernel_or_warning.cache_clear()
-    runtime._warn_once.cache_clear()
+    warn_once.cache_clear()
     x = torch.randn(5, H)
     reason = r"eager experts instead of a kernel: CXX='/nowhere/g\+\+' names no program on the path"
     with pytest.warns(RuntimeWarning, match=reason):
@@ -183,12 +184,12 @@ def test_without_a_compiler_the_twin_runs_with_one_warning(layer, monkeypatch):
     with pytest.raises(BuildError, match="CXX='/nowhere"):
         torch.ops.moec.moe(x, [w], params, K, str(KernelSpec(ExpertsSpec(), RouterSpec(scale=2.0))), "cpp")
     runtime._kernel_or_warning.cache_clear()
-    runtime._warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def test_a_spec_without_a_kernel_says_why(layer):
     _, params = layer
-    runtime._warn_once.cache_clear()
+    warn_once.cache_clear()
     bad = str(KernelSpec(ExpertsSpec(activation="mul(a, c)")))
     weights, experts = torch.rand(5, K), torch.randint(0, E, (5, K))
     with pytest.raises(CodegenError, match="reads c"):

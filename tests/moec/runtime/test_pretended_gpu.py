@@ -24,6 +24,8 @@ from moec.runtime import bound as runtime_bound
 from moec.runtime import ops as runtime
 from moec.runtime import triton as runtime_triton
 from moec.runtime import tune_cache
+from moec.runtime.backward_ops import experts_backward, gradient_kernel
+from moec.runtime.fallback import warn_once
 from moec.runtime.triton import load_triton
 from moec.runtime.triton_backward import load_triton_backward
 from moec.runtime.tune_gpu_cache import gpu_key, gpu_made
@@ -31,7 +33,7 @@ from moec.target import gpu_figures
 
 H, F, E, K = 64, 32, 8, 2
 CACHES = (
-    load_triton, load_triton_backward, gpu_figures, runtime._kernel_or_warning, runtime._gradients, runtime._warn_once,
+    load_triton, load_triton_backward, gpu_figures, runtime._kernel_or_warning, gradient_kernel, warn_once,
 )  # fmt: skip
 
 
@@ -273,9 +275,7 @@ def test_gradients_wait_for_nothing_and_can_be_recorded(monkeypatch, stacked):
         args = (gpus.tensor(100, H, dtype=b), gpus.tensor(100, H, dtype=b), gpus.tensor(100, K))
         chosen = gpus.tensor(100, K, dtype=torch.int64)
         needs = [True] * (2 + len(params))
-        dx, dweights, dparams = runtime._experts_backward(
-            *args, chosen, params, gpus.tensor(0), str(spec), "auto", needs
-        )
+        dx, dweights, dparams = experts_backward(*args, chosen, params, gpus.tensor(0), str(spec), "auto", needs)
         assert (dx.shape, dx.dtype, dweights.shape) == ((100, H), b, (100, K))
         assert [d.shape for d in dparams] == [p.shape for p in params]
     rows = ["dispatch", "permute", "permute", "backward_inputs", "backward_hidden"]
