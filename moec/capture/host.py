@@ -9,7 +9,7 @@ import ast
 import copy
 from dataclasses import dataclass
 
-from moec.capture.events import loaded, stored
+from moec.capture.events import called, loaded, stored
 
 _MOVING = frozenset(("tolist", "numpy"))
 _LISTING = _MOVING | {"cpu", "detach"}
@@ -128,17 +128,28 @@ def _given(function: ast.AST) -> frozenset[str]:
 
 
 def hands_over(function: ast.FunctionDef) -> bool:
-    """Whether a function returns a list of numbers that it moved to the host: another may cut rows by them."""
-    moved = {
-        target.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _is_bare(node.value, _MOVING)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    """Whether a function returns a list of numbers that it moved to the host, or keeps it in an object, or cuts rows
+    by it: another may cut rows by them.
+    """
+    moves = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _moves(node.value)]
+    targets = [target for node in moves for target in node.targets]
+    if any(isinstance(target, ast.Attribute) for target in targets):
+        return True
+    moved = {target.id for target in targets if isinstance(target, ast.Name)}
     results = [n.value for n in ast.walk(function) if isinstance(n, ast.Return) and n.value is not None]
     parts = [part for value in results for part in (value.elts if isinstance(value, ast.Tuple) else [value])]
-    return any(isinstance(part, ast.Name) and part.id in moved for part in parts)
+    cut = [
+        arg
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and called(node) in _SPLITTING
+        for arg in (*node.args, *(k.value for k in node.keywords))
+    ]
+    return any(isinstance(part, ast.Name) and part.id in moved for part in (*parts, *cut)) or any(map(_moves, cut))
+
+
+def _moves(value: ast.expr) -> bool:
+    """`….tolist()`."""
+    return isinstance(value, ast.Call) and _is_bare(value, _MOVING)
 
 
 def read_after(function: ast.AST, assignment: ast.Assign, name: str) -> list[ast.Name]:

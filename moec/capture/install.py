@@ -7,6 +7,8 @@ backends, closures, decorators and `super()` go on as before, whoever holds the 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -124,11 +126,33 @@ def install_function(function: Callable[..., Any], cls: type = object) -> None:
 
 
 def _helpers(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """The functions of the same file that a function names: a loop over experts may stand in one of them."""
+    """The functions that a function names, and those of plain classes: a loop over experts may stand in one of them.
+
+    Only those of the same program: a library that it uses is none of its own.
+    """
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
-        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
+        if isinstance(value, types.FunctionType) and _same_program(value.__globals__, function.__globals__):
             yield value
+        if isinstance(value, type) and not issubclass(value, nn.Module):
+            known = _same_program(_names_of(value), function.__globals__)
+            yield from (inner for held in vars(value).values() for inner in functions_of(held) if known)
+
+
+def _names_of(cls: type) -> dict[str, object]:
+    """The names of the module that a class stands in."""
+    return vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
+
+
+def _same_program(theirs: dict[str, object], ours: dict[str, object]) -> bool:
+    """Whether two modules are one file, or of one package, or the first one's file lies beside the second one's."""
+    if theirs is ours:
+        return True
+    packages = [str(names.get("__name__", "")).partition(".")[0] for names in (theirs, ours)]
+    if packages[0] == packages[1]:
+        return True
+    mine, other = (str(names.get("__file__") or "") for names in (ours, theirs))
+    return bool(mine) and other.startswith(os.path.dirname(mine) + os.sep) and "site-packages" not in other
 
 
 def _exchange(function: types.FunctionType, known: Known) -> None:

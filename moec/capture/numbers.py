@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.comptime import comptime
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.lists import BaseListVariable
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 
 def counted(numbers: Any) -> Tensor | None:
@@ -49,6 +49,16 @@ def _whole(nodes: list[Node | None]) -> Node | None:
     if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.shape[0] != len(nodes):
         return None
     return None if value.is_floating_point() else found[0]
+
+
+def numbers_of(graph: Graph) -> dict[Node, tuple[Node, ...]]:
+    """The tensors whose numbers were moved to the host, all and in order; with these numbers."""
+    found: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        element = node.args[0] if node.op == "call_method" and node.target == "item" else None
+        if isinstance(element, Node) and element.target is operator.getitem and isinstance(element.args[0], Node):
+            found.setdefault(element.args[0], []).append(node)
+    return {tensor: tuple(nodes) for tensor, nodes in found.items() if _whole(list(nodes)) is tensor}
 
 
 def drop_unread(gm: GraphModule) -> bool:

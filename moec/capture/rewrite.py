@@ -15,6 +15,7 @@ from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
 from moec.capture.helpers import Known, written_out
 from moec.capture.host import hands_over, keep_on_device, scope_of
+from moec.capture.leaves import asks, without_leaves
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
 from moec.capture.recognise import Candidate, Declined, examine
@@ -59,7 +60,7 @@ def promising(code: types.CodeType) -> bool:
     numbers that are moved to the host.
     """
     ops = code.co_code[::2]
-    if "tolist" in code.co_names:
+    if "tolist" in code.co_names or asks(code.co_consts):
         return True
     if not JOINING.isdisjoint(code.co_names) and _lists(code):
         return True
@@ -94,13 +95,13 @@ def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, known)]
-    handing = hands_over(node)
-    if not any(one.verdict for one in found) and not handing:
+    handing, leaves = hands_over(node), without_leaves(node)
+    if not any(one.verdict for one in found) and not handing and not leaves:
         return Rewritten(None)
     try:
         if not source.same_code(source.compile_like(code, source.parse(code)), code):
             raise source.NoSource("its source is not the one that its code was compiled from")
-        return _roll_all(code, node, found, handing)
+        return _roll_all(code, node, found, handing, leaves)
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
 
@@ -137,7 +138,9 @@ def _inside(loop: ast.For, path: Path) -> Iterator[tuple[ast.For, Path]]:
             yield stmt, (*path, *where)
 
 
-def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool) -> Rewritten:
+def _roll_all(
+    code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool, leaves: bool
+) -> Rewritten:
     declined: list[NotRolled] = []
     taken: set[int] = set()
     changed: list[ast.FunctionDef] = []
@@ -154,12 +157,14 @@ def _roll_all(code: types.CodeType, node: ast.FunctionDef, found: list[_Found], 
             continue
         taken |= {id(inner) for inner in ast.walk(one.loop)}
         changed += [one.function] if one.function not in changed else []
-    if not taken and not handing:
+    if not taken and not handing and not leaves:
         return Rewritten(None, tuple(declined))
     for function in changed:
         _import_words(function, call("compiling"))
     if handing and node not in changed:
         _import_words(node, call("handing", ast.Constant(loop_key(code.co_filename, code.co_firstlineno))))
+    elif leaves and node not in changed:
+        _import_words(node, call("eager"))
     return Rewritten(source.compile_like(code, node), tuple(declined))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moec.capture.chunks import roll_chunks
 from moec.capture.numbers import drop_unread
 from moec.capture.region import Malformed, hoist_invariants, regions
 from moec.capture.state import NotRolled, current_tx, declined, loops_of, retrace_all, retrace_without
@@ -26,6 +27,8 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     loops = loops_of(tx)
     if loops.open is not None:
         retrace_without(tx, loops.open, "Dynamo broke the graph inside the loop's body")
+    if loops.handed:
+        roll_chunks(gm)
     if loops.handed and drop_unread(gm):
         retrace_all(
             tx, loops.handed, "numbers that it moves to the host are read elsewhere than in a loop over experts"

@@ -13,9 +13,11 @@ from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnus
 from moec.capture.axes import One, Span, axis_of, narrows
 from moec.capture.keys import Key, NameKey, TextKey, are_names, key_at
 from moec.capture.keys import text_key as text_key  # a word too
-from moec.capture.numbers import counted
 from moec.capture.picked import expects as expects  # a word too
 from moec.capture.picked import pick_from
+from moec.capture.runs import Runs
+from moec.capture.runs import runs as runs  # words too
+from moec.capture.runs import runs_of_first as runs_of_first
 from moec.capture.state import (
     allow_data_dependence,
     compiles_for_moec,
@@ -38,11 +40,15 @@ _COMPARE = {
 }
 
 
+def _traces_for_moec(tx: Any) -> bool:
+    # Where Dynamo skips the user's frame it meets these words as frames of their own: then nothing is rolled.
+    return tx is not None and tx.f_code.co_filename != __file__ and compiles_for_moec(tx) and not transforming()
+
+
 @torch.compiler.assume_constant_result
 def _compiling_for_moec() -> bool:
     tx = current_tx()
-    # Where Dynamo skips the user's frame it meets these words as frames of their own: then nothing is rolled.
-    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx) or transforming():
+    if not _traces_for_moec(tx):
         return False
     allow_data_dependence(tx)
     return True
@@ -99,6 +105,16 @@ def handing(key: str) -> bool:
 def compiling() -> bool:
     """Whether Dynamo traces this for moec; False in eager and for any other backend."""
     return torch.compiler.is_dynamo_compiling() and _compiling_for_moec()
+
+
+@torch.compiler.assume_constant_result
+def _traced_by_moec() -> bool:
+    return _traces_for_moec(current_tx())
+
+
+def eager() -> bool:
+    """Whether this is not what Dynamo traces for moec."""
+    return not (torch.compiler.is_dynamo_compiling() and _traced_by_moec())
 
 
 def enter(key: str) -> bool:
@@ -352,27 +368,6 @@ def select(key: str, cond: Any, yes: Any, no: Any) -> Any:
     if not all(isinstance(x, int) or is_item(x) for x in (yes, no)):
         give_up(key, "a choice that depends on the item is between other things than whole numbers")
     return torch.where(cond, yes, no)
-
-
-class Runs:
-    """`rows.split(sizes)`: run i is the next `sizes[i]` rows. rows [R, …], sizes [n], the sum of which is R."""
-
-    def __init__(self, rows: Tensor, sizes: Tensor) -> None:
-        self.rows = rows
-        self.sizes = sizes
-        self.ends = sizes.cumsum(0)
-
-
-def runs(rows: Tensor, sizes: Any) -> Any:
-    """`rows.split(sizes.tolist())` with sizes that stay on the device; a plain split where they came from no tensor."""
-    counts = sizes if isinstance(sizes, Tensor) else counted(sizes)
-    return rows.split(sizes) if counts is None else Runs(rows, counts)
-
-
-def runs_of_first(rows: Tensor, sizes: Any) -> Any:
-    """`rows[:sum(sizes)].split(sizes)`: there may be more rows than the sizes count."""
-    counts = sizes if isinstance(sizes, Tensor) else counted(sizes)
-    return rows[: sum(sizes)].split(sizes) if counts is None else Runs(rows, counts)
 
 
 def running(sizes: Tensor) -> Tensor:

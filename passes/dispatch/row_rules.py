@@ -8,7 +8,7 @@ from dataclasses import replace
 from moec.ir.expr import POINTWISE
 from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch
-from moec.passes.dispatch import index_rules
+from moec.passes.dispatch import index_rules, listed
 from moec.passes.dispatch.kept import kept_mask
 from moec.passes.dispatch.mask_rules import (
     masked_weights,
@@ -28,7 +28,7 @@ from moec.passes.dispatch.slot_rows import with_slots
 from moec.passes.dispatch.thresholds import column, compared
 from moec.passes.rows import lift as base
 from moec.passes.rows.coded import cast_expert, scaled
-from moec.passes.rows.lift import Lift, Lifter, Rule, per_expert
+from moec.passes.rows.lift import Lift, Lifter, Rule, per_expert, tried_first
 from moec.passes.rows.rows import (
     Anchor,
     Apply,
@@ -267,7 +267,7 @@ _OWN: Mapping[str, Rule] = {
     "grouped": rule_grouped,
 }
 
-RULES: Mapping[str, Rule] = with_cuts(with_slots(with_runs(_OWN)))
+RULES: Mapping[str, Rule] = with_cuts(with_slots(tried_first(with_runs(_OWN), listed.BEFORE)))
 
 
 def _unique(lifter: Lifter, instr: Instr) -> Lift:

@@ -14,7 +14,7 @@ from moec.ir.match import NoMatch
 from moec.passes.rows.lift import Lifter, same
 from moec.passes.rows.pairs import Writer
 from moec.passes.rows.rows import Masked, OneHot
-from moec.passes.rows.token_axes import choice_axes, names_once
+from moec.passes.rows.token_axes import at_choice, choice_axes, names_once
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,23 @@ def weighed(lifter: Lifter, word: str, left: Arg, right: Arg) -> OneHot | None:
     return OneHot(found.name, ("t",), held.anchor)
 
 
-def weighed_choice(lifter: Lifter, root: Instr, name: str, weight: str) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
-    """Instructions, w[T, k] and e[T, k] of a choice known by `lifter.weighed`, −1 where a pair is left out."""
+def weighed_choice(
+    lifter: Lifter, root: Instr, name: str, weight: str, by_expert: bool
+) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
+    """Instructions, w[T, k] and e[T, k] of a choice known by `lifter.weighed`, −1 where a pair is left out.
+
+    by_expert: the weight is gates g[T, E].
+    """
     found = lifter.weighed[name]
     assert isinstance(found, Weighed)
     out = Writer(lifter.graph, root)
+    if by_expert:
+        picked = at_choice(out, weight, found.choice)
+        if isinstance(picked, NoMatch):
+            return picked
+        weight = picked
     kind, numbers = lifter.graph.types[found.choice], lifter.graph.types[found.value]
-    given = lifter.graph.types[weight] if weight else kind
+    given = out.type(weight) if weight else kind
     if not all(t.rank == 2 and all(map(same, t.shape, kind.shape)) for t in (numbers, given)):
         return NoMatch(f"weights are {numbers} and {given} for choices {kind}", found.value)
     runs = out.emit(found.word, (Ref(found.value), 0), Type("bool", kind.shape))

@@ -265,10 +265,7 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
             return made[0], "", made[1]
         return made_shape(lifter, *made, body.weight) or (made[0], body.weight, made[1])
     if choice in lifter.weighed:
-        by_expert = NoMatch("gates of every expert weight rows that are selected by their weights", total.root)
-        return (
-            by_expert if body.by_expert else weighed_choice(lifter, lifter.graph.defs[total.root], choice, body.weight)
-        )
+        return weighed_choice(lifter, lifter.graph.defs[total.root], choice, body.weight, body.by_expert)
     once = total.rows.space.kind == "loop" and set(total.rows.space.order) <= {"t", *token_axes(lifter.graph, choice)}
     if once and (body.by_expert or not body.weight) and not names_once(lifter.graph, choice):
         return NoMatch("a token may choose an expert twice, and has one row with it", total.root)

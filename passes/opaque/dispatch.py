@@ -18,10 +18,11 @@ from moec.passes.dispatch.rereads import reread
 from moec.passes.dispatch.row_rules import RULES
 from moec.passes.dispatch.runs import full_run
 from moec.passes.dispatch.skips import asked_of_others, only_idle_skipped
+from moec.passes.dispatch.weighed import Weighed
 from moec.passes.opaque.rows import opaque_rows, varying
 from moec.passes.rows.body import BodyMatch, match_body
 from moec.passes.rows.lift import Lifter
-from moec.passes.rows.rows import Anchor, Expert, Opaque, Row
+from moec.passes.rows.rows import Anchor, Expert, Opaque, Row, Rows
 from moec.passes.rows.token_axes import choice_axes
 
 _IS_MLP = 6  # how deep a miss of `match_body` is when only the parameters are not what kernels take
@@ -71,20 +72,15 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         return total
     graph, rows = lifter.graph, total.rows
     anchor = rows.loop
-    if (
-        not anchor
-        or part_of(lifter, anchor) is not None
-        or rows.earlier
-        or total.over
-        or rows.choice not in graph.types
-        or not _holds_opaque(rows.row)
-    ):
+    choice = _chosen(lifter, rows)
+    alone = anchor and part_of(lifter, anchor) is None and not rows.earlier and not total.over
+    if not alone or choice is None or not _holds_opaque(rows.row):
         return NoMatch("no loop over experts with a body of its own")
     body = match_body(graph, rows.row)
     if _for_kernels(graph, body, instr):
         return NoMatch("the experts are MLPs, which were left as they are for another reason")
-    experts, letters = _experts(lifter, anchor), choice_axes(graph, rows.choice)
-    slots = graph.types[rows.choice].shape[-1] if "s" in letters else sympy.S.One
+    experts, letters = _experts(lifter, anchor), choice_axes(graph, choice)
+    slots = graph.types[choice].shape[-1] if "s" in letters else sympy.S.One
     if experts is None or not letters or not slots.is_Integer:
         return NoMatch("the number of experts is not known")
     skipped = only_idle_skipped(lifter, anchor) or full_run(lifter, anchor, sympy.Integer(experts), rows.choice)
@@ -96,13 +92,13 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
     k = int(slots)
     order = rows.space.order if total.form in ("loop", "hit_loop") else ""
     sorts = order in graph.defs or rows.anchor
-    if not sorts and (order not in _ORDERS or (order == "t" and k > 1 and not _distinct(graph, rows.choice))):
+    if not sorts and (order not in _ORDERS or (order == "t" and k > 1 and not _distinct(graph, choice))):
         return NoMatch("rows are in an order that no sort gives")
     return OpaqueSite(
         total.root,
         anchor,
         "grouped" if sorts else form,
-        rows.choice,
+        choice,
         int(experts),
         k,
         "" if sorts else order,
@@ -110,6 +106,13 @@ def _site(lifter: Lifter, instr: Instr) -> OpaqueSite | NoMatch:
         instr.loc,
         len(letters) - ("s" in letters),
     )
+
+
+def _chosen(lifter: Lifter, rows: Rows) -> str | None:
+    """The choice of a graph that rows go by; where the user sorts them, it may be one that leaves pairs out."""
+    found = lifter.weighed.get(rows.choice) if rows.anchor else None
+    choice = found.choice if isinstance(found, Weighed) else rows.choice
+    return choice if choice in lifter.graph.types else None
 
 
 def _for_kernels(graph: Graph, body: BodyMatch | NoMatch, root: Instr) -> bool:

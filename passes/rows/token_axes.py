@@ -100,12 +100,15 @@ def names_once(graph: Graph, choice: str) -> bool:
     if "s" not in choice_axes(graph, choice):
         return True
     name, slots = choice, graph.types[choice].shape[-1]
-    while (made := graph.defs.get(name)) is not None and made.word in ("cast", "same", "detach", "reshape"):
+    if slots == 1:
+        return True
+    while (made := graph.defs.get(name)) is not None and made.word in ("cast", "same", "detach", "reshape", "slice"):
         name = made.uses[0]
-        if graph.types[name].rank == 0 or graph.types[name].shape[-1] != slots:
+        if graph.types[name].rank == 0 or (made.word == "reshape" and graph.types[name].shape[-1] != slots):
             return False
+        slots = graph.types[name].shape[-1]  # some of those that are chosen once are chosen once
     kind = graph.types[name]
-    return slots == 1 or (made is not None and made.word == "topk" and made.attr("dim") == kind.rank - 1)
+    return made is not None and made.word == "topk" and made.attr("dim") == kind.rank - 1
 
 
 def shaped_like(graph: Graph, name: str, shape: tuple[Dim, ...]) -> str:
