@@ -154,6 +154,10 @@ SPELLINGS = tuple(map(_named, (Noisy, Unweighted, WeightedInside, Sorted, SoftEx
 class Near(Noisy):
     """Gates without noise, and what is near."""
 
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
     def forward(self, x):
         return self.mixed(x, self.gate(x))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import spellings_joined as joined
+import spellings_listed as listed
+import spellings_tutorials as tutorials
 import torch
-from spellings_listed import NEAR as NEAR_LISTED
-from spellings_listed import SPELLINGS as LISTED
-from spellings_tutorials import NEAR, SPELLINGS
 from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made, skewed
+
+SPELLINGS = (*tutorials.SPELLINGS, *listed.SPELLINGS, *joined.SPELLINGS)
+NEAR = (*tutorials.NEAR, *listed.NEAR, *joined.NEAR)
 
 
 def seeded(run, module, inputs):
@@ -16,7 +19,7 @@ def seeded(run, module, inputs):
     return gradients(run, module, inputs)
 
 
-@pytest.mark.parametrize("spelling", [*SPELLINGS, *LISTED], ids=lambda s: s.name)
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 def test_fused_and_equal(spelling):
     module = made(spelling).eval()
     run, report = compiled(module, dynamic=True)
@@ -32,7 +35,7 @@ def test_fused_and_equal(spelling):
         assert_same_call(run, module, spelling.inputs(7))
 
 
-@pytest.mark.parametrize("spelling", [*SPELLINGS, *LISTED], ids=lambda s: s.name)
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 def test_gradients(spelling):
     module = made(spelling)
     run, report = compiled(module)
@@ -41,7 +44,7 @@ def test_gradients(spelling):
     assert [s.status for s in report.sites] == ["fused"], report
 
 
-@pytest.mark.parametrize("kind", [*NEAR, *NEAR_LISTED], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)
 def test_near_misses_compute_what_they_did(kind):
     torch.manual_seed(0)
     module = kind()

@@ -108,10 +108,18 @@ def _starts_empty(path: Path, name: str) -> bool:
         n.value
         for root in (path[0][0], path[-1][0])
         for n in ast.walk(root)
-        if isinstance(n, ast.Assign) and name in stored([n]) and id(n) not in inside
+        if isinstance(n, ast.Assign) and name in stored([n]) and id(n) not in inside and not _joined_anew(n, name)
     ]
     fresh = [isinstance(v, ast.List) and not v.elts for v in values]
     return bool(values) and all(fresh)
+
+
+def _joined_anew(stmt: ast.stmt, name: str) -> bool:
+    """`outs = torch.cat(outs)`: from here on the name is that of a tensor."""
+    if not isinstance(stmt, ast.Assign) or len(stmt.targets) != 1 or stored([stmt.targets[0]]) != {name}:
+        return False
+    calls = (n for n in ast.walk(stmt.value) if isinstance(n, ast.Call) and n.args and _joins(n))
+    return any(isinstance(n.args[0], ast.Name) and n.args[0].id == name for n in calls)
 
 
 def _only_joined(loop: ast.For, path: Path, name: str) -> bool:
@@ -120,7 +128,11 @@ def _only_joined(loop: ast.For, path: Path, name: str) -> bool:
     if len(inside) != 1:
         return False
     fine: set[int] = set()
-    rest = after(path)
+    rest = list(after(path))
+    anew = next(
+        (i for i, stmt in enumerate(rest) if isinstance(stmt, ast.stmt) and _joined_anew(stmt, name)), len(rest)
+    )
+    rest = rest[: anew + 1]
     for node in (n for root in rest for n in ast.walk(root)):
         if isinstance(node, ast.Call) and node.args and _joins(node):
             fine.add(id(node.args[0]))

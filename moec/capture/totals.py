@@ -32,6 +32,25 @@ def fix_total(graph: Graph) -> None:
     same = any(span.meta["example_value"].shape[0] is cut.meta["example_value"].shape[0] for span in spans)
     if len(totals) == 1 and totals[0] is not None and len(rows) == 1 and (same or _kept(spans[0], cut)):
         torch._check(last.meta["example_value"].shape[0] == totals[0])
+    beside = _beside(graph, last)
+    if beside is not None:
+        torch._check(last.meta["example_value"].shape[0] == beside.meta["example_value"].shape[0])
+
+
+def _beside(graph: Graph, last: Node) -> Node | None:
+    """Another tensor that the same loop collects, as many rows a turn."""
+    for node in reversed(graph.nodes):
+        if node.target in (_M.anchor.default, _M.anchor_range.default):
+            return None
+        if node is not last and node.target is _M.collect.default and _kept(_first(node), _first(last)):
+            return node
+    return None
+
+
+def _first(collect: Node) -> Node:
+    rows = collect.args[0]
+    assert isinstance(rows, Node)
+    return rows
 
 
 def _kept(span: Node, rows: Node) -> bool:

@@ -115,7 +115,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     a, b = index.space, added.space
     if (a.kind, a.key, a.order, index.layout) != (b.kind, b.key, b.order, added.layout):
         return NoMatch("rows and tokens are in different orders", instr.results[0])
-    if instr.word == "index_put" and not instr.attr("accumulate") and index.space.kind != "loop" and index.space.k != 1:
+    adds = once or instr.word != "index_put" or instr.attr("accumulate") or index.space.kind == "loop"
+    if not adds and index.space.k != 1:
         return NoMatch("the last of a token's rows overwrites the others", instr.results[0])
     added = replace(added, choice=added.choice or index.choice)
     start, form = _start(lifter, base, once), form_of(lifter.graph, added)
@@ -150,8 +151,10 @@ def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -
 
 
 def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
-    """Whether a loop writes each token's row once: each token has one expert."""
-    if not isinstance(index, Ids) or index.space.kind != "loop" or index.what != "token":
+    """Whether a loop, or what it collected, writes each token's row once: each token has one expert."""
+    if not isinstance(index, Ids) or index.what != "token":
+        return False
+    if index.space.kind != "loop" and not (index.space.kind == "sorted" and index.space.order):
         return False
     chosen = lifter.graph.types.get(index.choice)
     slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)

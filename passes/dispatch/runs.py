@@ -22,13 +22,16 @@ def with_runs(rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
 
 
 def rule_carry_int(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """start = 0; each iteration: start = start + count(e)."""
+    """start = 0; each iteration: start = start + count(e), or start = end(e)."""
     name = instr.results[0]
     turns = [i for i in lifter.graph.users.get(name, ()) if i.word == "turn" and i.args[0] == Ref(name)]
     if instr.args[0] != 0 or len(turns) != 1:
         return NoMatch(f"a running number starts at {instr.args[0]}, expected 0", name)
     made = lifter.instr(lifter.graph.behind(turns[0].args[1], ("cast", "same")))
     if made is None or made.word != "add" or Ref(name) not in made.args:
+        last = lifter.lift(turns[0].args[1])
+        if isinstance(last, Edge) and last.what == "end":
+            return replace(last, what="start")
         return NoMatch("a running number changes by something else than adding", name)
     by = lifter.lift(made.args[1] if made.args[0] == Ref(name) else made.args[0])
     if isinstance(by, Edge) and by.what == "count":
@@ -50,13 +53,17 @@ def rule_span(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def rule_collect(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """Every expert's rows, one expert after the other: expert order."""
+    """Every expert's rows, one expert after the other: expert order. Rows by masks: in the order of the loop."""
     rows = lifter.lift(instr.args[0])
-    if not isinstance(rows, Rows):
+    if not isinstance(rows, Rows | Ids):
         return rows if isinstance(rows, NoMatch) else NoMatch(f"collects {type(rows).__name__}", instr.results[0])
-    if rows.space.kind != "loop" or rows.layout != "flat" or rows.space.order not in lifter.graph.defs:
-        return NoMatch("collects rows that were not cut out of expert order", instr.results[0])
-    return in_expert_order(rows)
+    if rows.space.kind != "loop" or rows.layout != "flat":
+        return NoMatch("collects something else than rows of a loop", instr.results[0])
+    if rows.space.order in lifter.graph.defs:
+        whole = NoMatch("collects places that were cut out of expert order", instr.results[0])
+        return in_expert_order(rows) if isinstance(rows, Rows) else whole
+    space = Space("sorted", rows.space.k, rows.space.key, rows.space.order)
+    return replace(rows, space=space, anchor=rows.space.key) if isinstance(rows, Rows) else replace(rows, space=space)
 
 
 def in_expert_order(rows: Rows) -> Rows:
@@ -95,6 +102,7 @@ _LOOKED_UP = {
     ("offsets", 0): "end",
     ("offsets", -1): "before",
     ("starts", 0): "start",
+    ("starts", 1): "end",
     ("bounds", 0): "start",
     ("bounds", 1): "end",
 }
@@ -259,6 +267,20 @@ def rule_scatter_add(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return PerExpert("counts", ids.choice, int(size) if size.is_Integer else None)
 
 
+_CHOOSING = frozenset({"topk", "max", "argmax", "sort"})
+
+
+def rule_searchsorted(lifter: Lifter, instr: Instr, _which: int) -> Lift:
+    """Where 0, 1, … would go among sorted ids: the starts of the experts' rows, or (`right`) their ends."""
+    ids, numbers = lifter.lift(instr.args[0]), lifter.instr(lifter.graph.behind(instr.args[1], ("cast", "same")))
+    if not isinstance(ids, Ids) or (ids.what, ids.space.kind, ids.layout) != ("expert", "sorted", "flat"):
+        return ids if isinstance(ids, NoMatch) else NoMatch("searches something else than sorted ids", instr.results[0])
+    made = lifter.instr(lifter.graph.behind(Ref(ids.choice), ("cast", "same", "reshape", "slice", "detach")))
+    if numbers is None or numbers.word != "arange" or made is None or made.word not in _CHOOSING:
+        return NoMatch("searches for something else than 0, 1, … among ids that are none below 0", instr.results[0])
+    return PerExpert("offsets" if instr.attr("right") else "starts", ids.choice)
+
+
 def flat_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """one_hot of flat choices: a mask over slots and experts."""
     ids = lifter.lift(instr.args[0])
@@ -293,6 +315,7 @@ NEW: Mapping[str, Rule] = {
     "span": rule_span,
     "collect": rule_collect,
     "cat": rule_cat,
+    "searchsorted": rule_searchsorted,
     "where": rule_where,
     "index_copy": rule_index_copy,
     "scatter_add": rule_scatter_add,

@@ -266,7 +266,9 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
         return made_shape(lifter, *made, body.weight) or (made[0], body.weight, made[1])
     if choice in lifter.weighed:
         return weighed_choice(lifter, lifter.graph.defs[total.root], choice, body.weight, body.by_expert)
-    once = total.rows.space.kind == "loop" and set(total.rows.space.order) <= {"t", *token_axes(lifter.graph, choice)}
+    space = total.rows.space
+    by_mask = space.kind == "loop" or (space.kind == "sorted" and space.order)
+    once = by_mask and set(space.order) <= {"t", *token_axes(lifter.graph, choice)}
     if once and (body.by_expert or not body.weight) and not names_once(lifter.graph, choice):
         return NoMatch("a token may choose an expert twice, and has one row with it", total.root)
     if not body.by_expert:

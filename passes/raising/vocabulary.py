@@ -44,6 +44,7 @@ TABLE: Mapping[str, Raiser] = {
     **_each("new_zeros new_ones new_full new_empty", words.raise_full),
     **_each("arange", words.raise_arange),
     **_each("cumsum", words.raise_cumsum),
+    **_each("searchsorted", words.raise_searchsorted),
     **_each("bincount histc", words.raise_counts),
     **_each("masked_fill", words.raise_masked_fill),
     **_each("size numel dim", words.raise_size),

@@ -297,6 +297,16 @@ def raise_arange(build: Builder, node: fx.Node) -> Arg | None:
     return build.emit("arange", (), type_of_fake(fake(node)))
 
 
+def raise_searchsorted(build: Builder, node: fx.Node) -> Arg | None:
+    """searchsorted(sorted, x, right): how many of the sorted numbers are less than x (or, `right`, not more)."""
+    args = named(node, "sorted input out_int32 right side sorter")
+    if "sorted" not in args or args.get("sorter") is not None:
+        return None
+    right = bool(args.get("right")) or args.get("side") == "right"
+    operands = (build.value(args["sorted"]), build.value(args["input"]))
+    return build.emit("searchsorted", operands, type_of_fake(fake(node)), right=right)
+
+
 def raise_cumsum(build: Builder, node: fx.Node) -> Arg | None:
     """cumsum(x, dim)."""
     x = build.value(node.args[0])
