@@ -128,8 +128,8 @@ def _given(function: ast.AST) -> frozenset[str]:
 
 
 def hands_over(function: ast.FunctionDef) -> bool:
-    """Whether a function returns a list of numbers that it moved to the host, or keeps it in an object, or cuts rows
-    by it: another may cut rows by them.
+    """Whether a function returns a list of numbers that it moved to the host, keeps it in an object, hands it to
+    another or cuts rows by it: that other may cut rows by them.
     """
     moves = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and _moves(node.value)]
     targets = [target for node in moves for target in node.targets]
@@ -141,10 +141,15 @@ def hands_over(function: ast.FunctionDef) -> bool:
     cut = [
         arg
         for node in ast.walk(function)
-        if isinstance(node, ast.Call) and called(node) in _SPLITTING
+        if isinstance(node, ast.Call) and (called(node) in _SPLITTING or _is_own(node))
         for arg in (*node.args, *(k.value for k in node.keywords))
     ]
     return any(isinstance(part, ast.Name) and part.id in moved for part in (*parts, *cut)) or any(map(_moves, cut))
+
+
+def _is_own(call: ast.Call) -> bool:
+    """Whether what is called is a method of the object itself: `self.run(x, counts)`."""
+    return isinstance(call.func, ast.Attribute) and _is_name(call.func.value, "self")
 
 
 def _moves(value: ast.expr) -> bool:

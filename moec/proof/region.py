@@ -180,8 +180,8 @@ def source_of(gm: fx.GraphModule, raised: Raised, grad: frozenset[str]) -> Sourc
 
 def signed(graph: Graph, leaf: Leaf) -> Leaf:
     """A leaf that never is negative in the user's graph is not negative in a trial either."""
-    if leaf.role == "given" and nonnegative_value(graph, leaf.name):
-        return replace(leaf, role="weight")
+    if leaf.role in ("given", "sparse") and nonnegative_value(graph, leaf.name):
+        return replace(leaf, role="weight" if leaf.role == "given" else "sparse weight")
     return leaf
 
 
@@ -232,4 +232,11 @@ def _roles(site: Instr, instrs: list[Instr]) -> dict[str, str]:
                 roles.setdefault(ref.name, role)
     for name in (name for instr in instrs for name in instr.uses if name not in made):
         roles.setdefault(name, "given")
-    return roles
+    return roles | {name: "sparse" for name in _asked_for_zero(instrs) if roles.get(name) == "given"}
+
+
+def _asked_for_zero(instrs: list[Instr]) -> Iterator[str]:
+    """The numbers of which new instructions ask whether they are 0: pairs are left out where they are."""
+    for instr in instrs:
+        if instr.word in ("ne", "gt") and isinstance(instr.args[0], Ref) and instr.args[1:] == (0,):
+            yield instr.args[0].name

@@ -103,6 +103,8 @@ class Maker:
         roles: Mapping[str, Callable[[tuple[int, ...]], Tensor]] = {
             "token": self._token,
             "weight": self._weight,
+            "sparse": lambda size: self._sparse(self._given(size)),
+            "sparse weight": lambda size: self._sparse(self._weight(size)),
             "router": self._router,
             "param": self._param,
         }
@@ -136,6 +138,12 @@ class Maker:
 
     def _weight(self, shape: tuple[int, ...]) -> Tensor:
         return self._normal(shape).abs() + 0.1
+
+    def _sparse(self, values: Tensor) -> Tensor:
+        """Every third row's last number is 0, where it has others."""
+        if values.dim() > 1 and values.shape[-1] > 1:
+            values[::3, ..., -1] = 0
+        return values
 
     def _given(self, shape: tuple[int, ...]) -> Tensor:
         return self._normal(shape)

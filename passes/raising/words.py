@@ -112,7 +112,7 @@ _ROUNDED = {"floor": "floor_divide", "trunc": "truncate_divide"}
 
 
 def raise_binary(build: Builder, node: fx.Node) -> Arg | None:
-    """f(x, y), one of them may be a number. `alpha` and `rounding_mode` become words of their own."""
+    """f(x, y), one of them may be a number. `alpha` and `rounding_mode` become words of their own. 0 + x is x."""
     key = key_of(node).rstrip("_")
     args = named(node, "input other")
     if len(node.args) > 2 or set(args) - {"input", "other", "alpha", "rounding_mode"}:
@@ -126,6 +126,8 @@ def raise_binary(build: Builder, node: fx.Node) -> Arg | None:
     result = type_of_fake(fake(node))
     if args.get("alpha", 1) != 1:
         y = build.emit("mul", (y, build.value(args["alpha"])), build.type_of(y))
+    if key == "add" and type(x) is int and x == 0 and build.type_of(y) == result:  # a sum in Python begins with 0
+        return y
     return build.emit(key, (x, y), result)
 
 

@@ -353,3 +353,36 @@ def test_a_trial_runs_on_one_device_whatever_the_code_names():
     module = executable(half, Sizes({}, {}), False, "eager", torch.device("cpu"))
     (y,) = module(torch.ones(4))
     assert torch.equal(y, torch.ones(4))
+
+
+class Weightless(nn.Module):
+    """Tokens go, unweighted, where gates that a scatter filled in are not 0; scores below the mean have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, H)) for _ in range(4))
+
+    def forward(self, x):
+        best, ids = self.router(x).softmax(-1).topk(K, -1)
+        gates = torch.zeros(x.shape[0], 4).scatter(1, ids, (best - 0.25).relu())
+        pairs = gates.nonzero()
+        pairs = pairs[pairs[:, 1].argsort(stable=True)]
+        parts = x[pairs[:, 0]].split((gates != 0).sum(0).tolist())
+        rows = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
+        return torch.zeros_like(x).index_add(0, pairs[:, 0], rows)
+
+
+def test_pairs_without_weight_are_tried(monkeypatch):
+    x = torch.randn(13, H)
+    assert [s.status for s in explained(made(Weightless), x).sites] == ["fused"]
+    right = find_experts.weighed_choice
+
+    def keeps_all(lifter, root, name, weight, by_expert):
+        _, weights, _ = right(lifter, root, name, weight, by_expert)
+        return (), weights, lifter.weighed[name].choice
+
+    monkeypatch.setattr(find_experts, "weighed_choice", keeps_all)
+    with pytest.warns(RuntimeWarning, match="computes something else"):
+        report = explained(made(Weightless), x)
+    assert [s.status for s in report.sites] == ["declined"]
