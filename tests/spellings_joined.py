@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from spelling import E, K, Spelling, tokens
+import torch.nn.functional as F
+from spelling import WIDTH, E, H, K, Spelling, tokens
 from spellings_strangers import Chosen
 from torch import nn
 
@@ -88,11 +89,41 @@ class BothFound(Chosen):
         return y
 
 
+class SlotAfterSlot(Chosen):
+    """Every expert on every token; each slot takes its own, and a sum in Python begins with 0."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        rows, tokens_ = torch.stack([expert(x) for expert in self.experts]), torch.arange(x.shape[0])
+        return sum(rows[chosen[:, s], tokens_] * w[:, s : s + 1] for s in range(K))
+
+
+class HandedOn(Chosen):
+    """Counts on the host, handed to a method that cuts rows by them, once for each of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(E, WIDTH, H) * 0.2)
+        self.down = nn.Parameter(torch.randn(E, H, WIDTH) * 0.2)
+
+    def layer(self, x, weights, sizes):
+        parts = x.split(sizes, dim=0)
+        return torch.cat([F.linear(parts[e], weights[e]) for e in range(E)], dim=0)
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        sizes = torch.zeros(x.shape[0], E).scatter(1, chosen, 1).long().sum(0).tolist()
+        order = chosen.flatten().sort(0)[1]
+        rows = F.gelu(self.layer(x[order // K], self.up, sizes))
+        rows = self.layer(rows, self.down, sizes) * w.flatten()[order, None]
+        return torch.zeros_like(x).index_add(0, order // K, rows)
+
+
 def _named(kind: type[nn.Module]) -> Spelling:
     return Spelling(kind.__name__, "P7", kind, tokens)
 
 
-SPELLINGS = tuple(map(_named, (Placed, Added, PassedBy, EndsFound, BothFound)))
+SPELLINGS = tuple(map(_named, (Placed, Added, PassedBy, EndsFound, BothFound, SlotAfterSlot, HandedOn)))
 
 
 class LastWins(Chosen):
@@ -125,6 +156,15 @@ class OtherPlaces(Chosen):
         return y * w[:, None]
 
 
+class OtherTokens(Chosen):
+    """Each token takes what the experts made of another."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        rows, tokens_ = torch.stack([expert(x) for expert in self.experts]), torch.arange(x.shape[0]).flip(0)
+        return sum(rows[chosen[:, s], tokens_] * w[:, s : s + 1] for s in range(K))
+
+
 class Backwards(Chosen):
     """Places are put in front of those before them, rows behind."""
 
@@ -155,4 +195,4 @@ class OtherRuns(Chosen):
         return torch.zeros_like(x).index_add(0, order // K, done * w.reshape(-1)[order, None])
 
 
-NEAR = (LastWins, OtherPlaces, Backwards, OtherRuns)
+NEAR = (LastWins, OtherPlaces, OtherTokens, Backwards, OtherRuns)

@@ -147,6 +147,24 @@ def hands_over(function: ast.FunctionDef) -> bool:
     return any(isinstance(part, ast.Name) and part.id in moved for part in (*parts, *cut)) or any(map(_moves, cut))
 
 
+ASKING = frozenset(("where", "nonzero", "argwhere"))
+
+
+def lists_rows(function: ast.FunctionDef) -> bool:
+    """Whether a function lists each expert's rows: `[torch.where(choice == e) for e in range(n)]`."""
+    for node in ast.walk(function):
+        if not isinstance(node, ast.ListComp | ast.DictComp) or len(node.generators) != 1:
+            continue
+        made = node.elt if isinstance(node, ast.ListComp) else node.value
+        calls = [n for n in ast.walk(made) if isinstance(n, ast.Call) and called(n) in ASKING]
+        item = stored([node.generators[0].target])
+        if any(isinstance(n, ast.Compare) and loaded([n]) & item for call in calls for n in ast.walk(call)):
+            return True
+        if any(called(n) == "eq" and loaded([n]) & item for call in calls for n in ast.walk(call)):
+            return True
+    return False
+
+
 def _is_own(call: ast.Call) -> bool:
     """Whether what is called is a method of the object itself: `self.run(x, counts)`."""
     return isinstance(call.func, ast.Attribute) and _is_name(call.func.value, "self")

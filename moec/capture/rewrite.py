@@ -14,7 +14,7 @@ from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
 from moec.capture.helpers import Known, written_out
-from moec.capture.host import hands_over, keep_on_device, scope_of
+from moec.capture.host import ASKING, hands_over, keep_on_device, lists_rows, scope_of
 from moec.capture.leaves import asks, without_leaves
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -30,7 +30,7 @@ _FOR = dis.opmap["FOR_ITER"]
 _BACK = frozenset(op for name, op in dis.opmap.items() if "BACKWARD" in name)  # a `while`
 _LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
-_LISTED = dis.opmap["LIST_APPEND"]
+_LISTED = frozenset((dis.opmap["LIST_APPEND"], dis.opmap["MAP_ADD"]))
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
 _NOTHING = Known()
 
@@ -62,7 +62,7 @@ def promising(code: types.CodeType) -> bool:
     ops = code.co_code[::2]
     if "tolist" in code.co_names or asks(code.co_consts):
         return True
-    if not JOINING.isdisjoint(code.co_names) and _lists(code):
+    if not (JOINING | ASKING).isdisjoint(code.co_names) and _lists(code):
         return True
     if not _LOOPING.isdisjoint(ops) and _stores(code):
         return True
@@ -84,7 +84,9 @@ def _stores(code: types.CodeType) -> bool:
 def _lists(code: types.CodeType) -> bool:
     """Whether a list is made piece by piece; comprehensions are functions of their own before Python 3.12."""
     codes = (code, *(const for const in code.co_consts if isinstance(const, types.CodeType)))
-    return any(_LISTED in c.co_code[::2] or (_FOR in c.co_code[::2] and "append" in c.co_names) for c in codes)
+    return any(
+        not _LISTED.isdisjoint(c.co_code[::2]) or (_FOR in c.co_code[::2] and "append" in c.co_names) for c in codes
+    )
 
 
 def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
@@ -95,8 +97,9 @@ def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, known)]
-    handing, leaves = hands_over(node), without_leaves(node)
-    if not any(one.verdict for one in found) and not handing and not leaves:
+    handing: bool | None = True if hands_over(node) else False if lists_rows(node) else None
+    leaves = without_leaves(node)
+    if not any(one.verdict for one in found) and handing is None and not leaves:
         return Rewritten(None)
     try:
         if not source.same_code(source.compile_like(code, source.parse(code)), code):
@@ -139,7 +142,7 @@ def _inside(loop: ast.For, path: Path) -> Iterator[tuple[ast.For, Path]]:
 
 
 def _roll_all(
-    code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool, leaves: bool
+    code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool | None, leaves: bool
 ) -> Rewritten:
     declined: list[NotRolled] = []
     taken: set[int] = set()
@@ -157,12 +160,13 @@ def _roll_all(
             continue
         taken |= {id(inner) for inner in ast.walk(one.loop)}
         changed += [one.function] if one.function not in changed else []
-    if not taken and not handing and not leaves:
+    if not taken and handing is None and not leaves:
         return Rewritten(None, tuple(declined))
     for function in changed:
         _import_words(function, call("compiling"))
-    if handing and node not in changed:
-        _import_words(node, call("handing", ast.Constant(loop_key(code.co_filename, code.co_firstlineno))))
+    if handing is not None and node not in changed:
+        key = ast.Constant(loop_key(code.co_filename, code.co_firstlineno))
+        _import_words(node, call("handing", key, ast.Constant(not handing)))
     elif leaves and node not in changed:
         _import_words(node, call("eager"))
     return Rewritten(source.compile_like(code, node), tuple(declined))

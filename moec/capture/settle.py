@@ -10,6 +10,7 @@ from moec.capture.chunks import roll_chunks
 from moec.capture.numbers import drop_unread
 from moec.capture.region import Malformed, hoist_invariants, regions
 from moec.capture.state import NotRolled, current_tx, declined, loops_of, retrace_all, retrace_without
+from moec.capture.unrolled import roll_unrolled
 
 
 def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
@@ -27,18 +28,22 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     loops = loops_of(tx)
     if loops.open is not None:
         retrace_without(tx, loops.open, "Dynamo broke the graph inside the loop's body")
+    found = regions(gm)
+    taken = frozenset(node for region in found for node in (region.anchor, *region.nodes))
     if loops.handed:
-        roll_chunks(gm)
+        roll_chunks(gm, taken)
     if loops.handed and drop_unread(gm):
         retrace_all(
             tx, loops.handed, "numbers that it moves to the host are read elsewhere than in a loop over experts"
         )
     top = [key for key in loops.begun if key not in loops.nested]
-    for key, region in zip(top, regions(gm), strict=False):
+    for key, region in zip(top, found, strict=False):
         try:
             hoist_invariants(gm.graph, region)
         except Malformed as error:
             retrace_without(tx, key, str(error))
+    if not roll_unrolled(gm, taken) and loops.asked:
+        retrace_all(tx, loops.asked, "rows that it lists are read in another way than by experts that are alike")
     gm.recompile()
     _settle_nested(tx, gm, loops.nested)
     return tuple(declined(tx).values())

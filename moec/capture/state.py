@@ -124,12 +124,14 @@ class Loops:
     """The loops that one graph has rolled so far, in order, and the one whose body is being traced.
 
     handed: functions that hand numbers of the host to others, which stay symbols where loops cut rows by them
+    asked: functions that ask for each expert's rows in a list
     nested: those inside the graph of a higher-order operator (a checkpointed block), where no real loop can run.
     """
 
     begun: list[str] = field(default_factory=list)
     nested: list[str] = field(default_factory=list)
     handed: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     open: str | None = None
 
 
@@ -161,7 +163,7 @@ def _retrace_failed(tx: Any) -> None:
     elif isinstance(error, (Unsupported, SkipFrame, UserError)):
         return  # Dynamo has an answer of its own
     else:
-        keys, reason = [*loops.begun, *loops.handed], "what stands behind it cannot be traced"
+        keys, reason = [*loops.begun, *loops.handed, *loops.asked], "what stands behind it cannot be traced"
     if not keys:
         return
     tx.speculation_log.clear()

@@ -88,18 +88,18 @@ def give_up(key: str, reason: str) -> NoReturn:
 
 
 @torch.compiler.assume_constant_result
-def _hand(key: str) -> bool:
+def _hand(key: str, rows: bool) -> bool:
     tx = current_tx()
-    if tx is None or tx.f_code.co_filename == __file__ or not compiles_for_moec(tx) or key in declined(tx):
+    if not _traces_for_moec(tx) or key in declined(tx):
         return False
-    loops_of(tx).handed.append(key)
+    (loops_of(tx).asked if rows else loops_of(tx).handed).append(key)
     allow_data_dependence(tx)
     return True
 
 
-def handing(key: str) -> bool:
-    """Whether numbers that a function moves to the host and returns stay symbols of this compile."""
-    return torch.compiler.is_dynamo_compiling() and _hand(key)
+def handing(key: str, rows: bool) -> bool:
+    """Whether numbers that a function moves to the host, or `rows` that it lists, stay symbols of this compile."""
+    return torch.compiler.is_dynamo_compiling() and _hand(key, rows)
 
 
 def compiling() -> bool:
