@@ -23,6 +23,8 @@ _M = torch.ops.moec
 _JOINING = frozenset(("cat", "concat", "concatenate"))
 _ASSERTING = frozenset(("_assert_scalar", "_check", "sym_constrain_range", "sym_constrain_range_for_size"))
 
+_CONTEXT = ("_set_", "_enter_", "_exit_")
+
 Roots = tuple[tuple[Node, ...], ...]
 """Groups of nodes, each with one for every expert, in order."""
 Emit = Callable[..., Node]
@@ -176,7 +178,8 @@ def _one_table(held: tuple[Node, ...]) -> bool:
     values = [node.meta.get("example_value") for node in held]
     if not all(isinstance(value, torch.Tensor) for value in values):
         return False
-    kinds = {(tuple(map(str, v.shape)), v.dtype, v.device) for v in values if isinstance(v, torch.Tensor)}
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    kinds = {(tuple(map(str, t.shape)), t.dtype, t.device, t.requires_grad) for t in tensors}
     return len(kinds) == 1
 
 
@@ -199,13 +202,18 @@ def _may_move(
     if any(order[node] >= here for node in begun.union(*given.values())):
         return False
     touching = [own[node] for node in order if node in own and any(root(a) in changed for a in node.all_input_nodes)]
-    begin, end = min(order[node] for group in roots for node in group), max(map(order.__getitem__, own))
+    begin, end = min(order[node] for group in roots for node in group), max(here, *map(order.__getitem__, own))
     for node, place in order.items():
-        if node in own or not begin < place < end:
+        if node in own or node in joins or not begin < place < end:
             continue
-        if written(node) or any(root(arg) in changed for arg in node.all_input_nodes):
+        if written(node) or _is_context(node) or any(root(arg) in changed for arg in node.all_input_nodes):
             return False
     return touching == sorted(touching)
+
+
+def _is_context(node: Node) -> bool:
+    """Whether a node changes how those behind it run: with gradients or without, in which dtype."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "").startswith(_CONTEXT)
 
 
 def roll(graph: Graph, walk: Walk, begin: Callable[[Emit], tuple[Node, Sequence[Node]]]) -> None:

@@ -179,7 +179,8 @@ def test_experts_that_differ(change, recorder):
     model, x = Loop(), torch.randn(6, 8)
     change(model)
     assert torch.equal(torch.compile(model, backend=recorder)(x), model(x))
-    assert recorder.anchors == 0
+    # What no line of the forward asks for makes no difference in what Dynamo wrote out, which is rolled again.
+    assert recorder.anchors == (change in (_marked, _in_eval))
     assert "expert 1" in recorder.declined[0].reason
     assert recorder.declined[0].file == __file__
 
