@@ -55,3 +55,12 @@ def test_near_misses_compute_what_they_did(kind):
         assert_same_call(run, module, inputs)
     assert not any("mlp" in site.experts and site.status == "fused" for site in report.sites), report
     assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
+
+
+def test_bodies_that_differ_in_their_gradient_stay_apart():
+    torch.manual_seed(0)
+    module = unrolled.WithoutGradient()
+    run, report = compiled(module)
+    inputs = (torch.randn(13, 16),)
+    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
+    assert not any(site.status == "fused" for site in report.sites), report
