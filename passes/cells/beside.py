@@ -22,7 +22,9 @@ def beside(
     kind = lifter.type(Ref(value.name))
     if kind.dtype not in FLOATS or "*" in letters_in(value.axes):
         return None
-    feature = next(i for i, axis in enumerate(axes) if letters_in((axis,)) == "f")
+    feature = next((i for i, axis in enumerate(axes) if letters_in((axis,)) == "f"), None)
+    if feature is None:  # features share an axis with tokens or experts
+        return None
     if mine[feature]:
         return _bias(lifter, value, mine, axes, links)
     held = gate_of(lifter, value, mine, axes, links, gates)

@@ -11,7 +11,7 @@ from moec.passes.dispatch.thresholds import table_axes
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import Lift, Lifter
 from moec.passes.rows.rows import Apply, Ids, Rows, Slot, Space
-from moec.passes.rows.token_axes import choice_axes, is_token
+from moec.passes.rows.token_axes import as_token, choice_axes, is_token
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     for found in (index, added):
         if isinstance(found, NoMatch):
             return found
+    index = as_token(lifter.graph, index) if isinstance(index, Ids) else index
     if not isinstance(index, Ids) or index.what != "token" or not isinstance(added, Rows):
         return NoMatch("adds something else than rows to tokens", instr.results[0])
     a, b = index.space, added.space

@@ -23,7 +23,7 @@ from moec.passes.rows.rows import (
     Space,
     Token,
 )
-from moec.passes.rows.token_axes import choice_axes, is_token
+from moec.passes.rows.token_axes import as_token, choice_axes, is_token
 
 
 def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -113,7 +113,7 @@ def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
 
 def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1) -> Lift:
     """Rows of a table at one index, or, by tokens, at the `axes` indices that name them."""
-    kind = lifter.type(table)
+    kind, ids = lifter.type(table), as_token(lifter.graph, ids)
     if ids.what == "expert" and kind.dtype in ("i64", "i32"):
         return NoMatch(f"%{table.name}: {kind} holds whole numbers, expected experts' parameters", instr.results[0])
     if ids.what == "expert":

@@ -163,12 +163,15 @@ def _places(lifter: Lifter, mask: OneHot, which: int) -> Ids | None:
     """Along one axis, the places where a mask over tokens, and perhaps slots, is true."""
     known = mask.choice in lifter.graph.types
     tokens = token_axes(lifter.graph, mask.choice) if known else table_axes(lifter, mask.choice) or ("t",)
-    if not 1 <= len(mask.axes) <= len(tokens) + 1:
+    axes = mask.axes
+    if known and "1" in axes and "s" not in choice_axes(lifter.graph, mask.choice):
+        axes = tuple("s" if axis == "1" else axis for axis in axes)  # the one slot of a token: its index is 0
+    if not 1 <= len(axes) <= len(tokens) + 1:
         return None
-    if set(mask.axes) - {"s"} not in ({"t"}, set(tokens)) or len(set(mask.axes)) != len(mask.axes):
+    if set(axes) - {"s"} not in ({"t"}, set(tokens)) or len(set(axes)) != len(axes):
         return None
-    axis = mask.axes[which]
-    order = order_of(mask.axes, tokens)
+    axis = axes[which]
+    order = order_of(axes, tokens)
     if order == "ts" and known and names_once(lifter.graph, mask.choice):
         order = "t"  # a token comes where its one slot comes
     space = Space("loop", 0, mask.anchor, order)

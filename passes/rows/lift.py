@@ -26,7 +26,7 @@ from moec.passes.rows.rows import (
     Space,
     Token,
 )
-from moec.passes.rows.token_axes import reshaped, token_axes
+from moec.passes.rows.token_axes import reshaped
 
 Lift = Lifted | NoMatch
 Rule = Callable[["Lifter", Instr, int], Lift]
@@ -133,12 +133,12 @@ def _with_units(axes: tuple[str, ...], source: Type, to: Type) -> tuple[str, ...
 def _mask_axes(lifter: Lifter, mask: OneHot, source: Type, to: Type) -> tuple[str, ...] | None:
     """A mask's axes after a reshape; one of a choice that is known by `lifter.kept` only gains and loses units."""
     known = mask.choice in lifter.graph.types
-    joins = known and len(mask.axes) > 1 and mask.axes == token_axes(lifter.graph, mask.choice)
-    if _real(source.shape) == _real(to.shape) and not joins:
+    found = reshaped(lifter.graph, mask.choice, mask.axes, source, to) if known else None
+    if found is None and _real(source.shape) == _real(to.shape):
         sizes = zip(mask.axes, source.shape, strict=True)
         one = tuple("1" if axis == "s" and size == 1 else axis for axis, size in sizes)  # a token's one slot is no axis
         return _with_units(mask.axes, source, to) or _with_units(one, source, to)
-    return reshaped(lifter.graph, mask.choice, mask.axes, source, to) if known else None
+    return found
 
 
 def rule_reshape(lifter: Lifter, instr: Instr, _which: int) -> Lift:

@@ -6,6 +6,7 @@ A choice e[B, S, k] has the axes `a`, `b` and `s`; joined, its tokens' axes are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -14,6 +15,7 @@ from moec.ir.graph import Graph, Ref, Type
 from moec.ir.match import NoMatch
 from moec.passes.rows.hot import letters_of, relabel, same
 from moec.passes.rows.pairs import Writer
+from moec.passes.rows.rows import Ids
 
 MOST = 3
 """The most axes that tokens are looked for on."""
@@ -67,8 +69,17 @@ def token_axes(graph: Graph, choice: str) -> tuple[str, ...]:
 
 
 def is_token(graph: Graph, choice: str, what: Sequence[str]) -> bool:
-    """Whether indices along these axes name a choice's token."""
-    return tuple(what) == ("token",) or (choice in graph.types and tuple(what) == token_axes(graph, choice))
+    """Whether indices along these axes name a choice's token: its tokens' axes in order, all that are not of size 1."""
+    if tuple(what) == ("token",) or choice not in graph.types:
+        return tuple(what) == ("token",)
+    tokens = token_axes(graph, choice)
+    left = [axis for axis, size in zip(tokens, graph.types[choice].shape, strict=False) if size != 1 or axis in what]
+    return bool(what) and list(what) == left
+
+
+def as_token(graph: Graph, ids: Ids) -> Ids:
+    """Ids along one axis of a choice's tokens name tokens where its others are of size 1; others stay what they are."""
+    return replace(ids, what="token") if is_token(graph, ids.choice, (ids.what,)) else ids
 
 
 def order_of(axes: Sequence[str], tokens: Sequence[str]) -> str:
@@ -85,7 +96,7 @@ def reshaped(graph: Graph, choice: str, axes: tuple[str, ...], source: Type, to:
     if axes == tokens and to.rank == 1:
         return ("t",)
     apart = tuple("".join(tokens) if a == "t" and len(tokens) > 1 else a for a in axes)
-    found = relabel(apart, sizes, to.shape)
+    found = relabel(axes, sizes, to.shape) or relabel(apart, sizes, to.shape)  # what is joined stays joined where it can
     if found is None and "s" in apart and sizes["s"] == 1:  # the one slot of a token
         found = relabel(tuple(a for a in apart if a != "s"), sizes, to.shape)
     if found is None:
