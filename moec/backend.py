@@ -34,6 +34,7 @@ from moec.passes.opaque.lower import sort_rows
 from moec.passes.raising.autocast import outside_autocast, spell_casts, under_autocast
 from moec.passes.raising.quick_look import can_hold_experts
 from moec.passes.raising.raise_graph import Raised, fake
+from moec.passes.raising.transforms import transformed, untransformed, updates_inside
 from moec.passes.raising.vocabulary import raise_fx
 from moec.passes.raising.words import key_of
 from moec.pipeline import Facts, Miss, Observer, run_pipeline
@@ -48,8 +49,8 @@ from moec.verify import recording, verifying
 install.install()
 
 TRANSFORMED = (
-    "a transform of torch.func (grad, vmap, jvp) is inside what is compiled: this graph is compiled without moec; "
-    "compile the model itself for gradients by backward()"
+    "a transform of torch.func (grad, vmap, jvp) is inside what is compiled: what it runs is compiled without moec, all of "
+    "this graph where it updates tensors in place; compile the model itself for gradients by backward()"
 )
 NO_NODE = "its rows cannot be sorted: a value that this needs is overwritten before the loop"
 
@@ -82,7 +83,7 @@ class Backend:
         """Compile one captured graph."""
         not_rolled = settle(gm)
         start = time.perf_counter()
-        parts = [self.rewrite(each, nested=each is not gm) for each in _graphs(gm)]
+        parts = [self.rewrite(each, nested=each is not gm) for each in untransformed(gm)]
         no_loops_left(gm)
         if self.report is not None:
             self.report.seconds += time.perf_counter() - start - sum(part.proof_seconds for part in parts)
@@ -111,7 +112,7 @@ class Backend:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
         if self.report is None and not can_hold_experts(gm):  # a report also says what was looked at
             return GraphReport((), (), len(gm.graph.nodes))
-        if transforms(gm):
+        if updates_inside(gm):
             return GraphReport((), (), len(gm.graph.nodes), (TRANSFORMED,))
         before = KeptModule.of(gm)
         try:
@@ -152,6 +153,7 @@ class Backend:
         records = (first, *done.records) if first is not None else ()
         unused = engine != self.options.engine(training=False) and said.sites
         notes = ("race, freeze and weights are for inference: this graph is trained",) if unused else ()
+        notes += (TRANSFORMED,) if transformed(gm) else ()
         rewritten = self._said(raised, done)
         tried = {id(body.verdict): body.verdict for body in bodies if not body.verdict.remembered}
         seconds = done.proof_seconds + sum(verdict.seconds for verdict in tried.values())
@@ -291,16 +293,6 @@ def _whole(parts: Sequence[GraphReport]) -> GraphReport:
         tuple(region for part in parts for region in part.regions),
         tuple(rewrite for part in parts for rewrite in part.rewrites),
     )
-
-
-def _graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graph and the graphs that its higher-order ops run (checkpointed blocks, scans)."""
-    return [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
-
-
-def transforms(gm: fx.GraphModule) -> bool:
-    """Whether a graph enters a transform of torch.func: custom operators with a gradient cannot run inside of one."""
-    return any(getattr(node.target, "__name__", "").endswith("_increment_nesting") for node in gm.graph.nodes)
 
 
 def facts_of(gm: fx.GraphModule, raised: Raised, options: Options, nested: bool) -> Facts:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
 from moec.passes.raising.raise_graph import fake, location
+from moec.passes.raising.transforms import transformed
 from moec.passes.raising.updates import has_inplace_flag, is_update
 from moec.passes.raising.vocabulary import TABLE
 from moec.passes.raising.words import key_of
@@ -45,10 +46,10 @@ def outside_autocast() -> Generator[None]:
 def spell_casts(gm: fx.GraphModule) -> str:
     """Insert what autocast casts before each operator that passes know; '' or the operator that is not understood."""
     known: dict[Hashable, torch.dtype | str] = {}
-    changed = False
+    changed, apart = False, transformed(gm)
     for node in list(gm.graph.nodes):
         wanted = _mixed(node)
-        if wanted is None:
+        if wanted is None or node in apart:
             continue
         signature = _signature(node, wanted)
         if signature not in known:

@@ -172,8 +172,10 @@ def _storage_of(value: Any) -> int | None:
         return None
 
 
-def raise_graph(gm: fx.GraphModule, raisers: Callable[[fx.Node], Raiser | None]) -> Raised:
-    """The canonical form of Dynamo's graph; `raisers` knows how each kind of node is said."""
+def raise_graph(
+    gm: fx.GraphModule, raisers: Callable[[fx.Node], Raiser | None], apart: frozenset[fx.Node] = frozenset()
+) -> Raised:
+    """The canonical form of Dynamo's graph; `raisers` knows how each kind of node is said; those `apart` stay opaque."""
     build = Builder()
     inputs: list[tuple[str, Type]] = []
     outputs: list[str] = []
@@ -189,7 +191,9 @@ def raise_graph(gm: fx.GraphModule, raisers: Callable[[fx.Node], Raiser | None])
         elif node.op == "output":
             outputs.extend(dict.fromkeys(_returned(build.value(node.args[0]))))
         else:
-            build.hold(node, _raise_node(build, node, raisers(node)))
+            build.hold(
+                node, _raise_node(build, node, raisers(node)) if node not in apart else _raise_apart(build, node)
+            )
         key = _storage_of(value)
         if key is not None:
             build.aliases.setdefault(key, []).append(node)
@@ -218,6 +222,12 @@ def _raise_node(build: Builder, node: fx.Node, raiser: Raiser | None) -> Arg:
         if said is not None:
             return said
     return opaque(build, node)
+
+
+def _raise_apart(build: Builder, node: fx.Node) -> Arg:
+    """A node that stays, whether or not something reads it."""
+    said, value = opaque(build, node, "effect"), fake(node)
+    return said if not isinstance(value, (int, torch.SymInt)) else _raise_node(build, node, None)
 
 
 def opaque(build: Builder, node: fx.Node, word: str = "opaque") -> Arg:

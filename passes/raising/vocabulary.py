@@ -11,6 +11,7 @@ from moec.ir.graph import Arg, Ref
 from moec.passes.raising import updates, word_activations, word_contract, word_masks, word_scatter, word_views, words
 from moec.passes.raising.heads import hold_heads
 from moec.passes.raising.raise_graph import Builder, Raised, Raiser, fake, opaque, raise_graph, type_of_fake
+from moec.passes.raising.transforms import transformed
 from moec.passes.raising.words import BINARY, UNARY, key_of
 
 
@@ -187,6 +188,6 @@ def _raise_custom(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_fx(gm: fx.GraphModule) -> Raised:
-    """Dynamo's graph in canonical words; all opaque where a tensor changes its shape in place."""
+    """Dynamo's graph in canonical words; all opaque where a tensor changes its shape in place, and inside transforms."""
     reshaped = any(updates.reshapes(node, key_of(node)) for node in gm.graph.nodes if node.op.startswith("call"))
-    return raise_graph(gm, (lambda node: None) if reshaped else raiser_of)
+    return raise_graph(gm, (lambda node: None) if reshaped else raiser_of, transformed(gm))

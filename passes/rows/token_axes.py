@@ -96,7 +96,9 @@ def reshaped(graph: Graph, choice: str, axes: tuple[str, ...], source: Type, to:
     if axes == tokens and to.rank == 1:
         return ("t",)
     apart = tuple("".join(tokens) if a == "t" and len(tokens) > 1 else a for a in axes)
-    found = relabel(axes, sizes, to.shape) or relabel(apart, sizes, to.shape)  # what is joined stays joined where it can
+    found = relabel(axes, sizes, to.shape) or relabel(
+        apart, sizes, to.shape
+    )  # what is joined stays joined where it can
     if found is None and "s" in apart and sizes["s"] == 1:  # the one slot of a token
         found = relabel(tuple(a for a in apart if a != "s"), sizes, to.shape)
     if found is None:
