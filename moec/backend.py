@@ -49,8 +49,8 @@ from moec.verify import recording, verifying
 install.install()
 
 TRANSFORMED = (
-    "a transform of torch.func (grad, vmap, jvp) is inside what is compiled: what it runs is compiled without moec, all of "
-    "this graph where it updates tensors in place; compile the model itself for gradients by backward()"
+    "a transform of torch.func (grad, vmap, jvp) is inside what is compiled: what it runs is compiled without moec, "
+    "and so is all of this graph where it updates tensors; compile the model itself for gradients by backward()"
 )
 NO_NODE = "its rows cannot be sorted: a value that this needs is overwritten before the loop"
 

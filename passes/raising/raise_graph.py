@@ -175,7 +175,7 @@ def _storage_of(value: Any) -> int | None:
 def raise_graph(
     gm: fx.GraphModule, raisers: Callable[[fx.Node], Raiser | None], apart: frozenset[fx.Node] = frozenset()
 ) -> Raised:
-    """The canonical form of Dynamo's graph; `raisers` knows how each kind of node is said; those `apart` stay opaque."""
+    """The canonical form of Dynamo's graph; `raisers` knows how a kind of node is said; those `apart` stay opaque."""
     build = Builder()
     inputs: list[tuple[str, Type]] = []
     outputs: list[str] = []

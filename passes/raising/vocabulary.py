@@ -188,6 +188,6 @@ def _raise_custom(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_fx(gm: fx.GraphModule) -> Raised:
-    """Dynamo's graph in canonical words; all opaque where a tensor changes its shape in place, and inside transforms."""
+    """Dynamo's graph in canonical words; opaque inside transforms; all opaque where a tensor changes its shape."""
     reshaped = any(updates.reshapes(node, key_of(node)) for node in gm.graph.nodes if node.op.startswith("call"))
     return raise_graph(gm, (lambda node: None) if reshaped else raiser_of, transformed(gm))

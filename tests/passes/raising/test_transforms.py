@@ -1,4 +1,4 @@
-"""Layers beside what torch.func transforms: fused, with equal outputs and gradients; inside of a transform, left alone."""
+"""Layers beside what torch.func transforms are fused, with equal outputs and gradients; those inside are left alone."""
 
 from __future__ import annotations
 
