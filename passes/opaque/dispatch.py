@@ -18,6 +18,7 @@ from moec.passes.dispatch.rereads import reread
 from moec.passes.dispatch.row_rules import RULES
 from moec.passes.dispatch.runs import full_run
 from moec.passes.dispatch.skips import asked_of_others, only_idle_skipped
+from moec.passes.dispatch.turns import goes_on, loops_of
 from moec.passes.dispatch.weighed import Weighed
 from moec.passes.opaque.rows import opaque_rows, varying
 from moec.passes.rows.body import BodyMatch, match_body
@@ -55,12 +56,13 @@ class OpaqueSite:
 def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
     """The loops left in a graph that dispatch rows to experts, run any code on them and put the results together."""
     lifter = Lifter(graph, RULES, fallback=opaque_rows)
+    loops, _ = loops_of(graph)
     found: dict[str, OpaqueSite] = {}
     for instr in graph.instrs:
         if instr.word not in COMBINING:
             continue
         site = _site(lifter, instr)
-        if isinstance(site, OpaqueSite):
+        if isinstance(site, OpaqueSite) and not goes_on(graph, site.root, loops):
             # Two sums of one loop cannot both be taken out of it.
             found.setdefault(site.anchor, site)
     return tuple(found.values())
