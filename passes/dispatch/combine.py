@@ -11,7 +11,7 @@ from moec.passes.dispatch.thresholds import table_axes
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import Lift, Lifter
 from moec.passes.rows.rows import Apply, Ids, Rows, Slot, Space
-from moec.passes.rows.token_axes import as_token, choice_axes, is_token
+from moec.passes.rows.token_axes import as_token, choice_axes, is_token, names_once
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         base, source, *ids = instr.args
         index = _token_ids(lifter, tuple(ids))
         added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, tuple(ids))
+        if not instr.attr("accumulate") and isinstance(added, Rows) and _may_repeat(lifter.graph, index):
+            return NoMatch("a token may choose an expert twice, and is added to once", instr.results[0], 2)
         once = isinstance(added, NoMatch) and _writes_once(lifter, base, index)
         if once:
             added = lifter.lift(source)
@@ -149,6 +151,14 @@ def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -
         if gathered is not None and gathered.word == "index" and gathered.args == (base, *ids):
             return lifter.lift(new)
     return NoMatch("adds to other rows than it writes")
+
+
+def _may_repeat(graph: Graph, index: Lift) -> bool:
+    """Whether a token may come twice among an expert's rows, since nothing is known of the choice but its slots."""
+    if not isinstance(index, Ids) or "s" not in index.space.order or index.choice not in graph.types:
+        return False
+    given = graph.behind(Ref(index.choice), ("cast", "same", "detach", "reshape"))
+    return isinstance(given, Ref) and given.name not in graph.defs and not names_once(graph, index.choice)
 
 
 def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:

@@ -67,3 +67,45 @@ def test_gradients(kind):
     want = torch.autograd.grad((module(x) * loss).sum(), names)
     for got, wanted in zip(torch.autograd.grad((run(x) * loss).sum(), names), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+class Given(nn.Module):
+    """Choices that are handed over: a token that has an expert twice gets one of its two rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(H, WIDTH), nn.GELU(), nn.Linear(WIDTH, H)) for _ in range(E)
+        )
+
+    def forward(self, x, weights, idx):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(idx == e)
+            y[token] += weights[token, slot, None] * expert(x[token])
+        return y
+
+
+class Summed(Given):
+    """The same by index_add, which adds both rows."""
+
+    def forward(self, x, weights, idx):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(idx == e)
+            y.index_add_(0, token, weights[token, slot, None] * expert(x[token]))
+        return y
+
+
+@pytest.mark.filterwarnings("error:moec. the layer")
+@pytest.mark.parametrize(("kind", "status"), [(Given, "declined"), (Summed, "fused")])
+def test_choices_of_which_nothing_is_known(kind, status):
+    module = kind()
+    inputs = torch.randn(13, H), torch.rand(13, 2), torch.randint(0, E, (13, 2))
+    run, report = compiled(module, kernels="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
+    assert [site.status for site in report.sites] == [status], report
+    if status == "declined":
+        assert "twice" in str(report), report
