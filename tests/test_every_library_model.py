@@ -108,7 +108,6 @@ MODELS = [
     "mistral4:Mistral4",
     "mistral_large4:MistralLarge4TextModel",
     "mixtral:Mixtral",
-    "muse_spark:MuseSparkTextModel",
     "nemotron_h:NemotronH",
     "nllb_moe:NllbMoeForConditionalGeneration",
     "olmoe:Olmoe",
