@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch.fx import GraphModule
 
 from moec.capture.chunks import roll_chunks
 from moec.capture.numbers import drop_unread
 from moec.capture.region import Malformed, hoist_invariants, regions
-from moec.capture.state import NotRolled, current_tx, declined, loops_of, retrace_all, retrace_without
+from moec.capture.state import Loops, NotRolled, current_tx, declined, loops_of, retrace_all, retrace_without
 from moec.capture.unrolled import roll_unrolled
+
+_T = TypeVar("_T")
 
 
 def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
@@ -31,7 +35,7 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
     found = regions(gm)
     taken = frozenset(node for region in found for node in (region.anchor, *region.nodes))
     if loops.handed:
-        roll_chunks(gm, taken)
+        _or_as_written(tx, loops, lambda: roll_chunks(gm, taken))
     if loops.handed and drop_unread(gm):
         retrace_all(
             tx, loops.handed, "numbers that it moves to the host are read elsewhere than in a loop over experts"
@@ -42,11 +46,24 @@ def settle(gm: GraphModule) -> tuple[NotRolled, ...]:
             hoist_invariants(gm.graph, region)
         except Malformed as error:
             retrace_without(tx, key, str(error))
-    if not roll_unrolled(gm, taken) and loops.asked:
+    if not _or_as_written(tx, loops, lambda: roll_unrolled(gm, taken)) and loops.asked:
         retrace_all(tx, loops.asked, "rows that it lists are read in another way than by experts that are alike")
     gm.recompile()
     _settle_nested(tx, gm, loops.nested)
     return tuple(declined(tx).values())
+
+
+def _or_as_written(tx: Any, loops: Loops, roll: Callable[[], _T]) -> _T:
+    """What `roll` gives; where it fails, a bug in moec, Dynamo traces the functions that moec changed as written."""
+    try:
+        return roll()
+    except Exception as error:
+        keys = [*loops.handed, *loops.asked]
+        if not keys:
+            raise
+        reason = f"internal error: {type(error).__name__}: {error}"
+    warnings.warn(f"moec: a loop is left as it was written: {reason}", RuntimeWarning, stacklevel=2)
+    retrace_all(tx, keys, reason)
 
 
 def _settle_nested(tx: Any, gm: GraphModule, keys: list[str]) -> None:
