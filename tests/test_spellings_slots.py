@@ -34,6 +34,7 @@ def test_columns_of_one_choice_are_the_routers_again():
 
 
 @pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # the matcher leaves them, not the proof, which says so aloud
 def test_near_misses_compute_what_they_did(kind):
     torch.manual_seed(0)
     module = kind()

@@ -100,7 +100,9 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         added = lifter.lift(source) if instr.attr("accumulate") else _added(lifter, base, source, tuple(ids))
         if not instr.attr("accumulate") and isinstance(added, Rows) and _may_repeat(lifter.graph, index):
             return NoMatch("a token may choose an expert twice, and is added to once", instr.results[0], 2)
-        once = isinstance(added, NoMatch) and _writes_once(lifter, base, index)
+        once = isinstance(added, NoMatch) and _writes_once(lifter, index)
+        if once and _is_written(lifter, base):
+            return NoMatch("overwrites rows that the same turn wrote", instr.results[0])
         if once:
             added = lifter.lift(source)
     elif instr.word == "scatter_add":
@@ -161,7 +163,7 @@ def _may_repeat(graph: Graph, index: Lift) -> bool:
     return isinstance(given, Ref) and given.name not in graph.defs and not names_once(graph, index.choice)
 
 
-def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
+def _writes_once(lifter: Lifter, index: Lift) -> bool:
     """Whether a loop, or what it collected, writes each token's row once: each token has one expert."""
     if not isinstance(index, Ids) or index.what != "token":
         return False
@@ -170,6 +172,12 @@ def _writes_once(lifter: Lifter, base: object, index: Lift) -> bool:
     chosen = lifter.graph.types.get(index.choice)
     slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)
     return chosen is not None and (not slots or chosen.shape[-1] == 1)
+
+
+def _is_written(lifter: Lifter, base: Arg) -> bool:
+    """Whether rows were put into what is written: a token's other expert may have given them."""
+    made = lifter.instr(lifter.graph.behind(base, ("same", "cast")))
+    return made is not None and made.word in ("index_put", "index_add", "scatter_add")
 
 
 def chosen_of(graph: Graph, choice: str) -> Dim | None:
