@@ -11,6 +11,9 @@
 
 namespace moec {
 
+// Reading a row of weights takes as long as multiplying it with about so many rows of x.
+constexpr int64_t READ = 12;
+
 enum class Gate { none, concat, interleaved, separate };
 
 // Rows [row, row + rows) of the sorted pairs, all of expert `e`. In either phase its tasks end before number `end`.
@@ -208,13 +211,15 @@ class Layer {
   }
 
   // Tasks are taken in runs: long ones first, so that a thread reads memory in long stretches and what it fetches ahead
-  // is what it needs next; single ones last, so that all threads end together.
+  // is what it needs next; single ones last, so that all threads end together. A run is a share of the work that is left:
+  // the tasks of experts that many tokens chose are the longer ones.
   template <int phase>
   void tasks() {
     const int64_t total = shared.segments ? segments[shared.segments - 1].end[phase] : 0;
     const Segment* s = segments;
     for (int64_t i = shared.next[phase]; i < total;) {
-      const int64_t run = std::max<int64_t>(1, (total - i) / (2 * threads));
+      while (i >= s->end[phase]) s++;
+      const int64_t run = run_from<phase>(s, i);
       if (!shared.next[phase].compare_exchange_weak(i, i + run)) continue;
       Task now = task<phase>(s, i);
       for (int64_t last = i + run - 1; i <= last; i++) {
@@ -225,6 +230,23 @@ class Layer {
       }
       i = shared.next[phase];
     }
+  }
+
+  // How many tasks from number i on, which is one of segment s, are a share of the work that is left.
+  template <int phase>
+  int64_t run_from(const Segment* s, int64_t i) const {
+    const Segment* const stop = segments + shared.segments;
+    const auto cost = [this](const Segment* t) { return columns(phase, t->rows) * (t->rows + READ); };
+    int64_t left = 0, at = i;
+    for (const Segment* t = s; t < stop; at = t->end[phase], t++) left += (t->end[phase] - at) * cost(t);
+    int64_t share = left / (2 * threads);
+    at = i;
+    for (const Segment* t = s; t < stop && share >= cost(t); t++) {
+      const int64_t n = std::min(t->end[phase] - at, share / cost(t));
+      at += n, share -= n * cost(t);
+      if (at < t->end[phase]) break;
+    }
+    return std::max<int64_t>(1, at - i);
   }
 
   // Columns [j, j + n) of h = φ(x·W_a + b_a, x·W_b + b_b) for the rows of a segment.
