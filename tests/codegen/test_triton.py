@@ -16,7 +16,7 @@ from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.triton import load_triton
 
 HERE = Path(__file__).parent
-KERNELS = ("triton_cases.py", "triton_router_cases.py")
+KERNELS = ("triton_cases.py", "triton_gradient_cases.py", "triton_router_cases.py")
 
 
 def check_interpreted(*names, marks="not slow"):
@@ -51,9 +51,7 @@ def test_models_equal_eager():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["triton_cases.py", "triton_router_cases.py", "triton_codes_cases.py", "triton_models.py"]
-)
+@pytest.mark.parametrize("name", [*KERNELS, "triton_codes_cases.py", "triton_models.py"])
 def test_the_full_cross_product(name):
     check_interpreted(name, marks="slow")
 
