@@ -14,11 +14,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
+from moec.capture.effects import called_name
+from moec.capture.host import SPLITTING
 from moec.capture.numbers import numbers_of
 from moec.capture.walks import Emit, asserts, roll, walk_of
 
 _M = torch.ops.moec
-_SPLITTING = frozenset(("split", "split_with_sizes"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _spans(emit: Emit, counts: Node, cuts: tuple[_Cut, ...]) -> tuple[Node, list
 
 def _cut(node: Node, numbers: tuple[Node, ...]) -> _Cut | None:
     """`rows.split(numbers)` of which only the chunks are read."""
-    if not node.op.startswith("call_") or getattr(node.target, "__name__", node.target) not in _SPLITTING:
+    if called_name(node) not in SPLITTING:
         return None
     named = dict(zip(("rows", "sizes", "dim"), node.args, strict=False))
     sizes = named.get("sizes", node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size")))

@@ -65,6 +65,11 @@ _VIEWS = frozenset(
 _ASKS = frozenset(("size", "dim", "numel", "stride", "is_floating_point", "get_device", "ndimension", "element_size"))
 
 
+def called_name(node: Node) -> str:
+    """The name of the method or function that a node calls; '' for a node that calls none."""
+    return str(getattr(node.target, "__name__", node.target)) if node.op.startswith("call_") else ""
+
+
 def written(node: Node) -> tuple[Node, ...]:
     """The nodes whose tensors this node writes to."""
     if node.op == "call_method":

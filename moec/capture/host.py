@@ -15,7 +15,7 @@ _MOVING = frozenset(("tolist", "numpy"))
 _LISTING = _MOVING | {"cpu", "detach"}
 _SUMMING = frozenset(("cumsum", "accumulate"))
 _SAME = frozenset(("list", "tuple", "iter"))
-_SPLITTING = frozenset(("split", "split_with_sizes"))
+SPLITTING = frozenset(("split", "split_with_sizes"))
 
 
 def strip_listing(items: ast.expr) -> ast.expr:
@@ -59,7 +59,7 @@ def tensor_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
 
 def chunks_of(expr: ast.expr, hosts: frozenset[str], given: frozenset[str] = frozenset()) -> ast.expr | None:
     """`x.split(counts)` with counts on the host, or given by the caller, as the word that leaves them on the device."""
-    if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Attribute) or expr.func.attr not in _SPLITTING:
+    if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Attribute) or expr.func.attr not in SPLITTING:
         return None
     function = isinstance(expr.func.value, ast.Name) and expr.func.value.id == "torch"
     args = [*([] if function else [expr.func.value]), *expr.args]
@@ -141,7 +141,7 @@ def hands_over(function: ast.FunctionDef) -> bool:
     cut = [
         arg
         for node in ast.walk(function)
-        if isinstance(node, ast.Call) and (called(node) in _SPLITTING or _is_own(node))
+        if isinstance(node, ast.Call) and (called(node) in SPLITTING or _is_own(node))
         for arg in (*node.args, *(k.value for k in node.keywords))
     ]
     return any(isinstance(part, ast.Name) and part.id in moved for part in (*parts, *cut)) or any(map(_moves, cut))
@@ -158,9 +158,8 @@ def lists_rows(function: ast.FunctionDef) -> bool:
         made = node.elt if isinstance(node, ast.ListComp) else node.value
         calls = [n for n in ast.walk(made) if isinstance(n, ast.Call) and called(n) in ASKING]
         item = stored([node.generators[0].target])
-        if any(isinstance(n, ast.Compare) and loaded([n]) & item for call in calls for n in ast.walk(call)):
-            return True
-        if any(called(n) == "eq" and loaded([n]) & item for call in calls for n in ast.walk(call)):
+        compares = (n for call in calls for n in ast.walk(call) if isinstance(n, ast.Compare) or called(n) == "eq")
+        if any(loaded([n]) & item for n in compares):
             return True
     return False
 

@@ -97,9 +97,9 @@ def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, known)]
-    handing: bool | None = True if hands_over(node) else False if lists_rows(node) else None
+    handing = "numbers" if hands_over(node) else "rows" if lists_rows(node) else ""
     leaves = without_leaves(node)
-    if not any(one.verdict for one in found) and handing is None and not leaves:
+    if not any(one.verdict for one in found) and not handing and not leaves:
         return Rewritten(None)
     try:
         if not source.same_code(source.compile_like(code, source.parse(code)), code):
@@ -142,7 +142,7 @@ def _inside(loop: ast.For, path: Path) -> Iterator[tuple[ast.For, Path]]:
 
 
 def _roll_all(
-    code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: bool | None, leaves: bool
+    code: types.CodeType, node: ast.FunctionDef, found: list[_Found], handing: str, leaves: bool
 ) -> Rewritten:
     declined: list[NotRolled] = []
     taken: set[int] = set()
@@ -160,13 +160,13 @@ def _roll_all(
             continue
         taken |= {id(inner) for inner in ast.walk(one.loop)}
         changed += [one.function] if one.function not in changed else []
-    if not taken and handing is None and not leaves:
+    if not taken and not handing and not leaves:
         return Rewritten(None, tuple(declined))
     for function in changed:
         _import_words(function, call("compiling"))
-    if handing is not None and node not in changed:
+    if handing and node not in changed:
         key = ast.Constant(loop_key(code.co_filename, code.co_firstlineno))
-        _import_words(node, call("handing", key, ast.Constant(not handing)))
+        _import_words(node, call("handing", key, ast.Constant(handing == "rows")))
     elif leaves and node not in changed:
         _import_words(node, call("eager"))
     return Rewritten(source.compile_like(code, node), tuple(declined))

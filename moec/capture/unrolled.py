@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from moec.capture.walks import Emit, Roots, roll, walk_of
+from moec.capture.effects import called_name
+from moec.capture.walks import Emit, Roots, emitter, roll, walk_of
 
 _M = torch.ops.moec
 _MADE = frozenset(("tensor", "new_tensor"))
@@ -46,8 +46,7 @@ def _asked(graph: Graph) -> dict[Node, Roots]:
     """The whole numbers that are compared with 0, 1, … up to some expert, each as often; with these comparisons."""
     found: dict[Node, dict[int, list[Node]]] = {}
     for node in graph.nodes:
-        named = getattr(node.target, "__name__", node.target) if node.op.startswith("call_") else ""
-        if named != "eq" or len(node.args) != 2 or node.kwargs:
+        if called_name(node) != "eq" or len(node.args) != 2 or node.kwargs:
             continue
         choice, expert = node.args
         if isinstance(choice, Node) and type(expert) is int and _whole(choice):
@@ -82,31 +81,16 @@ def _count(graph: Graph, choice: Node, roots: Roots) -> None:
     """Put counts of the choices in the place of tensors that were made of each expert's number of rows."""
     place = {node: i for group in roots for i, node in enumerate(group)}
     for node in list(graph.nodes):
-        if not node.op.startswith("call_") or getattr(node.target, "__name__", node.target) not in _MADE:
+        if called_name(node) not in _MADE:
             continue
         numbers: Any = next((arg for arg in node.args if isinstance(arg, list | tuple)), ())
         asked = [place.get(_mask_of(number), -1) for number in numbers]
         if asked != list(range(len(roots[0]))):
             continue
-        value = node.meta["example_value"]
-        mode = value.fake_mode if isinstance(value, FakeTensor) else None
-        with graph.inserting_before(node):
-            flat = graph.call_method("reshape", (choice, (-1, 1)))
-            every = graph.call_function(torch.arange, (len(asked),), {"device": value.device})
-            same = graph.call_function(operator.eq, (flat, every))
-            total = graph.call_method("sum", (same, 0))
-            made = graph.call_method("to", (total, value.dtype))
-        chosen = choice.meta["example_value"]
-        assert mode is not None
-        with mode:
-            flat.meta["example_value"] = chosen.reshape(-1, 1)
-            every.meta["example_value"] = torch.arange(len(asked), device=value.device)
-            same.meta["example_value"] = flat.meta["example_value"] == every.meta["example_value"]
-            total.meta["example_value"] = same.meta["example_value"].sum(0)
-            made.meta["example_value"] = total.meta["example_value"].to(value.dtype)
-        for new in (flat, every, same, total, made):
-            new.meta["stack_trace"] = node.meta.get("stack_trace")
-        node.replace_all_uses_with(made)
+        value, emit = node.meta["example_value"], emitter(graph, node, node)
+        every = emit(torch.arange, len(asked), device=value.device)
+        same = emit(operator.eq, emit(torch.reshape, choice, (-1, 1)), every)
+        node.replace_all_uses_with(emit(torch.sum, same, 0, dtype=value.dtype))
         graph.erase_node(node)
 
 
@@ -117,6 +101,6 @@ def _mask_of(number: Any) -> Any:
     places: Any = number.args[0]
     if isinstance(places, Node) and places.target is operator.getitem and places.args[1] == 0:
         places = places.args[0]
-    named = getattr(places.target, "__name__", places.target) if isinstance(places, Node) else ""
-    one = isinstance(places, Node) and len(places.args) == 1
-    return places.args[0] if one and named in ("nonzero", "where") else None
+    if not isinstance(places, Node) or len(places.args) != 1 or called_name(places) not in ("nonzero", "where"):
+        return None
+    return places.args[0]

@@ -28,7 +28,7 @@ _CONTEXT = ("_set_", "_enter_", "_exit_")
 Roots = tuple[tuple[Node, ...], ...]
 """Groups of nodes, each with one for every expert, in order."""
 Emit = Callable[..., Node]
-"""Writes a node of the region: its target, its arguments, and `like`, its value where that is known."""
+"""Writes a node: its target, its arguments, and `like`, its value where that is known."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,23 @@ def _is_context(node: Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "").startswith(_CONTEXT)
 
 
+def emitter(graph: Graph, before: Node, like_at: Node) -> Emit:
+    """What writes nodes before one, as of the line of the user's code where `like_at` stands."""
+    mode = next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("example_value"), FakeTensor))
+
+    def emit(target: Any, *args: Any, like: Any = None, **kwargs: Any) -> Node:
+        with graph.inserting_before(before):
+            node = graph.call_function(target, args, kwargs)
+        node.meta["stack_trace"] = like_at.meta.get("stack_trace")
+        if like is None:
+            with mode:
+                like = target(*map_arg(args, lambda arg: arg.meta["example_value"]), **kwargs)
+        node.meta["example_value"] = like
+        return node
+
+    return emit
+
+
 def roll(graph: Graph, walk: Walk, begin: Callable[[Emit], tuple[Node, Sequence[Node]]]) -> None:
     """Write the region where the walk's bodies first meet, and remove what it stands for.
 
@@ -224,19 +241,8 @@ def roll(graph: Graph, walk: Walk, begin: Callable[[Emit], tuple[Node, Sequence[
     body = walk.bodies[0]
     changing = [node for node in body if any(root(target) not in body for target in written(node))]
     here = next(node for node in graph.nodes if node in (*walk.joins, *changing))
-    mode = next(v.fake_mode for n in graph.nodes if isinstance(v := n.meta.get("example_value"), FakeTensor))
     mark = _marker(graph, here)
-
-    def emit(target: Any, *args: Any, like: Any = None) -> Node:
-        with graph.inserting_before(mark):
-            node = graph.call_function(target, args)
-        node.meta["stack_trace"] = here.meta.get("stack_trace")
-        if like is None:
-            with mode:
-                like = target(*map_arg(args, lambda arg: arg.meta["example_value"]))
-        node.meta["example_value"] = like
-        return node
-
+    emit = emitter(graph, mark, here)
     for node in reversed(walk.silent):
         graph.erase_node(node)
     item, made = begin(emit)

@@ -74,17 +74,9 @@ def backward_last(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The first of two steps: gradients by what φ read [T·k, F or 2F], of the last product, of the weights it has."""
-    mode, mine = Engine.parse(engine), of_step(spec, needs, last=True)
     slopes = slopes_of(x, experts, params, spec)
-    kernel = _of_steps(grad, x, params, spec, mode)
-
-    def eager() -> tuple[Tensor, Tensor, list[Tensor]]:
-        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), mine)
-
-    if kernel is None:
-        return (slopes, *eager()[1:])
-    run = partial(kernel, grad, x, weights, experts, params, mine, saved, "last", slopes)
-    return (slopes, *or_twin(mode, run, eager)[1:])
+    mine = of_step(spec, needs, last=True)
+    return (slopes, *_step("last", slopes, grad, x, weights, experts, params, saved, spec, engine, mine)[1:])
 
 
 def backward_first(
@@ -99,23 +91,34 @@ def backward_first(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The second step, from `slopes`: what `backward_last` has left. Where no kernel runs, all is computed anew."""
-    mode, mine = Engine.parse(engine), of_step(spec, needs, last=False)
-    kernel = _of_steps(grad, x, params, spec, mode)
+    mine = of_step(spec, needs, last=False)
+    return _step("first", slopes, grad, x, weights, experts, params, None, spec, engine, mine)
+
+
+def _step(
+    step: str,
+    slopes: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    params: Sequence[Tensor],
+    saved: Tensor | None,
+    spec: str,
+    engine: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One of the two steps, by its kernels, which write (`last`) or read (`first`) the slopes; or by the twin."""
+    mode = Engine.parse(engine)
+    kernel = gradient_kernel(spec, mode.kind, x.device)
 
     def eager() -> tuple[Tensor, Tensor, list[Tensor]]:
-        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), mine)
+        return twin.experts_backward(grad, x, weights, experts, params, KernelSpec.parse(spec), needs)
 
-    if kernel is None:
+    fits = kernel is not None and takes_or_raise(kernel.takes(grad, x, params), spec, mode.kind, (grad, x, *params))
+    if not fits or not isinstance(kernel, TritonBackward):
         return eager()
-    return or_twin(mode, partial(kernel, grad, x, weights, experts, params, mine, None, "first", slopes), eager)
-
-
-def _of_steps(grad: Tensor, x: Tensor, params: Sequence[Tensor], spec: str, mode: Engine) -> TritonBackward | None:
-    """The kernel of both steps, or None for the twin."""
-    kernel = gradient_kernel(spec, mode.kind, x.device)
-    if kernel is None or not takes_or_raise(kernel.takes(grad, x, params), spec, mode.kind, (grad, x, *params)):
-        return None
-    return kernel if isinstance(kernel, TritonBackward) else None
+    return or_twin(mode, partial(kernel, grad, x, weights, experts, params, needs, saved, step, slopes), eager)
 
 
 def in_steps(x: Tensor, saved: Tensor, spec: str, engine: str, needs: Sequence[bool]) -> bool:

@@ -56,13 +56,12 @@ class OpaqueSite:
 def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
     """The loops left in a graph that dispatch rows to experts, run any code on them and put the results together."""
     lifter = Lifter(graph, RULES, fallback=opaque_rows)
-    loops, _ = loops_of(graph)
+    sums = (_site(lifter, instr) for instr in graph.instrs if instr.word in COMBINING)
+    sites = [site for site in sums if isinstance(site, OpaqueSite)]
+    loops = loops_of(graph)[0] if sites else {}
     found: dict[str, OpaqueSite] = {}
-    for instr in graph.instrs:
-        if instr.word not in COMBINING:
-            continue
-        site = _site(lifter, instr)
-        if isinstance(site, OpaqueSite) and not goes_on(graph, site.root, loops):
+    for site in sites:
+        if not goes_on(graph, site.root, loops):
             # Two sums of one loop cannot both be taken out of it.
             found.setdefault(site.anchor, site)
     return tuple(found.values())

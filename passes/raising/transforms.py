@@ -14,18 +14,25 @@ from moec.passes.raising.updates import has_inplace_flag, is_update
 from moec.passes.raising.word_contract import overload_of
 from moec.passes.raising.words import key_of
 
+_ENTERS = "_increment_nesting"
+
 
 def transformed(gm: fx.GraphModule) -> frozenset[fx.Node]:
     """The nodes from where a graph enters a transform to where it has left it, both included."""
+    if not any(_name(target).endswith(_ENTERS) for target in {node.target for node in gm.graph.nodes}):
+        return frozenset()
     found: set[fx.Node] = set()
     depth = 0
     for node in gm.graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        depth += name.endswith("_increment_nesting")
+        depth += _name(node.target).endswith(_ENTERS)
         if depth:
             found.add(node)
-        depth -= name.endswith("_decrement_nesting")
+        depth -= _name(node.target).endswith("_decrement_nesting")
     return frozenset(found)
+
+
+def _name(target: object) -> str:
+    return getattr(target, "__name__", "")
 
 
 def updates_inside(gm: fx.GraphModule) -> bool:
