@@ -50,6 +50,7 @@ class Backward {
         want_dh(want_slopes || (args.dweights && !K::weight_on_input)) {}
 
   void run() {
+    const TileState<Op> tiles;
     for (int64_t t : share(a.T)) {
       if (!a.x_direct && !K::weight_on_input) copy_row<W>(a.x, t, a.H, 1.0f, a.at<A>(a.at_x) + t * a.ld_x);
       if (!a.g_direct) copy_row<float>(a.g, t, a.O, 1.0f, a.at<A>(a.at_g) + t * a.ld_g);

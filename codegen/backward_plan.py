@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
-from moec.codegen.tuning import Sizes, few_rows, row_bytes
+from moec.codegen.tuning import Sizes, few_rows, in_tiles, row_bytes, tile_room
 from moec.ir.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -88,7 +88,8 @@ def make_backward_plan(
     few = [few_rows(layout, e, target) for layout in layouts]
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
-    outer = (132 // target.tile_rows * target.tile_rows, _OUTER_COLS, _OUTER_ROWS)
+    rows = 32 if in_tiles(e, target) else target.tile_rows
+    outer = (132 // rows * rows, _OUTER_COLS, _OUTER_ROWS)
     direct = (_in_place(spec, sizes, x, item), _in_place(spec, sizes, g, item, gradient=True))
     (x_direct, g_direct), ld = direct, _row_lengths(spec, sizes, item)
     sections = _sections(spec, sizes, sizes.T, direct, x.dtype, cols, most_rows, target)
@@ -181,6 +182,7 @@ def _thread_places(
     panel, lanes = target.lanes * target.tile_vectors, target.lanes
     m, n, k = outer
     packed = (up(2 * max(cols, x_cols), panel) + panel) * (k_many + 2) * 4
+    packed += tile_room(_ROW_BLOCK, k_many) if in_tiles(spec.experts, target) else 0
     at_tile = up(max(packed, sizes.H * 4), 4096)
     tile = _ROW_BLOCK * max(up(cols, lanes) * (1 + views(spec.experts)), up(x_cols, lanes)) * 4
     at_b = up(m * (k + lanes) * 4, 4096)

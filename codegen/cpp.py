@@ -23,6 +23,7 @@ HEADERS = (
         "pointwise.hpp",
         "args.hpp",
         "few.hpp",
+        "tiles.hpp",
         "gemm.hpp",
         "packed.hpp",
         "codes.hpp",
@@ -164,9 +165,9 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _panels(storage: Storage) -> str:
+def _panels(storage: Storage, target: Target) -> str:
     if storage.pairs:
-        return "PanelPairs"
+        return "PanelTiles" if target.tiles else "PanelPairs"
     if storage.element == "int8":
         return f"Panels<int8_t, {storage.group or 'ALL'}>"
     return f"Panels<{_TYPES[storage.element]}>"
@@ -176,7 +177,8 @@ def _stored(e: ExpertsSpec, target: Target) -> str:
     """How rows meet matrices that are read as they are stored."""
     coding = e.coding
     if coding is None:
-        return "DotPairs" if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
+        pairs = "TilePairs" if target.tiles else "DotPairs"
+        return pairs if pairs_of_bf16(e, target) else f"Fma<{_TYPES[e.dtype]}>"
     if not coding.scaled:
         return f"Fma<{_TYPES[coding.element]}>"
     return f"Coded<{_CODES[coding.element]}, {_TYPES[e.dtype]}, {coding.rows}, {coding.columns}>"
@@ -184,7 +186,7 @@ def _stored(e: ExpertsSpec, target: Target) -> str:
 
 def _experts(spec: KernelSpec, target: Target, storage: Storage | None) -> str:
     e: ExpertsSpec = spec.experts
-    op = _panels(storage) if storage else _stored(e, target)
+    op = _panels(storage, target) if storage else _stored(e, target)
     layouts = ("panels", "panels") if storage else (e.layout_in, e.layout_out)
     types = (f"using Op = {op};", f"using Param = {_TYPES[e.dtype]};", f"using Y = {_TYPES[spec.y_dtype]};")
     return _kernel(spec, types, layouts, "vf phi", "", (e.phi,), _statements({"return": e.phi}))

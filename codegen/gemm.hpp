@@ -1,6 +1,6 @@
 // One tile of C[m, n] = A[m, K] · W: streamed from the stored weights for few rows, packed into cache for many.
 #pragma once
-#include "few.hpp"
+#include "tiles.hpp"
 
 namespace moec {
 
@@ -68,6 +68,50 @@ MOEC_INLINE void micro_rows(int64_t m, Args... args) {
   }
   micro<Op, M>(args...);
 }
+
+// m rows of A from number k0 on against packed columns, in blocks of rows: of the vectors' kernel about as large, of
+// tiles all but the last of 32. Tiles take K as far as it is a multiple of their depth, and vectors the rest.
+template <class Op>
+class Left {
+  static_assert(!tiled<Op> || (NR == 2 * TILE && L == TILE));
+
+ public:
+  using A = typename Op::A;
+  // `room` is for copies of rows, `readable` the rows that follow one another in memory: of tiles alone.
+  Left(const A* const* a, int64_t m, int64_t k0, int64_t k, A* room, int64_t readable = 0)
+      : a(a), m(m), k0(k0), steps(tiled<Op> ? k / TILE_DEPTH : 0), rows(whole(a, readable, room)) {}
+  int64_t blocks() const { return (m + most - 1) / most; }
+  int64_t begin(int64_t r) const { return tiled<Op> ? std::min(r * most, m) : m * r / blocks(); }
+
+  // Block r of C (+)= A · B, `b` packed and `words` deep; `c` is C's first row.
+  template <class Next>
+  MOEC_INLINE void multiply(int64_t r, const typename Op::Word* b, int64_t words, float* c, int64_t ldc, int64_t n,
+                            bool add, Next next) const {
+    const int64_t r0 = begin(r), size = begin(r + 1) - r0;
+    float* const out = c + r0 * ldc;
+    if constexpr (!tiled<Op>) return micro_rows<Op>(size, a + r0, k0, b, words, out, ldc, n, add, next);
+    else {
+      const int64_t done = steps * TILE;  // words
+      if (steps) tiles_at(rows, r0, size, reinterpret_cast<const char*>(b), steps, out, ldc, n, add, next);
+      for (int64_t i = 0; done < words && i < size; i += MR)
+        micro_rows<Op>(std::min<int64_t>(MR, size - i), a + r0 + i, k0 + steps * TILE_DEPTH, b + done * NV, words - done,
+                       out + i * ldc, ldc, n, add || steps, NothingAhead{});
+    }
+  }
+
+ private:
+  static constexpr int64_t most = tiled<Op> ? 2 * TILE : MR;
+  struct Nothing {};
+  const A* const* const a;
+  const int64_t m, k0, steps;
+  const std::conditional_t<tiled<Op>, TileRows, Nothing> rows;
+
+  auto whole(const A* const* from, int64_t readable, A* room) const {
+    if constexpr (tiled<Op>) {
+      return TileRows(from, steps ? m : 0, readable, k0, steps * TILE_DEPTH, room);
+    } else return Nothing{};
+  }
+};
 
 // n rows of W, k numbers each, into [words][NR]; columns past n repeat the last row, numbers past k are zero.
 // Four bytes at a time are transposed: numbers, or pairs of bf16, which are widened behind the shuffles if at all.
@@ -144,12 +188,15 @@ void many(const typename Op::A* const* a, int64_t m, int64_t k, const typename O
           float* c, int64_t ldc, int64_t k_block, void* buffer) {
   using W = typename Op::W;
   auto* const packed = static_cast<typename Op::Word*>(buffer);
-  const int64_t blocks = (m + MR - 1) / MR, panels = (n + NR - 1) / NR;
+  const int64_t panels = (n + NR - 1) / NR, deepest = (std::min(k, k_block) + Op::per - 1) / Op::per;
+  auto* const room = reinterpret_cast<typename Op::A*>(packed + (layout == Layout::kn ? panels : 1) * pitch(deepest));
   constexpr int64_t line = 64 / sizeof(W);
   int64_t shift = 0;
   while (line << shift < n) shift++;
   for (int64_t k0 = 0; k0 < k; k0 += k_block) {
     const int64_t kb = k - k0 < k_block ? k - k0 : k_block, words = (kb + Op::per - 1) / Op::per;
+    const Left<Op> left(a, m, k0, kb, room);
+    const int64_t blocks = left.blocks();
     if constexpr (layout == Layout::kn) pack_kn<Op>(w + k0 * ld, ld, n, kb, packed);
     for (int64_t j = 0; j < n; j += NR) {
       const int64_t cols = n - j < NR ? n - j : NR;
@@ -157,8 +204,6 @@ void many(const typename Op::A* const* a, int64_t m, int64_t k, const typename O
       if constexpr (layout == Layout::kn) b += j / NR * pitch(words);
       else pack_nk<Op>(w + j * ld + k0, ld, cols, kb, packed);
       for (int64_t r = 0; r < blocks; r++) {
-        const int64_t r0 = m * r / blocks, rows = m * (r + 1) / blocks - r0;
-        float* const out = c + r0 * ldc + j;
         // While these rows are multiplied, a share of what is packed next is fetched.
         if constexpr (layout == Layout::nk) {
           const bool last = j + NR >= n;
@@ -168,10 +213,10 @@ void many(const typename Op::A* const* a, int64_t m, int64_t k, const typename O
         } else if (r == 0) {
           const Ahead next{reinterpret_cast<const char*>(w + (k0 + kb) * ld), ld * int64_t(sizeof(W)), shift,
                            (kb << shift) * (j / NR) / panels};
-          micro_rows<Op>(rows, a + r0, k0, b, words, out, ldc, cols, k0 > 0, next);
+          left.multiply(r, b, words, c + j, ldc, cols, k0 > 0, next);
           continue;
         }
-        micro_rows<Op>(rows, a + r0, k0, b, words, out, ldc, cols, k0 > 0, NothingAhead{});
+        left.multiply(r, b, words, c + j, ldc, cols, k0 > 0, NothingAhead{});
       }
     }
   }

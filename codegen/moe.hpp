@@ -56,6 +56,7 @@ class Layer {
   // `Router` void: routing weights and experts are given.
   template <class Router>
   void run() {
+    const TileState<Op> tiles;
     for (t0 = 0; t0 < a.T; t0 += a.chunk) {
       tokens = a.T - t0 < a.chunk ? a.T - t0 : a.chunk;
       copy_x<Router>();

@@ -98,14 +98,14 @@ void outer(const OuterRoom<Op>& room, const typename Op::A* const* a, int64_t m0
   for (int64_t q = 0; q < blocks; q++) {
     const int64_t r = rows * q / blocks, k = rows * (q + 1) / blocks - r, words = (k + Op::per - 1) / Op::per;
     transpose_columns<Op>(a + r, m0, m, k, room.a, room.ld_a());
+    const Left<Op> left(room.rows, m, 0, k, nullptr, room.m);
     for (int64_t j0 = 0; j0 < n; j0 += OUTER_PANELS * NR) {
       const int64_t width = std::min(n - j0, OUTER_PANELS * NR);
       pack_columns<Op>(b + r, n0 + j0, width, k, room.b);
       for (int64_t j = 0; j < width; j += NR) {
         const auto* const panel = room.b + j / NR * pitch(words);
-        for (int64_t i = 0; i < m; i += MR)
-          micro_rows<Op>(std::min<int64_t>(MR, m - i), room.rows + i, 0, panel, words, c + i * ldc + j0 + j, ldc,
-                         std::min<int64_t>(NR, width - j), q > 0, NothingAhead{});
+        for (int64_t i = 0; i < left.blocks(); i++)
+          left.multiply(i, panel, words, c + j0 + j, ldc, std::min<int64_t>(NR, width - j), q > 0, NothingAhead{});
       }
     }
   }

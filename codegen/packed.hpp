@@ -53,6 +53,11 @@ struct PanelPairs : DotPairs {
   static MOEC_INLINE void tile(Args... args) { tile_panels<PanelPairs>(args...); }
 };
 
+struct PanelTiles : PanelPairs, Tiled {
+  template <class... Args>
+  static MOEC_INLINE void tile(Args... args) { tile_panels<PanelTiles>(args...); }
+};
+
 // Of one panel: where the group of number `i` of K begins.
 template <class Op>
 MOEC_INLINE const typename Op::W* group_at(const typename Op::W* panel, int64_t i) {
@@ -155,11 +160,11 @@ void tile_panels(const Tile& t, const typename Op::A* const* a, int64_t m, int64
     for (int64_t j = 0; j < n; j += NR) stream_rows<Op>(m, a, w + j * ld, k, c + j, ldc, std::min<int64_t>(NR, n - j));
     return;
   }
-  const int64_t blocks = (m + MR - 1) / MR;
-  // Memory is the limit of few rows: they take a panel from end to end, which it likes best.
-  const int64_t block = Op::direct && blocks <= 2 ? k : t.k_many;
+  // Memory is the limit of few rows: they take a panel from end to end, which it likes best. Tiles may want a copy of them.
+  const int64_t block = Op::direct && !tiled<Op> && m <= 2 * MR ? k : t.k_many;
   for (int64_t k0 = 0; k0 < k; k0 += block) {
     const int64_t kb = std::min(block, k - k0), words = (kb + Op::per - 1) / Op::per;
+    const Left<Op> left(a, m, k0, kb, static_cast<typename Op::A*>(t.buffer));
     for (int64_t j = 0; j < n; j += NR) {
       const int64_t cols = std::min<int64_t>(NR, n - j);
       const typename Op::W* const panel = w + j * ld;
@@ -168,13 +173,12 @@ void tile_panels(const Tile& t, const typename Op::A* const* a, int64_t m, int64
       else widen_panel<Op>(panel, k0, kb, static_cast<Word*>(t.buffer));
       // While the first rows are multiplied the next panel's block is fetched.
       const typename Op::W* const next = group_at<Op>(panel + NR * ld, k0) + k0 % Op::group * NR;
-      for (int64_t r = 0; r < blocks; r++) {
-        const int64_t r0 = m * r / blocks, rows = m * (r + 1) / blocks - r0;
+      for (int64_t r = 0; r < left.blocks(); r++) {
         if (r == 0) {
           const Ahead ahead{reinterpret_cast<const char*>(next), NR * int64_t(sizeof(typename Op::W)) * Op::per, 0, 0};
-          micro_rows<Op>(rows, a + r0, k0, b, words, c + r0 * ldc + j, ldc, cols, k0 > 0, ahead);
+          left.multiply(r, b, words, c + j, ldc, cols, k0 > 0, ahead);
         } else {
-          micro_rows<Op>(rows, a + r0, k0, b, words, c + r0 * ldc + j, ldc, cols, k0 > 0, NothingAhead{});
+          left.multiply(r, b, words, c + j, ldc, cols, k0 > 0, NothingAhead{});
         }
       }
     }

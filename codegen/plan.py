@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.codegen.storage import Storage
-from moec.codegen.tuning import Sizes, Tuning, default_tuning, pairs_of_bf16
+from moec.codegen.tuning import Sizes, Tuning, default_tuning, in_tiles, pairs_of_bf16, tile_room
 from moec.ir.bounds import TOKENS, Size, floor_div, least, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -189,6 +189,8 @@ def _thread_bytes(e: ExpertsSpec, sizes: Sizes, target: Target, t: Tuning) -> tu
     packed = (up(2 * max(t.many_cols), panel) + panel) * (max(t.k_many) + 2) * 4
     if e.codes:  # room for what they stand for: rows that are packed or streamed, or a row of scales
         packed += 4 * (panel * (max(t.k_few, *t.k_many) + panel) + 2 * max(t.many_cols))
+    if in_tiles(e, target):
+        packed += tile_room(t.row_block, max(t.k_many))
     packed = max(packed, 16 * (t.k_few + target.lanes))  # rows of W that are widened once for many rows of x
     scratch = up(sizes.E * 4, LINE) + sizes.E * 16
     at_tile = up(max(packed, scratch), 4096)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from moec.errors import ParseError
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
 
 _ROW_BLOCK = 192
+_FEW_BEFORE_TILES = 8
 _MOST = 1 << 24  # no tuned number is larger: a foreign text must not make a plan ask for a huge workspace
 
 
@@ -105,6 +106,16 @@ def pairs_of_bf16(spec: ExpertsSpec, target: Target) -> bool:
     return target.bf16_pairs and spec.dtype == "bf16" and not spec.codes
 
 
+def in_tiles(spec: ExpertsSpec, target: Target) -> bool:
+    """Whether many rows of bf16 meet packed weights in tiles (AMX)."""
+    return target.tiles and pairs_of_bf16(spec, target)
+
+
+def tile_room(rows: int, depth: int) -> int:
+    """Bytes for copies of `rows` rows of at most `depth` numbers that are to be read in tiles: `TileRows::room`."""
+    return -(-rows // 16) * 16 * (depth // 32 | 1) * 64
+
+
 def row_bytes(spec: ExpertsSpec, target: Target) -> int:
     """Of a number of the rows that meet weights: bf16 where it is multiplied in pairs, else a float."""
     return 2 if pairs_of_bf16(spec, target) else 4
@@ -115,13 +126,14 @@ def default_tuning(spec: KernelSpec, sizes: Sizes, target: Target, threads: int)
     e = spec.experts
     into, out = e.layout_in, e.layout_out
     hits = min(sizes.E, sizes.T * sizes.k)
+    many_cols = partial(_many_cols, e, target, hits / threads)
     return Tuning(
         few=(_few_rows(e, into, target), _few_rows(e, out, target)),
         few_cols=(_few_cols(into, hits, sizes.F, threads), _few_cols(out, hits, sizes.O, threads)),
-        many_cols=(64 if into == "nk" else 128, 64 if out == "nk" else 128),
+        many_cols=(many_cols(into, sizes.F), many_cols(out, sizes.O)),
         row_block=_ROW_BLOCK,
         k_few=_few_depth(e.dtype, target),
-        k_many=(_many_depth(e, into), _many_depth(e, out)),
+        k_many=(_many_depth(e, into, target), _many_depth(e, out, target)),
         chunk=_chunk(sizes),
     )
 
@@ -131,8 +143,22 @@ def _few_depth(dtype: str, target: Target) -> int:
     return 1024 if dtype == "f32" and target.lanes < 16 else 2048
 
 
-def _many_depth(e: ExpertsSpec, layout: str) -> int:
-    """K of a packed block. Rows of 16-bit numbers want 2 KB at a time: 1024 takes 0.90 to 0.95 × the time of 256."""
+def _many_cols(e: ExpertsSpec, target: Target, hits: float, layout: str, columns: int) -> int:
+    """Columns of a task that packs, for `hits` experts a thread. Tiles are so fast that copies of rows for them want
+    more, where that leaves each thread four tasks.
+    """
+    if in_tiles(e, target):
+        return next((cols for cols in (256, 128) if hits * columns >= 4 * cols), 64)
+    return 64 if layout == "nk" else 128
+
+
+def _many_depth(e: ExpertsSpec, layout: str, target: Target) -> int:
+    """K of a packed block. Rows of 16-bit numbers want 2 KB at a time: 1024 takes 0.90 to 0.95 × the time of 256.
+
+    For tiles a block of 32 columns fills two thirds of a first cache of 48 KB, and sums come from memory seldom.
+    """
+    if in_tiles(e, target):
+        return 512
     if layout == "kn":
         return 128
     return 256 if e.dtype == "f32" or e.codes else 1024
@@ -151,9 +177,12 @@ def few_rows(layout: str, e: ExpertsSpec, target: Target) -> int:
     72/60 at 24, 66/64 at 40. kn f32 streams as fast in cache, but a whole layer B of 16 rows an expert took 1.35 × the
     time. On AVX-512 (Zen 4), where 32 registers hold what 6 rows of x and 4 of W need, streaming wins while the rows
     stay in the second cache: nk f32 103/89 at 64, pairs of bf16 207/179 at 128; kn f32 106/97 at 64, pairs 197/190.
+    In front of tiles packing costs about what eight rows do in vectors: counted in instructions, not measured.
     """
     if target.lanes < 16:
         return 8 if layout == "kn" else 13 * target.dot_rows
+    if in_tiles(e, target):
+        return _FEW_BEFORE_TILES
     row = _few_depth(e.dtype, target) * row_bytes(e, target)
     return min(_ROW_BLOCK, target.l2_bytes * 3 // 4 // row)
 

@@ -184,7 +184,7 @@ class Environment:
     """What moec reads from the process's environment.
 
     MOEC_CACHE_DIR  where built kernels are kept (default: the user's cache directory)
-    MOEC_CPU_ISA    plain | avx2 | avx512 | avx512_bf16 | neon: use this instruction set, not the best the host has
+    MOEC_CPU_ISA    plain | avx2 | avx512 | avx512_bf16 | amx_bf16 | neon: this instruction set, not the host's best
     CXX             the C++ compiler (default: g++, then clang++, then c++)
     """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +30,7 @@ class Target:
     tile_vectors
     dot_rows      rows of x that the dot kernel takes against 4 rows of weights
     bf16_pairs    bf16 is multiplied in pairs into fp32 sums, without conversion
+    tiles         many rows of such pairs meet packed weights in tiles (AMX), few in vectors
     flags         what the compiler is told
     compiler      the command of the C++ compiler, its path first; empty: there is none
     processor     its name, for people and for what was measured on it
@@ -45,6 +48,7 @@ class Target:
     l2_bytes: int = 512 << 10
     compiler: tuple[str, ...] = ()
     processor: str = ""
+    tiles: bool = False
 
     @staticmethod
     def host() -> Target:
@@ -68,12 +72,14 @@ def _machine(target: Target) -> dict[str, Any]:
 
 _AVX512_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _WIDE = "-mprefer-vector-width=512"
+_PAIRS_FLAGS = (*_AVX512_FLAGS, "-mavx512bf16", _WIDE)
 
 # Best first. 16 registers hold 6x2 or 3x4 accumulators, 32 hold 12x2 or 6x4, with room for operands.
 _ISAS: Mapping[str, Target] = {
     t.isa: t
     for t in (
-        Target("avx512_bf16", 16, 12, 2, 6, True, (*_AVX512_FLAGS, "-mavx512bf16", _WIDE)),
+        Target("amx_bf16", 16, 12, 2, 6, True, (*_PAIRS_FLAGS, "-mamx-tile", "-mamx-bf16"), tiles=True),
+        Target("avx512_bf16", 16, 12, 2, 6, True, _PAIRS_FLAGS),
         Target("avx512", 16, 12, 2, 6, False, (*_AVX512_FLAGS, _WIDE)),
         Target("avx2", 8, 6, 2, 3, False, ("-mavx2", "-mfma", "-mf16c")),
         Target("neon", 4, 6, 4, 4, False, ("-march=armv8.2-a+fp16",)),
@@ -89,9 +95,11 @@ def kernel_devices(engine: str) -> tuple[str, ...]:
     return _DEVICES.get(engine, ("cpu", "cuda"))
 
 
+_AVX512_NEEDS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
 _NEEDS: Mapping[str, tuple[str, ...]] = {
-    "avx512_bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16"),
-    "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),
+    "amx_bf16": (*_AVX512_NEEDS, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512_bf16": (*_AVX512_NEEDS, "avx512_bf16"),
+    "avx512": _AVX512_NEEDS,
     "avx2": ("avx2", "fma3", "f16c"),
     "neon": ("neon",),
     "plain": (),
@@ -105,10 +113,26 @@ def supported_isas(capabilities: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(isa for isa in _ISAS if all(have.get(need, False) for need in _NEEDS[isa]))
 
 
+_ASK_FOR_STATE, _TILE_DATA = 0x1023, 18  # ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA of <asm/prctl.h>
+_ARCH_PRCTL = 158  # the system call's number on x86-64
+
+
+@lru_cache(maxsize=1)
+def may_use_tiles() -> bool:
+    """Whether Linux lets this process use tiles (AMX), which it must be asked for once; an older kernel never does."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return False
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype, call.argtypes = ctypes.c_long, [ctypes.c_long, ctypes.c_long, ctypes.c_long]
+    return call(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0
+
+
 @lru_cache(maxsize=8)
 def _host(wanted: str | None, cxx: str | None) -> Target:
     capabilities = torch.cpu.get_capabilities()
     supported = supported_isas(capabilities)
+    if "amx_bf16" in supported and not may_use_tiles():
+        supported = tuple(isa for isa in supported if isa != "amx_bf16")
     if wanted is not None and wanted not in supported:
         problem = "this host cannot run it" if wanted in _ISAS else "it is unknown"
         raise OptionError(f"MOEC_CPU_ISA={wanted!r}: {problem}; expected one of {', '.join(supported)}")

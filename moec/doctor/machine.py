@@ -83,7 +83,8 @@ def _compiler() -> Check:
 
 def _isa() -> Check:
     target = Target.host()
-    found = f"{target.isa}, {32 * target.lanes}-bit vectors{', bf16 in pairs' if target.bf16_pairs else ''}"
+    pairs = ", bf16 in tiles" if target.tiles else ", bf16 in pairs" if target.bf16_pairs else ""
+    found = f"{target.isa}, {32 * target.lanes}-bit vectors{pairs}"
     return Check("instruction set", "ok", found, "MOEC_CPU_ISA=avx2 (or plain) takes a smaller one")
 
 

@@ -204,6 +204,7 @@ def test_gradients_of_expanded_and_narrow_outputs():
     ("isa", "name"),
     [
         ("plain", "swiglu_bf16"),
+        ("amx_bf16", "separate_bf16"),
         *(
             pytest.param("avx512_bf16", name, marks=pytest.mark.slow)
             for name in ("oss_bf16", "separate_bf16", "plain_bf16")

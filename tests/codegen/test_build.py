@@ -211,6 +211,26 @@ def test_avx512_bf16_compiles_to_pair_products_in_registers(tmp_path):
     assert longest_run_without_spills(listing) >= 24
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the host is not x86-64")
+def test_amx_compiles_to_products_of_tiles(tmp_path):
+    """Built for the real instructions, and only looked at: four products a step, nothing of its loop on the stack."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    target = replace(Target.host().emulating("amx_bf16"), flags=_flags("amx_bf16"), tile_rows=12, dot_rows=6)
+    build(cpp.emit(replace(SPEC, router=None), target), target, tmp_path)
+    (built,) = tmp_path.glob("*.so")
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", built], capture_output=True, text=True).stdout
+    kernels = [text for text in listing.split("\n\n") if "micro_tiles" in text.partition("\n")[0]]
+    assert kernels
+    for kernel in kernels:
+        lines = kernel.splitlines()
+        products = [i for i, line in enumerate(lines) if "tdpbf16ps" in line]
+        assert len(products) in (2, 4), "rows of one group or of two, against two of columns"
+        step = lines[products[0] - 4 : products[-1] + 1]
+        assert not [line for line in step if "rsp" in line or "rbp)" in line], "operands of a step are in registers"
+    assert listing.count("ldtilecfg") == listing.count("tilerelease") >= 1
+
+
 def _flags(isa):
     from moec.target import _ISAS
 

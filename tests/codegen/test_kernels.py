@@ -3,6 +3,8 @@
 Every case is one build of about two seconds, so each combines several features; together they cover all values.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from moe_reference import CLAMPED, layer, make_params, relative, routing
@@ -134,13 +136,28 @@ def test_routing_equals_twin_on_the_same_logits(name):
 
 
 @pytest.mark.parametrize("name", ["swiglu_bf16", "oss_bf16"])
-def test_avx512_bf16_logic_by_emulation(name):
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx_bf16"])
+def test_pairs_and_tiles_by_emulation(isa, name):
     """The kernels that multiply pairs of bf16, built for this host with 16-lane vectors in several registers."""
-    target = Target.host().emulating("avx512_bf16")
+    target = Target.host().emulating(isa)
     assert target.bf16_pairs
     kernel = kernel_for(SPECS[name], target)
     check_experts(SPECS[name], kernel)
     check_moe(SPECS[name], kernel)
+
+
+def test_tiles_take_rows_from_anywhere_in_blocks_of_any_size():
+    """All rows packed, none streamed; K in one block or several, with and without a part that fills no tile."""
+    spec = replace(SPECS["swiglu_bf16"], router=None)
+    kernel = kernel_for(spec, Target.host().emulating("amx_bf16"))
+    params = make_params(spec.experts, 200, 70, 5)
+    for T, kind in ((1, "random"), (64, "same"), (85, "sentinels"), (130, "random")):
+        weights, experts = routing(kind, T, 5, 2)
+        for x in (torch.randn(T, 200).bfloat16(), torch.randn(T, 212).bfloat16()[:, 7:207]):
+            want = twin.experts(x, weights, experts, params, spec)
+            for block, depth in ((192, 512), (40, 64), (17, 96), (192, 70)):
+                tuning = Tuning((0, 0), (16, 16), (96, 48), block, 512, (depth, depth), 1 << 20)
+                close(kernel.tuned(tuning).experts(x, weights, experts, params), want, "bf16")
 
 
 def test_plain_target_equals_twin():

@@ -76,7 +76,7 @@ def test_results_are_those_of_the_copy(name, weights):
     check(SPECS[name], weights, load_packed(str(SPECS[name]), weights, None))
 
 
-@pytest.mark.parametrize(("isa", "weights"), [("avx512_bf16", "packed"), ("neon", "int8:16")])
+@pytest.mark.parametrize(("isa", "weights"), [("avx512_bf16", "packed"), ("amx_bf16", "packed"), ("neon", "int8:16")])
 def test_other_vectors_and_pairs(isa, weights):
     spec = KernelSpec(ExpertsSpec("bf16"), None)
     check(spec, weights, load_packed(str(spec), weights, None, Target.host().emulating(isa)))

@@ -1,7 +1,9 @@
 """Target: the instruction set is the best of the host's, or the one asked for; asking for another is an error."""
 
 import pytest
+import torch
 
+from moec import target
 from moec.errors import OptionError
 from moec.target import Target, find_compiler, supported_isas
 
@@ -13,7 +15,27 @@ def test_supported_by_capabilities():
     assert supported_isas(avx2) == ("avx2", "plain")
     assert supported_isas(avx512) == ("avx512", "avx2", "plain")
     assert supported_isas({**avx512, "avx512_bf16": True})[0] == "avx512_bf16"
+    amx = {**avx512, "avx512_bf16": True, "amx_tile": True, "amx_bf16": True}
+    assert supported_isas(amx)[:2] == ("amx_bf16", "avx512_bf16")
+    assert supported_isas({**amx, "amx_bf16": False})[0] == "avx512_bf16"
     assert supported_isas({"architecture": "aarch64"}) == ("neon", "plain")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tiles_are_used_where_linux_lets_this_process(monkeypatch, allowed):
+    names = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "amx_tile", "amx_bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    monkeypatch.setattr(target, "may_use_tiles", lambda: allowed)
+    host = target._host.__wrapped__(None, None)
+    assert (host.isa, host.tiles) == (("amx_bf16", True) if allowed else ("avx512_bf16", False))
+    if not allowed:
+        with pytest.raises(OptionError, match="this host cannot run it"):
+            target._host.__wrapped__("amx_bf16", None)
+
+
+@pytest.mark.skipif(torch.cpu.get_capabilities().get("amx_tile", False), reason="this host has tiles")
+def test_linux_refuses_tiles_that_there_are_not():
+    assert not target.may_use_tiles()
 
 
 def test_host_honours_the_environment(monkeypatch):
