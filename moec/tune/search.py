@@ -5,13 +5,16 @@ Pure: the same answers give the same questions and the same decision, which is w
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.03  # the default is kept unless it is beaten by this share of its time
 _ENOUGH = 24  # measurements of each of the last two
-_FEWEST = 3  # measurements on which a candidate may win
+_FEWEST = 8  # turns with the default in which a candidate may win
+_MOSTLY = 0.8  # and the share of them in which it must be faster: a neighbour's load makes medians of few turns lie
+_AT_LEAST = 4  # candidates that are tried whatever they cost
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Decision:
-    """Candidates in order, best first; `winner` is 0, the default, unless another beat it by the margin."""
+    """Candidates in order, best first; `winner` is 0, the default, unless another beat it by the margin, mostly."""
 
     winner: int
     standings: tuple[Standing, ...]
@@ -59,15 +62,22 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
     """Ask for measurements of candidates 0 (the default) to `count` - 1 until `budget` seconds are spent.
 
     Rounds: all are measured in turns, the slower half is left out, the rest is measured twice as often. The default
-    stays to the end, so that it and its rivals are measured side by side.
+    stays to the end, so that it and its rivals are measured side by side. Of candidates for whose rounds the budget is
+    too small the last ones, which are the least promising, are not tried.
     """
     seconds: dict[int, list[float]] = {c: [] for c in range(count)}
     failed: dict[int, str] = {}
-    alive, turns, spent = list(range(count)), 1, 0.0
+    first = yield 0
+    spent = first.spent
+    if first.failed:
+        failed[0] = first.failed
+    else:
+        seconds[0].append(first.seconds)
+    alive, turns = list(range(_affordable(count, budget, spent))), 1
     while spent < budget and alive:
         for _ in range(turns):
             for candidate in alive:
-                if candidate in failed or spent >= budget:
+                if candidate in failed or spent >= budget or (candidate == 0 and turns == 1):
                     continue
                 record = yield candidate
                 spent += record.spent
@@ -84,6 +94,15 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
     return decide(tuple(Standing(c, tuple(seconds[c]), failed.get(c, "")) for c in range(count)))
 
 
+def _affordable(count: int, budget: float, cost: float) -> int:
+    """How many candidates that cost `cost` seconds a measurement can be halved to two within the budget."""
+
+    def measurements(n: int) -> int:  # each round has as many as the first
+        return n * (1 + math.ceil(math.log2(n)))
+
+    return next((n for n in range(count, _AT_LEAST, -1) if measurements(n) * cost <= budget), min(count, _AT_LEAST))
+
+
 def _faster_half(alive: Sequence[int], seconds: dict[int, list[float]]) -> list[int]:
     measured = sorted((c for c in alive if seconds[c]), key=lambda c: (statistics.median(seconds[c]), c))
     kept = measured[: max(2, (len(measured) + 1) // 2)]
@@ -93,9 +112,19 @@ def _faster_half(alive: Sequence[int], seconds: dict[int, list[float]]) -> list[
 
 
 def decide(standings: Sequence[Standing]) -> Decision:
-    """The winner: the best of those measured often enough if it beats the default by the margin, else the default."""
+    """The winner: the best of those that beat the default, else the default."""
     order = tuple(sorted(standings, key=lambda s: (s.median, s.candidate)))
     default = next(s for s in standings if s.candidate == 0)
-    rivals = [s for s in order if s.candidate and len(s.seconds) >= _FEWEST and s.median < float("inf")]
-    beaten = bool(rivals) and rivals[0].median < (1 - MARGIN) * default.median
-    return Decision(rivals[0].candidate if beaten else 0, order)
+    winner = next((s.candidate for s in order if s.candidate and _beats(s, default)), 0)
+    return Decision(winner, order)
+
+
+def _beats(rival: Standing, default: Standing) -> bool:
+    """Whether a rival was faster by the margin, and mostly faster, in the turns that it had with the default."""
+    if rival.failed or len(rival.seconds) < _FEWEST:
+        return False
+    if default.failed:
+        return True
+    ratios = [one / other for one, other in zip(rival.seconds, default.seconds, strict=False)]
+    faster = sum(ratio < 1 for ratio in ratios)
+    return statistics.median(ratios) < 1 - MARGIN and faster >= _MOSTLY * len(ratios)

@@ -1,6 +1,7 @@
 """Tuning: halving decides rightly, a crash costs one candidate, and a killed search ends as if it had not been."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -71,6 +72,32 @@ def test_noise_does_not_unseat_the_default():
     rng = random.Random(3)
     wins = sum(hold(search(16, 1e9), lambda c, _: rng.gauss(1.0, 0.02))[0].winner != 0 for _ in range(20))
     assert wins <= 2
+
+
+def test_a_neighbour_s_load_decides_nothing():
+    """Load makes all slow for some turns: medians of unlike turns would prefer what was measured in between."""
+    rng = random.Random(5)
+    wins = []
+    for _ in range(20):
+        load = [rng.choice((1.0, 1.0, 1.6, 2.5)) for _ in range(4000)]
+        talk = search(32, 240.0)
+        wins.append(hold(talk, lambda c, n, load=load: load[n // 8] * rng.gauss(1.0, 0.05), spent=1.0)[0].winner)
+    assert sum(w != 0 for w in wins) <= 1
+
+    def time_of(candidate, turn):
+        return load[turn // 8] * rng.gauss(0.8 if candidate == 9 else 1.0, 0.03)
+
+    won = [hold(search(32, 600.0), time_of, spent=1.0)[0].winner for _ in range(5)]
+    assert won.count(9) >= 4
+
+
+def test_what_the_budget_cannot_halve_is_not_tried():
+    _, asked = hold(search(200, 60.0), lambda c, _: 1.0, spent=0.25)
+    tried = max(asked) + 1
+    assert tried * (1 + math.ceil(math.log2(tried))) * 0.25 <= 60 < 200 * 0.25 * 2
+    assert asked.count(0) >= 24, "the last two are measured often"
+    assert max(hold(search(200, 1.0), lambda c, _: 1.0, spent=0.5)[1]) <= 3
+    assert max(hold(search(3, 1.0), lambda c, _: 1.0, spent=0.5)[1]) <= 2
 
 
 def test_the_budget_ends_the_search_and_one_measurement_does_not_win():
