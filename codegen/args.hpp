@@ -57,6 +57,9 @@ struct Args {
   Vector router_bias, selection_bias;
   int64_t* waits;  // [threads] to which the nanoseconds that each thread waits for others are added; null: not measured
   Experts scale_a, scale_b, scale_out;  // of matrices that are kept as codes, in fp32
+  int64_t nodes, cpus;                  // memory nodes, 1 or more; processors in the table
+  const int32_t* node_of_cpu;           // null where there is one node
+  const int32_t* node_of_expert;
 
   template <class T>
   MOEC_INLINE T* at(int64_t offset) const { return reinterpret_cast<T*>(work + offset); }

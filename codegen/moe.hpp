@@ -2,6 +2,9 @@
 // combine. Every task writes its own outputs, so results do not depend on the number of threads.
 #pragma once
 #include <omp.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <atomic>
 #include <type_traits>
@@ -34,10 +37,22 @@ struct Range {
   Iterator end() const { return {last}; }
 };
 
+// Segments of experts whose weights lie on one memory node follow one another, so that each node has a queue of tasks.
+constexpr int NODES = 8;
 struct Shared {
-  std::atomic<int64_t> next[2];
-  int64_t segments;
+  std::atomic<int64_t> next[2][NODES];
+  int64_t end[2][NODES], segments[NODES + 1], rows;
 };
+
+MOEC_INLINE int node_here(const Args& a) {
+#if defined(__linux__)
+  if (a.nodes > 1) {
+    const int cpu = sched_getcpu();
+    if (cpu >= 0 && cpu < a.cpus) return a.node_of_cpu[cpu];
+  }
+#endif
+  return 0;
+}
 
 template <class K>
 class Layer {
@@ -166,18 +181,24 @@ class Layer {
       if (uint64_t(e[p]) < uint64_t(a.E)) begin[e[p] + 1]++;
     Segment* s = segments;
     int64_t end[2] = {0, 0};
-    for (int64_t i = 0; i < a.E; i++) {
-      const int64_t rows = begin[i + 1], blocks = (rows + a.row_block - 1) / a.row_block;
-      begin[i + 1] += begin[i];
-      for (int64_t b = 0; b < blocks; b++) {
-        const int64_t r0 = rows * b / blocks, m = rows * (b + 1) / blocks - r0;
-        end[0] += (a.F + columns(0, m) - 1) / columns(0, m);
-        end[1] += (a.O + columns(1, m) - 1) / columns(1, m);
-        *s++ = {i, begin[i] + r0, m, {end[0], end[1]}};
+    for (int64_t i = 0; i < a.E; i++) begin[i + 1] += begin[i];
+    shared.rows = begin[a.E];
+    for (int node = 0; node < a.nodes; node++) {
+      for (int phase : {0, 1}) shared.next[phase][node] = end[phase];
+      shared.segments[node] = s - segments;
+      for (int64_t i = 0; i < a.E; i++) {
+        if (a.nodes > 1 && a.node_of_expert[i] != node) continue;
+        const int64_t rows = begin[i + 1] - begin[i], blocks = (rows + a.row_block - 1) / a.row_block;
+        for (int64_t b = 0; b < blocks; b++) {
+          const int64_t r0 = rows * b / blocks, m = rows * (b + 1) / blocks - r0;
+          end[0] += (a.F + columns(0, m) - 1) / columns(0, m);
+          end[1] += (a.O + columns(1, m) - 1) / columns(1, m);
+          *s++ = {i, begin[i] + r0, m, {end[0], end[1]}};
+        }
       }
+      for (int phase : {0, 1}) shared.end[phase][node] = end[phase];
     }
-    shared.segments = s - segments;
-    shared.next[0] = shared.next[1] = 0;
+    shared.segments[a.nodes] = s - segments;
     for (int64_t p = 0; p < pairs; p++) {
       const bool known = uint64_t(e[p]) < uint64_t(a.E);
       const int64_t at = known ? begin[e[p]]++ : -1;
@@ -192,8 +213,7 @@ class Layer {
   int64_t columns(int phase, int64_t m) const { return m > a.few[phase] ? a.many_cols[phase] : a.few_cols[phase]; }
 
   void scale_rows() {
-    const Segment& last = segments[shared.segments - 1];
-    for (int64_t i : share(shared.segments ? last.row + last.rows : 0))
+    for (int64_t i : share(shared.rows))
       copy_row<P>(a.x, t0 + pair[i] / a.k, a.H, weight[pair[i]], a.at<A>(a.at_x) + i * a.ld_x);
   }
 
@@ -214,14 +234,23 @@ class Layer {
   // Tasks are taken in runs: long ones first, so that a thread reads memory in long stretches and what it fetches ahead
   // is what it needs next; single ones last, so that all threads end together. A run is a share of the work that is left:
   // the tasks of experts that many tokens chose are the longer ones.
+  // Those of the node that the thread runs on come first.
   template <int phase>
   void tasks() {
-    const int64_t total = shared.segments ? segments[shared.segments - 1].end[phase] : 0;
-    const Segment* s = segments;
-    for (int64_t i = shared.next[phase]; i < total;) {
+    const int here = node_here(a);
+    for (int64_t n = 0; n < a.nodes; n++) tasks_of<phase>(int((here + n) % a.nodes));
+  }
+
+  template <int phase>
+  void tasks_of(int node) {
+    std::atomic<int64_t>& next = shared.next[phase][node];
+    const int64_t total = shared.end[phase][node];
+    const Segment* const stop = segments + shared.segments[node + 1];
+    const Segment* s = segments + shared.segments[node];
+    for (int64_t i = next; i < total;) {
       while (i >= s->end[phase]) s++;
-      const int64_t run = run_from<phase>(s, i);
-      if (!shared.next[phase].compare_exchange_weak(i, i + run)) continue;
+      const int64_t run = run_from<phase>(s, stop, i);
+      if (!next.compare_exchange_weak(i, i + run)) continue;
       Task now = task<phase>(s, i);
       for (int64_t last = i + run - 1; i <= last; i++) {
         const Task after = i < last ? task<phase>(now.s, i + 1) : now;
@@ -229,18 +258,17 @@ class Layer {
         else project_out(*now.s, now.j, now.n, after);
         s = now.s, now = after;
       }
-      i = shared.next[phase];
+      i = next;
     }
   }
 
-  // How many tasks from number i on, which is one of segment s, are a share of the work that is left.
+  // How many tasks from number i on, which is one of segment s, are a share of the node's work that is left.
   template <int phase>
-  int64_t run_from(const Segment* s, int64_t i) const {
-    const Segment* const stop = segments + shared.segments;
+  int64_t run_from(const Segment* s, const Segment* stop, int64_t i) const {
     const auto cost = [this](const Segment* t) { return columns(phase, t->rows) * (t->rows + READ); };
     int64_t left = 0, at = i;
     for (const Segment* t = s; t < stop; at = t->end[phase], t++) left += (t->end[phase] - at) * cost(t);
-    int64_t share = left / (2 * threads);
+    int64_t share = left / (2 * std::max<int64_t>(1, threads / a.nodes));
     at = i;
     for (const Segment* t = s; t < stop && share >= cost(t); t++) {
       const int64_t n = std::min(t->end[phase] - at, share / cost(t));

@@ -23,6 +23,7 @@ from rich.text import Text
 from moec.codegen.build import compiler_version
 from moec.errors import MoecError
 from moec.options import Environment
+from moec.runtime.nodes import nodes
 from moec.target import Target
 from moec.view.fitting import FittingTable
 
@@ -92,7 +93,11 @@ def _threads() -> Check:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     found = f"torch uses {threads}, the process may use {usable} logical cores"
-    return Check("threads", "ok" if threads <= usable else "note", found, "OMP_NUM_THREADS or torch.set_num_threads(n)")
+    way_out = "OMP_NUM_THREADS or torch.set_num_threads(n)"
+    if nodes().count > 1:
+        found += f" of {nodes().count} memory nodes; each takes weights of its own node first"
+        way_out += "; OMP_PROC_BIND=spread keeps threads on their node"
+    return Check("threads", "ok" if threads <= usable else "note", found, way_out)
 
 
 def _cache() -> Check:

@@ -26,11 +26,13 @@ from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.options import Environment
 from moec.runtime import tune_cache
 from moec.runtime.binding import Bindings, checked_sizes
+from moec.runtime.nodes import ONE, words_of
 from moec.target import Target
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0, 0, 0, 0)
 _NO_ROUTER = (0,) * 8
+_MATRICES = ("a", "b", "ab", "out")  # the groups of parameters that weigh
 
 
 def kernel_source(spec: str) -> str:
@@ -90,7 +92,7 @@ def release_workspace() -> None:
 class Bound:
     """Parameters as words of `Args`, E, H, F, O, and what must outlive the call: pointer tables, and copies if any.
 
-    `scales` are words too, of matrices that are kept as codes.
+    `scales` are words too, of matrices that are kept as codes, and `nodes`, which say where memory is.
     """
 
     words: tuple[int, ...]
@@ -101,6 +103,7 @@ class Bound:
     alive: tuple[object, ...]
     copied: bool
     scales: tuple[int, ...] = (0,) * 15
+    nodes: tuple[int, ...] = ONE
 
 
 class Kernel:
@@ -258,6 +261,7 @@ class Kernel:
         words.extend(router)
         words.append(self._waits.buffer_info()[0] if self._waits is not None else 0)
         words.extend(bound.scales)
+        words.extend(bound.nodes)
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
         function(words.buffer_info()[0])
@@ -288,7 +292,10 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     # Scales of a tensor that a and b share are told by the output's number, not by where b's begin.
     scale_a, scale_b = _pair(found, "scale_", s.gate, 0, False)
     scales = (*scale_a, *scale_b, *found.get("scale_out", ABSENT))
-    return Bound(words, experts, hidden, width, wide, tuple(alive), any(isinstance(a, list) for a in alive), scales)
+    copied = any(isinstance(a, list) for a in alive)
+    kinds = (params[i * count : (i + 1) * count] for i, group in enumerate(groups) if group in _MATRICES)
+    nodes = words_of(list(kinds), alive)
+    return Bound(words, experts, hidden, width, wide, tuple(alive), copied, scales, nodes)
 
 
 def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:

@@ -28,6 +28,7 @@ from moec.options import Environment
 from moec.report import PackRecord
 from moec.runtime.copies import Copies, tell
 from moec.runtime.cpu import ABSENT, Bound, Kernel, bind, router_storage
+from moec.runtime.nodes import words_of
 from moec.runtime.tune_cache import Key
 from moec.target import Target
 
@@ -79,7 +80,9 @@ class PackedKernel(Kernel):
         stored = sum(p.numel() * p.element_size() for p in params)
         tell(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
         words = _words(packed, self._storage, original.H, original.F)
-        return Bound(words, original.E, original.H, original.F, original.O, (packed,), True)
+        alive: list[object] = [packed]
+        nodes = words_of([[t] for name, t in packed.tensors.items() if name in ("a", "b", "out")], alive)
+        return Bound(words, original.E, original.H, original.F, original.O, tuple(alive), True, nodes=nodes)
 
 
 def _words(packed: Packed, storage: Storage, hidden: int, width: int) -> tuple[int, ...]:

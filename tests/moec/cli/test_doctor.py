@@ -1,11 +1,13 @@
 """doctor: every check answers, and broken things are named with a way out."""
 
 import json
+from array import array
 
 import pytest
 
 from moec.cli import commands as cli
 from moec.doctor import machine as doctor
+from moec.runtime.nodes import Nodes
 
 
 def test_every_check_says_what_was_found_and_the_way_out(monkeypatch):
@@ -22,6 +24,13 @@ def test_a_cache_that_cannot_be_written_is_broken(monkeypatch, tmp_path):
     check = doctor._cache()
     assert check.status == "broken"
     assert "MOEC_CACHE_DIR" in check.way_out
+
+
+def test_threads_of_several_memory_nodes(monkeypatch):
+    monkeypatch.setattr(doctor, "nodes", lambda: Nodes(2, array("i", [0, 1]), (0, 1)))
+    check = doctor._threads()
+    assert "2 memory nodes" in check.found
+    assert "OMP_PROC_BIND" in check.way_out
 
 
 def test_a_missing_compiler_is_broken(monkeypatch):
