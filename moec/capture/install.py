@@ -26,6 +26,8 @@ from moec.capture.helpers import Known
 from moec.capture.rewrite import promising, promising_by, rewrite
 from moec.capture.state import NotRolled
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
 
 @dataclass
 class _Installation:
@@ -114,9 +116,12 @@ def install_class(cls: type) -> None:
 
 
 def install_function(function: Callable[..., Any], cls: type = object) -> None:
-    """Switch rolling on for one function (of a class), those it wraps, and the functions of its file that it names."""
+    """Switch rolling on for one function (of a class), those it wraps, and the functions of its file that it names.
+
+    torch's own are left alone, and not gone through: their names lead to all of torch, and none is part of a model.
+    """
     for inner in functions_of(function):
-        if not _first_time(inner):
+        if not _first_time(inner) or inner.__code__.co_filename.startswith(_TORCH):
             continue
         known = _known(inner, cls)
         if promising(inner.__code__) or promising_by(inner.__code__, known):
