@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 FIRST = (
     "tests/codegen/test_triton.py",
@@ -44,7 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made stays: the collector need not look at it again in every compile."""
+    """No text of graphs and guards for pytest, which listens to every logger that does not propagate: also to the one
+    by which torch asks whether somebody wants them. And what the imports made stays: the collector need not look at it
+    again in every compile."""
+    logging.getLogger("torch.__trace").propagate = True
     gc.collect()
     gc.freeze()
 
@@ -71,4 +76,11 @@ def guards_are_not_timed() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guards, "profile_guard_manager", lambda root, scope, rounds: 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_are_not_remembered() -> Iterator[None]:
+    """Fake tensors' cache makes each result twice, to see if it can be kept; a layer asks for few results again."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         yield
