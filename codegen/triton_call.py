@@ -171,6 +171,12 @@ class At:
         row, column = self.operands.x_strides
         return (self.sizes.T - 1) * row + (self.sizes.H - 1) * column >= WIDE
 
+    @property
+    def wide_router(self) -> bool:
+        """Whether an offset into the router's matrix passes 2³¹."""
+        row, column = self.operands.router_strides
+        return (self.sizes.E - 1) * row + (self.sizes.H - 1) * column >= WIDE
+
     def wide_w(self, *groups: str) -> bool:
         """Whether an offset into one expert's matrix passes 2³¹."""
         extents = {"out": (self.sizes.O, self.sizes.F)}

@@ -20,6 +20,7 @@ VARIANTS = ("sorted", "decode")
 COMBINES = ("fused", "separate", "atomic")
 NATIVE_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 WEIGHTS = ("pointers", "descriptors")
+_WIDEST, _MOST_STAGES, _MOST_PROGRAMS = 1024, 64, 1 << 16  # more than any GPU holds, less than overflows
 _KINDS: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "str": str,
@@ -84,12 +85,15 @@ class GpuConfig:
         """Raises CodegenError for a number that no kernel takes."""
         for name in ("block_m", "block_n", "block_k"):
             value, least = getattr(self, name), 1 if name == "block_n" and self.variant == "decode" else 16
-            if value < least or value & (value - 1):
-                raise CodegenError(f"GpuConfig.{name}={value}: expected a power of two, at least {least}")
+            if not least <= value <= _WIDEST or value & (value - 1):
+                raise CodegenError(f"GpuConfig.{name}={value}: expected a power of two, {least} to {_WIDEST}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise CodegenError(f"GpuConfig.num_warps={self.num_warps}: expected 1, 2, 4, 8 or 16")
-        if self.num_stages < 1 or self.group_m < 1:
-            raise CodegenError(f"GpuConfig: num_stages={self.num_stages}, group_m={self.group_m}; expected at least 1")
+        if not 1 <= self.num_stages <= _MOST_STAGES or not 1 <= self.group_m <= _MOST_PROGRAMS:
+            raise CodegenError(
+                f"GpuConfig: num_stages={self.num_stages}, group_m={self.group_m}; "
+                f"expected 1 to {_MOST_STAGES} and 1 to {_MOST_PROGRAMS}"
+            )
         if self.variant not in VARIANTS or self.combine not in COMBINES:
             raise CodegenError(
                 f"GpuConfig: variant={self.variant!r}, combine={self.combine!r}; "
@@ -98,10 +102,10 @@ class GpuConfig:
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        if self.weights not in WEIGHTS or self.programs < 0:
+        if self.weights not in WEIGHTS or not 0 <= self.programs <= _MOST_PROGRAMS:
             raise CodegenError(
                 f"GpuConfig: weights={self.weights!r}, programs={self.programs}; "
-                f"expected one of {', '.join(WEIGHTS)} and at least 0"
+                f"expected one of {', '.join(WEIGHTS)} and 0 to {_MOST_PROGRAMS}"
             )
         if self.variant == "decode" and (self.weights != "pointers" or self.programs or self.specialized):
             raise CodegenError(

@@ -240,7 +240,7 @@ def _load(source: str, interpreted: bool) -> ModuleType:
 def _written(path: Path, source: str) -> Path:
     """`path` with `source` in it; what is there already is kept where it is the same."""
     try:
-        if path.exists() and path.read_text(encoding="utf-8") == source:
+        if path.exists() and path.read_bytes() == source.encode():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, source)

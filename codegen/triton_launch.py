@@ -232,7 +232,7 @@ def _decode_logits(at: At) -> Launch:
     s = at.sizes
     block_h = min(2048, max(64, power_of_two(s.H)))
     assert at.spec.router is not None
-    consts = constants(**router_consts(at), BLOCK_E=1, BLOCK_H=block_h)
+    consts = constants(**router_consts(at), BLOCK_E=1, BLOCK_H=block_h, WIDE_ROUTER=at.wide_router)
     pointers = (*router_operands(at), *router_bias(at), pointer("logits", at.spec.router.compute))
     return Launch("decode_logits", (s.E, s.T), (*pointers, *consts), 8, 1)
 

@@ -197,6 +197,7 @@ def _router(at: At) -> Launch:
     consts = constants(
         **router_consts(at), BLOCK_T=tile.tokens, BLOCK_E=tile.experts, BLOCK_H=tile.step, DEPTH=tile.depth,
         EVEN_H=s.H % tile.depth == 0, WIDE_X=at.wide_x, HALF=_half(at), COUNTS=math.prod(_counts(at, groups).shape),
+        WIDE_ROUTER=at.wide_router,
     )  # fmt: skip
     written = pointer("parts", "f32"), pointer("counts", "i32"), pointer("counters", "i32")
     arguments = (*router_operands(at), *written, Argument("T", "i32", s.T), *consts)

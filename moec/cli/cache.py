@@ -158,5 +158,6 @@ def entries_table(entries: Sequence[Entry]) -> Table:
         k = e.key
         layer = f"{k.spec}\nH={k.H} F={k.F} E={k.E} k={k.k} {k.weights}".rstrip()
         cells = (layer, str(k.T), str(k.threads), f"{e.median / 1e3:.3g}", f"{e.default / 1e3:.3g}", e.best)
-        table.add_row(*map(Text, cells), f"{e.by}, {e.profile}", e.date[:10], f"{k.isa}, {e.made.host}")
+        made = (f"{e.by}, {e.profile}", e.date[:10], f"{k.isa}, {e.made.host}")
+        table.add_row(*map(Text, (*cells, *made)))
     return table

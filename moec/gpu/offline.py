@@ -108,10 +108,21 @@ def _kept(path: Path) -> dict[str, Any] | None:
     """An earlier result; None where there is none or its file is damaged."""
     try:
         made = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, ValueError, EOFError, zlib.error):
+    except (OSError, ValueError, EOFError, RecursionError, zlib.error):
         return None
-    whole = isinstance(made, dict) and {"texts", "shared", "num_warps"} <= set(cast("dict[str, Any]", made))
-    return cast("dict[str, Any]", made) if whole else None
+    return cast("dict[str, Any]", made) if _is_made(made) else None
+
+
+def _is_made(made: Any) -> bool:
+    """Whether it is what `_made` returns: texts by kind, and two numbers."""
+    if not isinstance(made, dict):
+        return False
+    values = cast("dict[str, Any]", made)
+    texts, numbers = values.get("texts"), (values.get("shared"), values.get("num_warps"))
+    if not isinstance(texts, dict) or any(type(number) is not int for number in numbers):
+        return False
+    found = cast("dict[str, Any]", texts)
+    return not {"sass", "amdgcn"}.isdisjoint(found) and all(isinstance(text, str) for text in found.values())
 
 
 def _keep(made: dict[str, Any], path: Path) -> None:

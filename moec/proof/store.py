@@ -23,6 +23,8 @@ from moec.proof.sizes import Sizes
 ROOMS = ("**/*.py", "passes/**/*.py", "codegen/**/*.py")
 """Patterns of moec's source below its folder: `**` does not follow links, and passes and codegen may be some."""
 
+_REMEMBERED = ("proved", "wrong")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -53,9 +55,17 @@ def recall(key: str, folder: Path) -> Verdict | None:
         values: dict[str, Any] = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         values["routings"] = tuple(values["routings"])
         verdict = Verdict(**values)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
-    return replace(verdict, remembered=True)
+    return replace(verdict, remembered=True) if _is_whole(verdict) else None
+
+
+def _is_whole(verdict: Verdict) -> bool:
+    """Whether what was read has the types that were written."""
+    texts: tuple[Any, ...] = (verdict.status, verdict.reason, *verdict.routings)
+    numbers: tuple[Any, ...] = (verdict.error, verdict.seconds)
+    right = all(isinstance(text, str) for text in texts) and verdict.status in _REMEMBERED
+    return right and all(type(number) is float and not number < 0 for number in numbers)
 
 
 def remember(key: str, folder: Path, verdict: Verdict) -> None:

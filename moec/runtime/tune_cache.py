@@ -11,10 +11,10 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock
 
@@ -27,6 +27,8 @@ from moec.files import write_whole
 from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.target import Target
+
+T = TypeVar("T")
 
 FORMAT = "moec tuned 2"  # a line of any other is no entry
 INTERPRETER = "interpreter"
@@ -122,26 +124,38 @@ class Entry:
             raise ParseError(f"not JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ParseError(f"not an entry: expected an object with format {FORMAT!r}")
-        key, made = _built(Key, data.pop("key", None)), _built(Made, data.pop("made", None))
-        entry = _built(Entry, {**data, "key": key, "made": made})
+        key, made = built(Key, data.pop("key", None)), built(Made, data.pop("made", None))
+        entry = built(Entry, {**data, "key": key, "made": made})
         KernelSpec.parse(entry.key.spec)
         _ = entry.config, entry.tuning  # a text that is neither raises here
         return entry
 
 
-def _built(cls: type[Any], data: Any) -> Any:
-    """A frozen dataclass from a dictionary with exactly its fields, each of exactly its type."""
-    if not isinstance(data, dict) or set(data) != {f.name for f in fields(cls)}:
-        raise ParseError(f"{cls.__name__}: expected the fields {', '.join(f.name for f in fields(cls))}")
-    for f in fields(cls):
-        value: Any = data[f.name]
-        kind: type[Any] = {"int": int, "float": float, "str": str, "Key": Key, "Made": Made}[str(f.type)]
-        if kind is float and type(value) is int and abs(value) < 1e15:
-            data[f.name] = value = float(value)
-        bad_number = kind is float and isinstance(value, float) and not (math.isfinite(value) and value >= 0)
-        if type(value) is not kind or bad_number or (kind is int and not 0 <= value < 1 << 40):
-            raise ParseError(f"{cls.__name__}.{f.name}={value!r}: expected a {kind.__name__}")
-    return cls(**data)
+def built(cls: type[T], data: Any) -> T:
+    """A dataclass from a dictionary that was read: exactly its fields, each of its type, numbers finite and ≥ 0.
+
+    Raises ParseError for anything else.
+    """
+    known: tuple[Field[Any], ...] = fields(cast("Any", cls))
+    if not isinstance(data, dict) or set(cast("dict[Any, Any]", data)) != {f.name for f in known}:
+        raise ParseError(f"{cls.__name__}: expected the fields {', '.join(f.name for f in known)}")
+    values = cast("dict[str, Any]", data)
+    for f in known:
+        value, kind = values[f.name], str(f.type)
+        if kind == "float" and type(value) is int and abs(value) < 1e15:
+            values[f.name] = value = float(value)
+        if type(value).__name__ != kind or not _sane(value):
+            raise ParseError(f"{cls.__name__}.{f.name}={str(value)[:80]!a}: expected a {kind}")
+    return cls(**values)
+
+
+def _sane(value: Any) -> bool:
+    """Whether a number is one that is measured or counted; whether a text can be written."""
+    if isinstance(value, str):
+        return value.isascii() or not re.search("[\ud800-\udfff]", value)
+    if isinstance(value, float):
+        return math.isfinite(value) and value >= 0
+    return not isinstance(value, int) or 0 <= value < 1 << 40
 
 
 def bucket(tokens: int) -> int:
@@ -194,6 +208,8 @@ def _load(where: Path, changed: int) -> tuple[Entry, ...]:
 def read_file(path: Path) -> tuple[tuple[Entry, ...], str]:
     """The entries of a file, and what is wrong with its first other line (empty: nothing)."""
     try:
+        if not path.is_file():  # to read a pipe would wait for its writer
+            return (), "not a file"
         if path.stat().st_size > _LARGEST:
             return (), f"larger than {_LARGEST >> 20} MB"
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from filelock import FileLock, Timeout
 
 from moec.codegen.storage import panel_spec
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.tuning import Sizes, Tuning, candidates
-from moec.errors import MoecError, TargetError
+from moec.errors import MoecError, ParseError, TargetError
+from moec.files import write_whole
 from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.runtime import tune_cache
@@ -133,15 +134,20 @@ def _open(path: Path, job: Job) -> Journal:
     made = _made_of(job, job.spec)
     head = {"texts": list(_texts(job)), "job": asdict(job), "made": asdict(made)}
     lines = _whole_lines(path)
-    if lines and {name: lines[0].get(name) for name in head} == head and isinstance(lines[0].get("date"), str):
+    if lines and {name: lines[0].get(name) for name in head} == head and _is_date(lines[0].get("date")):
         journal = Journal(path, tuple(head["texts"]), lines[0]["date"], lines[1:], len(lines) - 1)
     else:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         journal, lines = Journal(path, tuple(head["texts"]), date, [], 0), [{**head, "date": date}]
-    fresh = path.with_suffix(".new")  # without the torn last line of a process that was killed
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    fresh.replace(path)
+    try:  # without the torn last line of a process that was killed
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+    except OSError as error:
+        raise TargetError(f"the journal {path} cannot be used: {error}; remove it or set MOEC_CACHE_DIR") from error
     return journal
+
+
+def _is_date(data: Any) -> bool:
+    return isinstance(data, str) and data.isascii()
 
 
 def _texts(job: Job) -> tuple[str, ...]:
@@ -162,17 +168,23 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         for line in text.split("\n")[:-1]:
             data = json.loads(line)
-            if not isinstance(data, dict) or ("record" in data and not _is_record(data["record"])):
+            if not isinstance(data, dict) or not _is_line(cast("dict[str, Any]", data)):
                 break
-            found.append(data)
+            found.append(cast("dict[str, Any]", data))
     except (OSError, ValueError, RecursionError):
         pass  # what was read before the damage still counts: it is only measurements, and more can be taken
     return found
 
 
-def _is_record(data: Any) -> bool:
-    kinds = {"candidate": int, "seconds": float, "spent": float, "failed": str}
-    return isinstance(data, dict) and {name: type(value) for name, value in data.items()} == kinds
+def _is_line(data: dict[str, Any]) -> bool:
+    """Whether what a line says of a measurement or a check is what one says."""
+    try:
+        record = tune_cache.built(Record, dict(data["record"])) if "record" in data else None
+    except (ParseError, TypeError, ValueError):
+        return False
+    check = (data["check"], data.get("wrong")) if "check" in data else ()
+    measured = record is None or record.seconds > 0 or bool(record.failed)
+    return measured and all(isinstance(text, str) for text in check)
 
 
 def _run(journal: Journal, worker: Asked, budget: float, progress: Callable[[float, int], None]) -> Decision:
@@ -252,18 +264,26 @@ def finished(folder: Path | None = None) -> list[tuple[Job, tuple[str, ...], Dec
         try:
             job = _job(lines[0]["job"])
             parse = GpuConfig.parse if job.device else Tuning.parse
-            texts = tuple(str(parse(text)) for text in lines[0]["texts"])
-            records = [Record(**line["record"]) for line in lines if "record" in line]
+            texts = tuple(str(parse(text)) for text in _strings(lines[0]["texts"]))
         except (MoecError, LookupError, TypeError):
             continue  # not a journal of this version
+        records = [Record(**line["record"]) for line in lines if "record" in line]
         found.append((job, texts, _standings(texts, records)))
     return found
 
 
 def _job(data: dict[str, Any]) -> Job:
-    """The job of a journal; raises LookupError or TypeError where the journal is another version's."""
-    sizes = Sizes(**data["sizes"])
-    return Job(data["spec"], sizes, data["threads"], data["profile"], data["weights"], data.get("device", ""))
+    """The job of a journal; raises ParseError, LookupError or TypeError where the journal is another version's."""
+    job = tune_cache.built(Job, {**data, "sizes": tune_cache.built(Sizes, data["sizes"])})
+    KernelSpec.parse(job.spec)
+    return job
+
+
+def _strings(data: Any) -> list[str]:
+    """The texts of a journal's candidates, of which there is one at least; raises TypeError for anything else."""
+    if not isinstance(data, list) or not data or not all(isinstance(text, str) for text in cast("list[Any]", data)):
+        raise TypeError("expected a list of texts")
+    return cast("list[str]", data)
 
 
 def _standings(texts: Sequence[str], records: Sequence[Record]) -> Decision:

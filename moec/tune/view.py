@@ -130,7 +130,7 @@ def plot(searches: Sequence[Search], path: Path) -> Path:
     layers = [f"H={s[0].sizes.H} F={s[0].sizes.F}\nE={s[0].sizes.E} k={s[0].sizes.k}" for s in searches]
     axes.set_xticks(
         range(len(searches)),
-        [f"T={s[0].sizes.T}\n{s[0].profile}\n{at}" for s, at in zip(searches, layers, strict=True)],
+        [f"T={s[0].sizes.T}\n{s[0].profile}\n{at}".replace("$", r"\$") for s, at in zip(searches, layers, strict=True)],
     )
     axes.set_xlabel("tokens, how they are spread, and the layer")
     axes.set_ylabel("median time ÷ default's (below 1: faster)")

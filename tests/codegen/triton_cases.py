@@ -13,13 +13,14 @@ from moe_reference import CLAMPED, PHI, layer, make_params, relative, routing
 from quick_interpreter import quick  # noqa: F401
 
 import moec.runtime.ops  # noqa: F401  # defines the ops
+from moec.codegen import twin
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig, default_config
 from moec.codegen.triton_launch import program
 from moec.errors import CodegenError
 from moec.gpu.target import gpu_target
 from moec.ir.dtypes import DTYPES
-from moec.ir.spec import ExpertsSpec, KernelSpec
+from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime.triton import TritonKernel, load_triton
 
 LIMITS = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
@@ -262,7 +263,7 @@ def test_defaults_are_sane():
     assert default_config(spec, Sizes(4096, 4096, 14336, 8, 2)).block_m == 128
     with pytest.raises(CodegenError, match="block_m=24"):
         GpuConfig(24, 32, 32)
-    with pytest.raises(CodegenError, match="block_n=8: expected a power of two, at least 16"):
+    with pytest.raises(CodegenError, match="block_n=8: expected a power of two, 16 to 1024"):
         GpuConfig(16, 8, 32)
 
 
@@ -271,3 +272,29 @@ def test_clamped_activation_of_interleaved_gates():
         ExpertsSpec("bf16", "interleaved", "kn", "kn", CLAMPED, bias_in=True, bias_out=True), y_dtype="bf16"
     )
     check_experts(spec, SORTED, 7, 32, 24, 3, 2)
+
+
+def spread_out(tensor, rows):
+    """`tensor` whose rows (axis -2, `rows` of them) lie so far apart that the last begins past 2³¹."""
+    row = (1 << 31) // (rows - 1) + 64
+    wide = torch.empty(rows * row - row + tensor.shape[-1], dtype=tensor.dtype)  # only what is written takes memory
+    return wide.as_strided(tensor.shape, (rows * row, row, 1)[-tensor.dim() :]).copy_(tensor)
+
+
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+def test_offsets_past_two_to_the_31(config):
+    """Rows of x, of the router and of an expert's matrix, each in turn."""
+    spec = KernelSpec(ExpertsSpec("f16"), RouterSpec(), "f16")
+    T, H, F, E, k = 3, 16, 2, 3, 2
+    params, x = make_params(spec.experts, H, F, E), torch.randn(T, H).half()
+    router = torch.randn(E, H).half()
+    want = twin.experts(x, *twin.route(x, [router], k, spec.router)[1:], params, spec)
+    far_x, far_router = spread_out(x, T), spread_out(router, E)
+    far_params = [spread_out(params[0][:1], 2 * F).expand(E, -1, -1), params[1]]
+    same = [params[0][:1].expand(E, -1, -1), params[1]]
+    run = kernel(spec, config).moe
+    for given, reference in (((far_x, router, params), want), ((x, far_router, params), want)):
+        y, _, weights, experts = run(given[0], [given[1]], given[2], k)
+        assert relative(y, reference) < LIMITS["f16"]
+    y, _, weights, experts = run(x, [router], far_params, k)
+    assert relative(y, twin.experts(x, weights, experts, same, spec)) < LIMITS["f16"]

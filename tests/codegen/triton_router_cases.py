@@ -101,7 +101,20 @@ def test_given_choices_are_ordered(monkeypatch, T, E, k, kind):
     check_order(run_routing(KernelSpec(ExpertsSpec()), T, E, k, experts=chosen), E)
 
 
-def check_router(r, config, T, E, k, dtype="f32", H=40):
+def lowest_of_equals(values, k, dim=-1, sorted=True):
+    """torch.topk, the lowest index first among equals."""
+    found = values.sort(dim=dim, descending=True, stable=True)
+    return torch.return_types.topk((found.values[..., :k], found.indices[..., :k]))
+
+
+def twin_route(monkeypatch, *args):
+    """The twin's routing, which takes the lowest index among equals, where torch.topk takes any."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "topk", lowest_of_equals)
+        return twin.route(*args)
+
+
+def check_router(monkeypatch, r, config, T, E, k, dtype="f32", H=40):
     spec = KernelSpec(ExpertsSpec(dtype), r, dtype)
     params = make_params(spec.experts, H, 16, E)
     x, w = torch.randn(T, H).to(DTYPES[dtype]), torch.randn(E, H).to(DTYPES[dtype])
@@ -112,10 +125,8 @@ def check_router(r, config, T, E, k, dtype="f32", H=40):
     # What follows is judged from the kernel's own logits: another order of summation may round one of them otherwise.
     assert relative(logits, want_logits) < (1e-6 if r.compute == "f32" else 4e-3)
     eye = torch.eye(E, dtype=logits.dtype)
-    _, want_weights, want_experts = twin.route(logits, [eye, *extra[r.bias :]], k, dataclasses.replace(r, bias=False))
-    if k == E:  # all are chosen: among equals torch.topk's order is its own (the lowest first: see the ties below)
-        (experts, at), (want_experts, to) = experts.sort(), want_experts.sort()
-        weights, want_weights = weights.gather(1, at), want_weights.gather(1, to)
+    plain = dataclasses.replace(r, bias=False)
+    _, want_weights, want_experts = twin_route(monkeypatch, logits, [eye, *extra[r.bias :]], k, plain)
     assert torch.equal(experts, want_experts)
     assert torch.equal(weights.isnan(), want_weights.isnan())  # of an expert that no chosen group has
     spoilt = weights.isnan().any(1)
@@ -129,32 +140,80 @@ def check_router(r, config, T, E, k, dtype="f32", H=40):
 @pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
 @pytest.mark.parametrize("name", ["bf16-bias", "groups-max"])
 @pytest.mark.parametrize("E", [4, 12, 16])
-def test_groups_of_few_and_of_many_experts(name, E, config):
+def test_groups_of_few_and_of_many_experts(monkeypatch, name, E, config):
     """Also of one each, and where groups lie together in a power of two."""
-    check_router(ROUTERS[name], config, 3, E, 2)
+    check_router(monkeypatch, ROUTERS[name], config, 3, E, 2)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_routers(name):
-    check_router(ROUTERS[name], SORTED, 5, 8, 3)
+def test_routers(monkeypatch, name):
+    check_router(monkeypatch, ROUTERS[name], SORTED, 5, 8, 3)
 
 
 @pytest.mark.parametrize("name", ["sigmoid-groups", "bf16-bias"])
-def test_routers_of_few_tokens(name):
-    check_router(ROUTERS[name], DECODE, 1, 12, 2)
+def test_routers_of_few_tokens(monkeypatch, name):
+    check_router(monkeypatch, ROUTERS[name], DECODE, 1, 12, 2)
 
 
 @pytest.mark.parametrize(("E", "k"), [(1, 1), (512, 16)])
-def test_routers_of_other_sizes(E, k):
-    check_router(ROUTERS["renormalized"], None, 1, E, k, "bf16")
+def test_routers_of_other_sizes(monkeypatch, E, k):
+    check_router(monkeypatch, ROUTERS["renormalized"], None, 1, E, k, "bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("T", "E", "k"), [(1, 4, 4), (7, 64, 6), (200, 128, 8), (13, 512, 16)])
-def test_all_routers(name, dtype, T, E, k):
-    check_router(ROUTERS[name], None, T, E, k, dtype)
+def test_all_routers(monkeypatch, name, dtype, T, E, k):
+    check_router(monkeypatch, ROUTERS[name], None, T, E, k, dtype)
+
+
+INF, NAN = float("inf"), float("nan")
+ODD = {
+    "one NaN": {3: NAN},
+    "NaNs": {1: NAN, 2: -NAN, 7: NAN, 11: NAN},
+    "all NaN": dict.fromkeys(range(12), NAN),
+    "infinite": {5: INF, 9: INF},
+    "infinite both ways": {0: -INF, 5: INF},
+    "nothing but one": {e: -INF for e in range(12) if e != 4},
+    "nothing": dict.fromkeys(range(12), -INF),
+    "zeros": {e: (-1.0) ** e * 0.0 for e in range(12)},
+}
+
+
+def check_odd_logits(monkeypatch, name, row, config):
+    """The experts chosen by a row of logits, and their weights, are the twin's, among equals the lowest."""
+    E, k, T, H = 12, 5, 2, 16
+    r = dataclasses.replace(ROUTERS[name], bias=False, compute="f32")
+    logits = torch.linspace(-2, 2, E)[torch.randperm(E, generator=torch.Generator().manual_seed(1))]
+    logits[list(ODD[row])] = torch.tensor(list(ODD[row].values()))
+    router, x = torch.zeros(E, H), torch.zeros(T, H)
+    router[:, 0], x[:, 0] = logits, 1
+    extra = [torch.linspace(-0.5, 0.5, E)] if r.selection_bias else []
+    spec = KernelSpec(ExpertsSpec(), r)
+    y, given, weights, experts = kernel(spec, config).moe(x, [router, *extra], make_params(spec.experts, H, 8, E), k)
+    assert torch.equal(given.nan_to_num(), logits.expand(T, E).nan_to_num())
+    _, want, chosen = twin_route(monkeypatch, x, [router, *extra], k, r)
+    assert torch.equal(experts, chosen)
+    weights, want = weights.float(), want.float()
+    assert torch.equal(weights.isnan(), want.isnan())
+    assert torch.equal(weights.isinf(), want.isinf())
+    assert torch.allclose(weights, want, 8e-3 if r.weight_dtype == "bf16" else 1e-5, 1e-30, equal_nan=True)
+    del y
+
+
+@pytest.mark.parametrize("row", ODD)
+@pytest.mark.parametrize("name", ["renormalized", "sigmoid-groups", "logits"])
+def test_odd_logits(monkeypatch, name, row):
+    check_odd_logits(monkeypatch, name, row, SORTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+@pytest.mark.parametrize("row", ODD)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_all_odd_logits(monkeypatch, name, row, config):
+    check_odd_logits(monkeypatch, name, row, config)
 
 
 @pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
