@@ -223,6 +223,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def lanes(warps: int) -> int:
+    """Threads of so many warps, at most: AMD's may have 64."""
+    return 64 * warps
+
+
 def ceil_div(n: int, to: int) -> int:
     return -(-n // to)
 
@@ -234,7 +239,7 @@ def tile_buffers(at: At) -> tuple[Buffer, ...]:
         Buffer("offsets", "i32", (at.sizes.E + 1,)),
         Buffer("tile_expert", "i32", (at.m_tiles,)),
         Buffer("tile_row", "i32", (at.m_tiles,)),
-        Buffer("counters", "i32", (6,)),
+        Buffer("counters", "i32", (7,)),
     )
 
 

@@ -43,6 +43,7 @@ DONE = tl.constexpr(2)
 ROWS = tl.constexpr(3)
 TAKEN = tl.constexpr(4)  # units of routing taken, and of choices done
 CHOSEN = tl.constexpr(5)
+WRITTEN = tl.constexpr(6)  # read by none
 
 
 @triton.jit

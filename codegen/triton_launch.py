@@ -36,6 +36,7 @@ from moec.codegen.triton_call import (
     constants,
     depth_of_step,
     gemm_consts,
+    lanes,
     param_arguments,
     permute,
     pointer,
@@ -210,7 +211,7 @@ def _down(at: At) -> Launch:
     extra, numbers = _combined(at)
     consts = constants(
         **numbers, F=s.F, **strides, **gemm_consts(at, s.F), EVEN_N=s.O % c.block_n == 0,
-        WIDE_H=at.pairs * s.F >= WIDE, WIDE_W=at.wide_w("out"), FUSED=fused, **_schedule(at),
+        WIDE_H=at.pairs * s.F >= WIDE, WIDE_W=at.wide_w("out"), FUSED=fused, **_schedule(at), LANES=lanes(c.num_warps),
     )  # fmt: skip
     dtype = at.spec.experts.dtype
     arguments = (

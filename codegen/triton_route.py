@@ -18,6 +18,7 @@ from moec.codegen.triton_call import (
     Launch,
     ceil_div,
     constants,
+    lanes,
     pointer,
     power_of_two,
     tile_pointers,
@@ -30,6 +31,7 @@ _CHOICES = 512  # blocks that choose experts, at most
 _PLACED = 16  # pairs that a block places
 _PROGRAMS = 256  # blocks that share a router's products, at most, where rows are split
 _SLICES, _SPLIT_ROWS = 16, 4096  # slices, and tokens · slices, at most: they are written and read again
+_WARPS = 2  # of `route`: one chooses as fast, but on sm_90 it spills in some sizes; of four each step waits for all
 _HALVED = 4096  # tokens up to which rows are halved in any case
 
 
@@ -216,7 +218,6 @@ def _route(at: At) -> Launch:
     }  # fmt: skip
     arguments = (
         pointer("parts", "f32"), *router_bias(at), *choice(at), pointer("counts", "i32"), *tile_pointers(at),
-        Argument("T", "i32", s.T), *constants(E=s.E, **numbers, **own, **_placing(at)),
+        Argument("T", "i32", s.T), *constants(E=s.E, **numbers, **own, **_placing(at), LANES=lanes(_WARPS)),
     )  # fmt: skip
-    # One warp chooses as fast, but on sm_90 it spills in some sizes; with four each step of a choice waits for all.
-    return Launch("route", (ceil_div(s.T, each) + ceil_div(at.pairs, _PLACED),), arguments, 2, 1)
+    return Launch("route", (ceil_div(s.T, each) + ceil_div(at.pairs, _PLACED),), arguments, _WARPS, 1)
