@@ -22,20 +22,29 @@ Compiled = Callable[..., Any]
 def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], rest: Rest, mode: str | None) -> Compiled:
     """The graph as something to call. `mode` is Inductor's, as `torch.compile` calls it.
 
-    A graph on the CPU that Inductor cannot compile for want of a C++ compiler is run by PyTorch, with one warning: its
-    kernels', where those lack one too.
+    A graph that Inductor cannot compile is run by PyTorch, with one warning; where that is for want of a C++ compiler,
+    which moec's kernels lack too, theirs says it.
     """
     inputs = list(example_inputs)
     if rest == "eager":
         return gm.forward
-    if rest == "aot_eager" or (_on_cpu(gm) and not _inductor_compiles(silent=_kernels_will_say_so(gm))):
-        return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+    if rest == "aot_eager" or (_on_cpu(gm) and not _has_compiler(silent=_kernels_will_say_so(gm))):
+        return _by_pytorch(gm, inputs)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InductorError
 
     patches = list_mode_options(mode) if mode not in (None, "default") else None
-    with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
-        return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
+    try:
+        with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
+            return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
+    except InductorError as error:
+        _warn_failed(_in_one_line(error.inner_exception))
+        return _by_pytorch(gm, inputs)
+
+
+def _by_pytorch(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+    return torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
 
 
 def _cache_tag() -> str:
@@ -54,7 +63,7 @@ def _kernels_will_say_so(gm: fx.GraphModule) -> bool:
     return not Target.host().compiler and any(getattr(n.target, "namespace", "") == "moec" for n in gm.graph.nodes)
 
 
-def _inductor_compiles(silent: bool) -> bool:
+def _has_compiler(silent: bool) -> bool:
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -63,16 +72,33 @@ def _inductor_compiles(silent: bool) -> bool:
         get_cpp_compiler()  # Inductor's own question, whose answer it keeps
     except (InvalidCxxCompiler, OSError):
         if not silent:
-            _warn_once(str(config.cpp.cxx[-1]))
+            _warn_missing(str(config.cpp.cxx[-1]))
         return False
     return True
 
 
 @lru_cache(maxsize=16)
-def _warn_once(compiler: str) -> None:
+def _warn_missing(compiler: str) -> None:
     warnings.warn(
         f"moec: what is not MoE runs in PyTorch, since Inductor cannot run its C++ compiler {compiler!r}; "
         "set CXX to the path of g++ or clang++ (Inductor takes no arguments), or choose options={'rest': 'aot_eager'}",
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+@lru_cache(maxsize=16)
+def _warn_failed(reason: str) -> None:
+    warnings.warn(
+        f"moec: what is not MoE runs in PyTorch, since Inductor cannot compile it: {reason}; where the C++ compiler "
+        "is at fault, set CXX to a working g++ or clang++; options={'rest': 'aot_eager'} does without Inductor",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The error with its first line that tells what is wrong: compilers' commands come before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it says nothing"]
+    named = [line for line in lines if "error:" in line]
+    return f"{type(error).__name__}: {(named or lines)[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
     from moec.runtime.tune_cache import Entry
 
 cache_app = typer.Typer(
-    help="What moec keeps on disk: built kernels and tuning results.", no_args_is_help=True, add_completion=False
+    help="What moec keeps on disk: kernels, tuning results, proofs.", no_args_is_help=True, add_completion=False
 )
 
 OutFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.", show_default=False)]
 InFiles = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of tuning results.", show_default=False)]
 
-_BUILT = re.compile(r"[0-9a-f]{32}\.so(\.lock)?")  # what build.py writes: a user's own library is never removed
+_HASH = "[0-9a-f]{32}"
+# What is written, by its name: a user's own file is never removed.
+_KERNELS = re.compile(rf"{_HASH}\.so|triton/moec_{_HASH}\.py|offline/{_HASH}\.json\.gz")
+_BUILDS = re.compile(rf"{_HASH}\.(so\.lock|new)")  # the lock of a build, and the folder of one that is not finished
+_PROOFS = re.compile(rf"proofs/{_HASH}\.json")
 
 
 @cache_app.command("ls")
@@ -37,7 +42,7 @@ def cache_ls(json: Json = False, debug: Debug = False) -> int:
 
     folder = Environment.read().cache_dir
     entries = tune_cache.load()
-    built = [path for path in _built(folder) if path.suffix == ".so"]
+    built = _named(folder, _KERNELS, ".so")
     size = sum(path.stat().st_size for path in built)
     if json:
         kernels = {"count": len(built), "bytes": size}
@@ -91,24 +96,49 @@ def cache_clear(
     json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Remove built kernels and tuning results; files that moec did not write stay."""
+    """Remove built kernels, tuning results and proofs; files that moec did not write stay."""
     from moec.options import Environment
     from moec.runtime import tune_cache
 
     both = tuned == kernels
-    removed = {"tuned": 0, "kernels": 0}
+    folder = Environment.read().cache_dir
+    removed = {"tuned": 0, "kernels": 0, "proofs": 0}
     if tuned or both:
         removed["tuned"] = tune_cache.clear()
     if kernels or both:
-        built = _built(Environment.read().cache_dir)
-        removed["kernels"] = sum(path.suffix == ".so" for path in built)
-        for path in built:
-            path.unlink(missing_ok=True)
-    return _said(f"{removed['tuned']} tuning results and {removed['kernels']} kernels removed", removed, json)
+        removed["kernels"] = len(_named(folder, _KERNELS, ".so"))
+        _unlink(_named(folder, _KERNELS))
+        for key in {path.name.partition(".")[0] for path in _named(folder, _BUILDS)}:
+            _remove_build(folder, key)
+    if both:
+        removed["proofs"] = _unlink(_named(folder, _PROOFS))
+    said = "{tuned} tuning results, {kernels} kernels and {proofs} proofs removed".format(**removed)
+    return _said(said, removed, json)
 
 
-def _built(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*.so*")) if _BUILT.fullmatch(path.name)]
+def _named(folder: Path, pattern: re.Pattern[str], suffix: str = "") -> list[Path]:
+    found = [*folder.glob("*"), *folder.glob("*/*")]
+    named = (path for path in sorted(found) if pattern.fullmatch(path.relative_to(folder).as_posix()))
+    return [path for path in named if path.name.endswith(suffix)]
+
+
+def _unlink(paths: Sequence[Path]) -> int:
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return len(paths)
+
+
+def _remove_build(folder: Path, key: str) -> None:
+    """Remove what a build that has ended or was killed has left; one that is at work holds its lock, and stays."""
+    from filelock import FileLock, Timeout
+
+    lock = folder / f"{key}.so.lock"
+    try:
+        with FileLock(lock, timeout=0):
+            shutil.rmtree(folder / f"{key}.new", ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    except (Timeout, OSError, NotImplementedError):  # the latter: a file system without locks
+        return
 
 
 def _read(files: Sequence[Path]) -> list[Entry]:

@@ -108,7 +108,8 @@ def _cache() -> Check:
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Check("cache", "broken", f"{folder}: {error.strerror or error}", way_out)
+        cost = "kernels are built anew in every process, which takes seconds; proofs and tuning results are not kept"
+        return Check("cache", "note", f"{folder} cannot be written ({error.strerror or error}): {cost}", way_out)
     return Check("cache", "ok", f"{folder}, {_size(folder)}", f"{way_out}; it may be deleted at any time")
 
 

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 
 import pytest
+from filelock import FileLock
 
 from moec.cli import commands as cli
 from moec.codegen.tuning import Sizes, Tuning, default_tuning
@@ -187,7 +188,7 @@ def test_commands(folder, tmp_path, capsys):
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     assert cli.run(["cache", "export", str(one)]) == cli.OK
     assert cli.run(["cache", "clear", "--tuned", "--json"]) == cli.OK
-    assert json.loads(capsys.readouterr().out.partition("\n")[2]) == {"tuned": 2, "kernels": 0}
+    assert json.loads(capsys.readouterr().out.partition("\n")[2]) == {"tuned": 2, "kernels": 0, "proofs": 0}
     assert tune_cache.load() == ()
     newer = entry("default", date="2027-01-01T00:00:00")
     two.write_text(newer.to_line() + "\nrubbish\n")
@@ -204,11 +205,37 @@ def test_commands(folder, tmp_path, capsys):
     assert "a cpu" in capsys.readouterr().out
 
 
-def test_clear_removes_only_what_moec_built(tmp_path):
-    for name in ("a" * 32 + ".so", "a" * 32 + ".so.lock", "libmine.so", "notes.txt"):
-        (tmp_path / name).write_text("x")
+def put(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+def left_in(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_clear_removes_only_what_moec_wrote(tmp_path, capsys):
+    key = "a" * 32
+    mine = ("libmine.so", "notes.txt", "proofs/mine.json", "triton/mine.py", "work.new/kernel.cpp")
+    put(tmp_path, f"{key}.so", f"{key}.so.lock", f"triton/moec_{key}.py", f"offline/{key}.json.gz", *mine)
+    put(tmp_path, f"proofs/{key}.json")
+    assert cli.run(["cache", "clear", "--kernels"]) == cli.OK
+    assert left_in(tmp_path) == sorted([*mine, f"proofs/{key}.json"])
     assert cli.run(["cache", "clear"]) == cli.OK
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["libmine.so", "notes.txt"]
+    assert left_in(tmp_path) == sorted(mine)
+    assert "0 kernels and 1 proofs removed" in capsys.readouterr().out
+
+
+def test_clear_removes_the_folder_of_a_build_that_was_killed_and_of_no_other(tmp_path):
+    killed, working = "a" * 32, "b" * 32
+    put(tmp_path, f"{killed}.new/kernel.cpp", f"{working}.new/kernel.cpp")
+    with FileLock(tmp_path / f"{working}.so.lock"):
+        assert cli.run(["cache", "clear"]) == cli.OK
+        assert [path for path in left_in(tmp_path) if path.endswith(".cpp")] == [f"{working}.new/kernel.cpp"]
+    assert cli.run(["cache", "clear"]) == cli.OK
+    assert left_in(tmp_path) == []
+    assert list(tmp_path.glob("*.new")) == []
 
 
 @pytest.mark.parametrize("content", [None, b"\x00\x01", b"{}\n"])
