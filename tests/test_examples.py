@@ -17,6 +17,7 @@ EXPECTED = {
     "05_ranks.py": ["gradients of experts [0, 1, 2, 3], equal to eager: True", "[4, 5, 6, 7], equal to eager: True"],
     "06_train.py": ["the same losses, on the model's own parameters"],
     "07_copies_of_weights.py": ["{'freeze': True}", "after a parameter was changed", "copies follow their parameters"],
+    "08_generate.py": ["prompt of 21: ", "as eager; graphs compiled so far: 2"],
 }
 BY_ITSELF = ("01_compile.py", "05_ranks.py")  # the first, and one that forks
 
