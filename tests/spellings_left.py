@@ -10,37 +10,6 @@ from spelling import E, H, K, Routed
 from spellings_dropped import LoopOfMlps
 
 
-class MaskLoop(LoopOfMlps):
-    """One choice: a mask [T, E] cut by a running count; the loop takes the rows of each column; others pass through."""
-
-    def __init__(self, factor=1.0):
-        super().__init__(factor, 1)
-
-    def forward(self, x):
-        p = F.softmax(self.gate(x), dim=-1)
-        mask = F.one_hot(p.argmax(-1), E)
-        mask = mask * (torch.cumsum(mask, dim=0) <= self.seats(x.shape[0]))
-        y = x.clone()
-        for e, expert in enumerate(self.experts):
-            rows = mask[:, e].bool()
-            y[rows] = expert(x[rows])
-        return y * p.amax(-1, keepdim=True)
-
-
-class FirstRows(LoopOfMlps):
-    """Each expert takes the first C of its rows."""
-
-    def forward(self, x):
-        w, chosen = F.softmax(self.gate(x), dim=-1).topk(self.k, dim=-1)
-        capacity = self.seats(x.shape[0])
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == e)
-            token, slot = token[:capacity], slot[:capacity]
-            y.index_add_(0, token, expert(x[token]) * w[token, slot].unsqueeze(-1))
-        return y
-
-
 class SortedPlaces(Routed):
     """Places by a stable sort: the rank in the sorted order less where the expert's run begins."""
 
@@ -244,7 +213,7 @@ class CutByExpert(LoopOfMlps):
         return y
 
 
-LEFT = (MaskLoop, FirstRows, TokenTable, TopNStacked, Earlier, Scattered, Bins)
+LEFT = (TokenTable, TopNStacked, Earlier, Scattered, Bins)
 BROKEN = (SortedPlaces, LargestItem)
 """Dynamo breaks their graphs: `bincount` and `.item()`."""
 NEAR = (OtherOrder, SomeOrder, LastSeat, WideClamp, CutByExpert)

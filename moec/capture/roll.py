@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from moec.capture.branches import branches
+from moec.capture.crowded import uncrowded
 from moec.capture.empty import unguarded
 from moec.capture.events import called, loaded, stored
 from moec.capture.host import kept_form, scope_of, strip_listing
@@ -23,7 +24,8 @@ def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
     """The straight-line body that stands for the loop in `function`; raises Unrollable."""
     scope = scope_of(function)
     out: list[ast.stmt] = []
-    loop = unguarded(candidate.loop, candidate.tainted, ast.Constant(key))
+    loop = uncrowded(candidate.loop, candidate.tainted, ast.Constant(key))
+    loop = unguarded(loop, candidate.tainted, ast.Constant(key))
     for part in branches(dataclasses.replace(candidate, loop=loop)):
         again = [ast.Expr(call("enter", ast.Constant(key)))] if out else []
         out += [*again, *_Roller(part, ast.Constant(key), scope.hosts, scope.given).run()]

@@ -10,13 +10,14 @@ from typing import cast
 from torch import fx
 
 from moec.capture.region import regions
+from moec.ir.formulas import size_of
 from moec.ir.graph import Graph, Instr, Ref
 from moec.passes.canonical.canonicalize import twins
 from moec.passes.capacity.products import nonnegative_value
 from moec.passes.lowering.lower import Lowering, any_views, emit, groups_of, root_node
 from moec.passes.raising.raise_graph import Raised
 from moec.passes.rows.token_axes import choice_axes
-from moec.proof.copying import Copy, Leaf, Source, Unprovable
+from moec.proof.copying import Copy, Leaf, Size, Source, Unprovable
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,10 @@ class Sketch(Lowering):
     def node(self, name: str, at: int) -> fx.Node:
         """The node of the sketch that holds `name`."""
         return self.made[name] if name in self.made else self.operands[name]
+
+    def size(self, given: object, at: int) -> object:
+        """A size that a trial chooses."""
+        return given if isinstance(given, int) else Size(size_of(given))
 
     def users(self, name: str, after: int) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Nothing."""

@@ -11,7 +11,7 @@ from moec.passes.dispatch.thresholds import table_axes
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import Lift, Lifter
 from moec.passes.rows.rows import Apply, Ids, Rows, Slot, Space
-from moec.passes.rows.token_axes import as_token, choice_axes, is_token, names_once
+from moec.passes.rows.token_axes import as_token, base_of, choice_axes, is_token, names_once
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _into_tokens(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
     if not isinstance(index, Ids) or index.what != "token" or not isinstance(added, Rows):
         return NoMatch("adds something else than rows to tokens", instr.results[0])
     a, b = index.space, added.space
-    if (a.kind, a.key, a.order, index.layout) != (b.kind, b.key, b.order, added.layout):
+    if (a.same_rows, index.layout) != (b.same_rows, added.layout):
         return NoMatch("rows and tokens are in different orders", instr.results[0])
     adds = once or instr.word != "index_put" or instr.attr("accumulate") or index.space.kind == "loop"
     if not adds and index.space.k != 1:
@@ -157,10 +157,11 @@ def _added(lifter: Lifter, base: object, source: object, ids: tuple[Arg, ...]) -
 
 def _may_repeat(graph: Graph, index: Lift) -> bool:
     """Whether a token may come twice among an expert's rows, since nothing is known of the choice but its slots."""
-    if not isinstance(index, Ids) or "s" not in index.space.order or index.choice not in graph.types:
+    choice = base_of(index.choice) if isinstance(index, Ids) else ""
+    if not isinstance(index, Ids) or "s" not in index.space.order or choice not in graph.types:
         return False
-    given = graph.behind(Ref(index.choice), ("cast", "same", "detach", "reshape"))
-    return isinstance(given, Ref) and given.name not in graph.defs and not names_once(graph, index.choice)
+    given = graph.behind(Ref(choice), ("cast", "same", "detach", "reshape"))
+    return isinstance(given, Ref) and given.name not in graph.defs and not names_once(graph, choice)
 
 
 def _writes_once(lifter: Lifter, index: Lift) -> bool:
@@ -169,9 +170,13 @@ def _writes_once(lifter: Lifter, index: Lift) -> bool:
         return False
     if index.space.kind != "loop" and not (index.space.kind == "sorted" and index.space.order):
         return False
-    chosen = lifter.graph.types.get(index.choice)
-    slots = chosen is not None and "s" in choice_axes(lifter.graph, index.choice)
-    return chosen is not None and (not slots or chosen.shape[-1] == 1)
+    return one_expert(lifter.graph, index.choice)
+
+
+def one_expert(graph: Graph, choice: str) -> bool:
+    """Whether a token has one expert at most, by a choice or by part of one."""
+    chosen = graph.types.get(base_of(choice))
+    return chosen is not None and ("s" not in choice_axes(graph, base_of(choice)) or chosen.shape[-1] == 1)
 
 
 def _is_written(lifter: Lifter, base: Arg) -> bool:

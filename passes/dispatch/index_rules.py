@@ -23,7 +23,7 @@ from moec.passes.rows.rows import (
     Space,
     Token,
 )
-from moec.passes.rows.token_axes import as_token, choice_axes, is_token
+from moec.passes.rows.token_axes import as_token, base_of, choice_axes, is_token, names_once
 
 
 def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -102,11 +102,11 @@ def rule_gather(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 def _one_a_token(lifter: Lifter, kind: Type, choice: str, axes: int) -> bool:
     """Whether a table has one number for each token, and a token one expert: w[…] or w[…, 1] for e[…] or e[…, 1]."""
-    chosen = lifter.graph.types.get(choice)
+    chosen = lifter.graph.types.get(base_of(choice))
     if chosen is None:
         return False
     narrow = kind.rank >= axes and all(size == 1 for size in kind.shape[axes:])
-    if narrow and "s" not in choice_axes(lifter.graph, choice):
+    if narrow and "s" not in choice_axes(lifter.graph, base_of(choice)):
         return True
     return narrow and axes == chosen.rank - 1 and chosen.shape[-1] == 1
 
@@ -121,8 +121,9 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1
     inner = lifter.lift(table)
     if ids.what == "token":
         if isinstance(inner, Masked) and inner.summed and inner.anchor == ids.space.key:
-            part = ids.choice if ids.choice in lifter.weighed else inner.choice
-            return Rows(ids.space, Slot(inner.value), ids.layout, part)
+            base = base_of(inner.choice)
+            part = ids.choice.startswith(f"{inner.choice}#") and names_once(lifter.graph, base)
+            return Rows(ids.space, Slot(inner.value), ids.layout, ids.choice if part else inner.choice)
         if isinstance(inner, Column) and inner.key == ids.space.key:
             return Rows(ids.space, Gate(inner.value), ids.layout, ids.choice)
         if _one_a_token(lifter, kind, ids.choice, axes):
@@ -131,10 +132,10 @@ def _index_one(lifter: Lifter, instr: Instr, table: Ref, ids: Ids, axes: int = 1
             return NoMatch(f"rows are taken from {kind}, expected [T, H]", table.name)
         return Rows(ids.space, Token(table.name), ids.layout, ids.choice)
     if ids.what == "flat" and isinstance(inner, Rows | Ids) and inner.space.kind == "slots" and inner.layout == "flat":
+        space, choice = replace(ids.space, k=inner.space.k), inner.choice or ids.choice
         if isinstance(inner, Ids):
-            return replace(inner, space=replace(ids.space, k=inner.space.k))
-        space = replace(ids.space, k=inner.space.k)
-        return Rows(space, inner.row, ids.layout, inner.choice, anchor=inner.anchor, earlier=inner.earlier)
+            return replace(inner, space=space, choice=choice)
+        return Rows(space, inner.row, ids.layout, choice, anchor=inner.anchor, earlier=inner.earlier)
     if ids.what == "inverse" and isinstance(inner, Rows) and inner.space.key == ids.space.key:
         choice = inner.choice or ids.choice
         return Rows(Space("slots", inner.space.k), inner.row, "flat", choice, "sorted", inner.anchor, inner.earlier)

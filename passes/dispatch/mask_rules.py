@@ -149,9 +149,9 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
         return pairs
     whole = instr.word != "nonzero" or lifter.type(instr.args[0]).rank == 1  # nonzero gives [n, 2] for two axes
     if isinstance(mask, OneHot) and mask.anchor and whole:
-        places = _places(lifter, mask, which)
-        if places is not None:
-            return places
+        found = places(lifter, mask, which)
+        if found is not None:
+            return found
     return (
         mask
         if isinstance(mask, NoMatch)
@@ -159,7 +159,7 @@ def rule_where_indices(lifter: Lifter, instr: Instr, which: int) -> Lift:
     )
 
 
-def _places(lifter: Lifter, mask: OneHot, which: int) -> Ids | None:
+def places(lifter: Lifter, mask: OneHot, which: int) -> Ids | None:
     """Along one axis, the places where a mask over tokens, and perhaps slots, is true."""
     known = mask.choice in lifter.graph.types
     tokens = token_axes(lifter.graph, mask.choice) if known else table_axes(lifter, mask.choice) or ("t",)

@@ -10,9 +10,8 @@ from dataclasses import replace
 
 from moec.ir.graph import Graph, Instr, Ref
 from moec.ir.match import NoMatch
-from moec.passes.dispatch.combine import Combined
+from moec.passes.dispatch.combine import Combined, one_expert
 from moec.passes.rows.body import BodyMatch
-from moec.passes.rows.token_axes import choice_axes
 
 _HINT = "read the rows from the tensor as it was before the loop, and add to a copy: `y = x.clone()`"
 
@@ -22,11 +21,8 @@ def body_as_before(graph: Graph, body: BodyMatch, total: Combined, root: Instr) 
     made = graph.defs.get(body.token)
     if made is None or made.word != "carry":
         return body
-    own = root.args[0] == Ref(body.token) and total.rows.choice in graph.types
-    chosen = graph.types.get(total.rows.choice)
-    slots = chosen is not None and "s" in choice_axes(graph, total.rows.choice)
-    one = chosen is not None and (not slots or chosen.shape[-1] == 1)
-    if not own or not one or not isinstance(made.args[0], Ref):
+    own = root.args[0] == Ref(body.token)
+    if not own or not one_expert(graph, total.rows.choice) or not isinstance(made.args[0], Ref):
         return _later(made)
     return replace(body, token=made.args[0].name)
 

@@ -9,9 +9,11 @@ from moec.ir.expr import POINTWISE
 from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch
 from moec.passes.dispatch import index_rules, listed
+from moec.passes.dispatch.firsts import firsts, rule_first
 from moec.passes.dispatch.kept import kept_mask
 from moec.passes.dispatch.mask_rules import (
     masked_weights,
+    places,
     rule_and,
     rule_compare,
     rule_invert,
@@ -94,7 +96,8 @@ def rule_take(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             if isinstance(anchor, NoMatch)
             else NoMatch("taken at something else than the loop's expert", instr.results[0])
         )
-    if isinstance(held, NoMatch):
+    whole = lifter.type(table).dtype not in base.FLOATS
+    if isinstance(held, NoMatch) or (isinstance(held, Gates) and whole):
         held = kept_mask(lifter, table) or held
     made = lifter.instr(table)
     turned = made is not None and made.word == "permute" and made.attr("dims") == (1, 0)
@@ -135,19 +138,22 @@ def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     return inner if isinstance(inner, NoMatch) else NoMatch(f"slice along axis {dim}", instr.results[0])
 
 
-def _column(lifter: Lifter, places: Arg, dim: object, start: object, stop: object) -> Ids | None:
+def _column(lifter: Lifter, pairs: Arg, dim: object, start: object, stop: object) -> Lift | None:
     """nonzero(mask[T, k])[:, j], nonzero(mask[T, k]).T[j]: the token, or the slot, of each of the loop's rows."""
-    made = lifter.instr(places)
+    made = lifter.instr(pairs)
     if dim == 0 and made is not None and made.word == "permute" and made.attr("dims") == (1, 0):
         made, dim = lifter.instr(made.args[0]), 1
     if dim != 1:
         return None
+    cut = made if made is not None and made.word == "first" else None
+    made = lifter.instr(cut.args[0]) if cut is not None else made
     mask = lifter.lift(made.args[0]) if made is not None and made.word == "nonzero" else None
     if not isinstance(mask, OneHot) or not mask.anchor or set(mask.axes) != {"t", "s"}:
         return None
     if not isinstance(start, int) or not isinstance(stop, int) or start not in (0, 1) or stop != start + 1:
         return None
-    return Ids(Space("loop", 0, mask.anchor), {"t": "token", "s": "slot"}[mask.axes[start]], mask.choice)
+    found = places(lifter, mask, start)
+    return found if cut is None or found is None else firsts(lifter, found, cut)
 
 
 def rule_pointwise(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -263,6 +269,7 @@ _OWN: Mapping[str, Rule] = {
     "where_indices": rule_where_indices,
     "nonzero": rule_where_indices,
     "slice": rule_slice,
+    "first": rule_first,
     "contract": rule_contract,
     "grouped": rule_grouped,
 }

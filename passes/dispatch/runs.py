@@ -62,7 +62,7 @@ def rule_collect(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if rows.space.order in lifter.graph.defs:
         whole = NoMatch("collects places that were cut out of expert order", instr.results[0])
         return in_expert_order(rows) if isinstance(rows, Rows) else whole
-    space = Space("sorted", rows.space.k, rows.space.key, rows.space.order)
+    space = replace(rows.space, kind="sorted")
     return replace(rows, space=space, anchor=rows.space.key) if isinstance(rows, Rows) else replace(rows, space=space)
 
 
@@ -211,7 +211,7 @@ def write_run(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if not isinstance(at, Ids) or at.what != "flat" or at.layout != "flat":
         return None
     a, b = at.space, rows.space
-    if (a.kind, a.key, a.order) != (b.kind, b.key, b.order):
+    if a.same_rows != b.same_rows:
         return NoMatch("rows are written to places in another order", instr.results[0])
     anchor = b.key if b.kind == "loop" else rows.anchor
     return replace(rows, space=Space("slots", a.k), choice=at.choice, via="sorted", anchor=anchor)

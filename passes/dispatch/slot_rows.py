@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from moec.ir.graph import Arg, Instr, Ref
 from moec.passes.rows.lift import FLOATS, First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows.rows import Anchor, Gate, Ids, Masked, OneHot, Rows, Slot, Space, Special, Token
-from moec.passes.rows.token_axes import choice_axes, is_token, names_once
+from moec.passes.rows.token_axes import base_of, choice_axes, is_token, names_once
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ def _mine(lifter: Lifter, arg: Arg) -> Mine | None:
 
 def _once(lifter: Lifter, mine: Mine) -> bool:
     """Whether each row has exactly one slot that chose its expert, rows being those of tokens that did."""
-    return (
-        set(mine.space.order) <= {"t"} and mine.choice in lifter.graph.types and names_once(lifter.graph, mine.choice)
-    )
+    choice = base_of(mine.choice)
+    return set(mine.space.order) <= {"t"} and choice in lifter.graph.types and names_once(lifter.graph, choice)
 
 
 def _compare(lifter: Lifter, instr: Instr) -> Lift | None:
@@ -60,7 +59,10 @@ def _compare(lifter: Lifter, instr: Instr) -> Lift | None:
         if rows is None or not isinstance(anchor, Anchor) or anchor.name != rows.space.key:
             continue
         assert isinstance(rows.row, Token)
-        if rows.row.value == rows.choice and "s" in choice_axes(lifter.graph, rows.choice):
+        choice = base_of(rows.choice)
+        if rows.row.value != choice or (choice != rows.choice and not names_once(lifter.graph, choice)):
+            continue
+        if "s" in choice_axes(lifter.graph, choice):
             return Mine(rows.space, rows.choice)
     return None
 

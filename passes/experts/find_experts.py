@@ -16,7 +16,8 @@ from moec.ir.match import NoMatch, nearest
 from moec.passes.capacity.rules import hot_lifter
 from moec.passes.cells.rules import cell_lifter
 from moec.passes.cells.sums import LAST
-from moec.passes.dispatch.combine import COMBINING, Combined, chosen_of, combined
+from moec.passes.dispatch.combine import COMBINING, Combined, combined
+from moec.passes.dispatch.firsts import First, first_choice
 from moec.passes.dispatch.kept import kept_choice, made_shape
 from moec.passes.dispatch.partial import part_of, some_experts
 from moec.passes.dispatch.rereads import body_as_before
@@ -171,9 +172,7 @@ def _body(lifter: Lifter, root: Instr, total: Combined, part: Part | None) -> Bo
 
 
 def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> NoMatch | None:
-    """Why a loop may leave out an expert that has rows, or None; or a token that has no expert and keeps its row."""
-    if total.over and chosen_of(lifter.graph, total.rows.choice) != body.num_experts:
-        return NoMatch(f"a token without an expert keeps what is in %{total.over}", total.over)
+    """Why a loop may leave out an expert that has rows, or None."""
     if loop in total.rows.earlier and part_of(lifter, loop) is not None:
         return NoMatch("a loop whose rows are cut again runs some experts alone", loop)
     skipped = only_idle_skipped(lifter, loop)
@@ -252,6 +251,19 @@ def _routing(lifter: Lifter, total: Combined, body: BodyMatch) -> tuple[tuple[In
     choice = total.rows.choice
     if not choice:
         return NoMatch("nothing says which experts a token goes to", total.root)
+    first = lifter.firsts.get(choice)
+    if not isinstance(first, First):
+        return _routed_by(lifter, total, body, choice)
+    whole = _routed_by(lifter, total, body, first.choice)
+    if isinstance(whole, NoMatch):
+        return whole
+    return first_choice(lifter.graph, lifter.graph.defs[total.root], first, whole, int(body.num_experts))
+
+
+def _routed_by(
+    lifter: Lifter, total: Combined, body: BodyMatch, choice: str
+) -> tuple[tuple[Instr, ...], str, str] | NoMatch:
+    """The same, of all rows that a choice, or part of one, gives the experts."""
     if choice in lifter.tables:
         root = lifter.graph.defs[total.root]
         return table_choice(lifter, root, choice, body.weight, body.by_expert, int(body.num_experts))

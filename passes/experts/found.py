@@ -12,7 +12,7 @@ from moec.ir.dtypes import DTYPES
 from moec.ir.graph import Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
 from moec.passes.canonical.rewriter import STORED
-from moec.passes.dispatch.combine import Combined
+from moec.passes.dispatch.combine import Combined, chosen_of
 from moec.passes.rows.body import NOTHING, BodyMatch
 from moec.passes.rows.lift import same
 from moec.passes.rows.pairs import Writer
@@ -124,12 +124,27 @@ def say_sum(
     attrs = site_attrs(body, to.dtype, total.form)
     name = root.results[0]
     flat = to if to.rank == 2 else Type(to.dtype, (tokens_in_all, body.out))
-    names = [f"{name}.rows"] * (to.rank > 2) + [f"{name}.routed"] * bool(total.base) + [name]
+    over = total.over if chosen_of(graph, total.rows.choice) != body.num_experts else ""
+    kept = _kept_over(out, over, spread[1], flat, body.num_experts) if over else None
+    steps = ["routed"] * (kept is not None) + ["rows"] * (to.rank > 2) + ["routed"] * bool(total.base)
+    names = [*(f"{name}.{step}" for step in steps), name]
     said = [Instr((names[0],), "experts", args, (flat,), attrs, root.loc)]
+    if kept is not None:
+        served, before = kept
+        given = (Ref(served), Ref(names[0]), Ref(before))
+        said.append(Instr((names[1],), "where", given, (flat,), (), root.loc))
     if to.rank > 2:
         shaped = shaped_like(graph, body.token, to.shape)
-        given = (Ref(names[0]), *([Ref(shaped)] if shaped else []))
-        said.append(Instr((names[1],), "reshape", given, (to,), (), root.loc))
+        given = (Ref(names[len(said) - 1]), *([Ref(shaped)] if shaped else []))
+        said.append(Instr((names[len(said)],), "reshape", given, (to,), (), root.loc))
     if total.base:
         said.append(Instr((name,), "add", (Ref(total.base), Ref(f"{name}.routed")), (to,), (), root.loc))
     return Found(name, (*out.instrs, *said))
+
+
+def _kept_over(out: Writer, over: str, choice: str, rows: Type, experts: sympy.Expr) -> tuple[str, str]:
+    """Which tokens' experts e[T, 1] there are, [T, 1], and what the others keep, as rows [T, H]."""
+    mask = Type("bool", out.type(choice).shape)
+    first, last = out.emit("ge", (Ref(choice), 0), mask), out.emit("lt", (Ref(choice), int(experts)), mask)
+    served = out.emit("bitwise_and", (Ref(first), Ref(last)), mask)
+    return served, out.cast(out.reshape(over, rows.shape), rows.dtype)

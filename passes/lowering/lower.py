@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from moec.errors import VerifyError
+from moec.ir.dims import dim_text
 from moec.ir.engine import Engine
 from moec.ir.formulas import over_tokens
 from moec.ir.graph import Arg, Graph, Instr, Ref, sweep
@@ -19,7 +20,7 @@ from moec.ir.token_range import TokenRange
 from moec.passes.canonical.canonicalize import twins
 from moec.passes.lowering.layout import laid_out
 from moec.passes.lowering.lower_words import WORDS
-from moec.passes.raising.raise_graph import Raised, fake
+from moec.passes.raising.raise_graph import Raised, dim_of, fake
 
 SITES = frozenset({"experts", "moe"})
 
@@ -75,6 +76,16 @@ class Lowering:
     def sizes(self) -> ShapeEnv | None:
         """What torch knows of the graph's symbolic sizes."""
         return shape_env(self.raised)
+
+    def size(self, given: object, at: int) -> object:
+        """A size at position `at`: the number that it is, or a node that holds the size of this text."""
+        if isinstance(given, int):
+            return given
+        for node, since in self.raised.order.items():
+            value = fake(node)
+            if since <= at and isinstance(value, torch.SymInt) and dim_text(dim_of(value)) == given:
+                return node
+        raise KeyError(f"no node holds the size {given} at position {at}")
 
     def users(self, name: str, after: int) -> Iterable[tuple[fx.Node, fx.Node]]:
         """Each (user, node) where `user`, placed after `after`, reads `name` through `node`."""
@@ -167,7 +178,7 @@ def any_views(graph: Graph) -> frozenset[str]:
 
 def _is_new(raised: Raised, instr: Instr) -> bool:
     old = raised.graph.defs.get(instr.results[0])
-    return old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same"))
+    return old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same", "where"))
 
 
 def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
@@ -203,7 +214,10 @@ def _emit(state: Lowering, instr: Instr, at: int, origin: fx.Node) -> fx.Node:
     elif instr.word == "add":
         node = state.gm.graph.call_function(torch.add, (state.node(names[0], at), state.node(names[1], at)))
     elif instr.word in WORDS:
-        node = WORDS[instr.word](state.gm.graph, instr, [_operand(state, arg, at) for arg in instr.args])
+        operands = [_operand(state, arg, at) for arg in instr.args]
+        if instr.word == "first_of_each":
+            operands.append(state.size(instr.attr("most"), at))
+        node = WORDS[instr.word](state.gm.graph, instr, operands)
     else:
         raise KeyError(f"lowering knows no FX form of `{instr.word}`")
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):

@@ -98,6 +98,14 @@ def expand_over(value: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return value.expand(*lead, *value.shape[len(lead) :])
 
 
+def first_of_each(choice: torch.Tensor, most: int, experts: int, by_slot: bool) -> torch.Tensor:
+    """choice[T, k] → −1 where as many as `most` pairs before it, by token or by slot, chose the same of E experts."""
+    pairs = choice.t() if by_slot else choice
+    hot = pairs.reshape(-1, 1) == torch.arange(experts, device=choice.device)
+    kept = (hot & (hot.cumsum(0) <= most)).any(1).view(pairs.shape)
+    return torch.where(kept.t() if by_slot else kept, choice, -1)
+
+
 WORDS: Mapping[str, Make] = {
     "reshape": _reshape,
     "permute": _call(torch.permute, "dims"),
@@ -124,5 +132,6 @@ WORDS: Mapping[str, Make] = {
     "expand_over": _call(expand_over),
     "ones_of_rows": _call(ones_of_rows),
     "each_token": _call(each_token),
+    "first_of_each": _call(first_of_each, "experts", "by_slot"),
     "expand_as": lambda graph, instr, args: graph.call_method("expand_as", tuple(args)),
 }

@@ -17,7 +17,7 @@ def opaque_rows(lifter: Lifter, instr: Instr, which: int, miss: NoMatch) -> Lift
     for name in instr.uses:
         held = _in_body(lifter, name)
         if isinstance(held, Rows | Body) and held.space.kind == "loop":
-            if space is not None and (space.key, space.order) != (held.space.key, held.space.order):
+            if space is not None and space.same_rows != held.space.same_rows:
                 return miss
             space, choice = held.space, held.choice or choice
             rows = held.rows if isinstance(held, Body) else lifter.type(Ref(name)).shape[0]

@@ -11,6 +11,7 @@ from torch import fx
 
 from moec.ir.graph import Arg, Ref, Type
 from moec.passes.raising.raise_graph import Builder, dim_of, fake, opaque, type_of_fake
+from moec.passes.raising.word_first import first_rows
 from moec.passes.raising.words import key_of, named
 
 
@@ -77,6 +78,7 @@ def slice_dim(build: Builder, value: Arg, dim: int, start: Any, stop: Any, step:
     """value[…, start:stop:step, …] along `dim`; itself when that is everything; None when bounds are symbolic."""
     kind = build.type_of(value)
     size = kind.shape[dim]
+    start, stop, step = map(_known, (start, stop, step))
     start = 0 if start is None else start
     step = 1 if step is None else step
     whole = stop is None or (isinstance(stop, int) and stop >= 2**62)
@@ -90,6 +92,13 @@ def slice_dim(build: Builder, value: Arg, dim: int, start: Any, stop: Any, step:
         return value
     shape = (*kind.shape[:dim], sympy.Integer(len(range(lo, hi, by))), *kind.shape[dim + 1 :])
     return build.emit("slice", (value,), Type(kind.dtype, shape), dim=dim, start=lo, stop=hi, step=by)
+
+
+def _known(bound: Any) -> Any:
+    """A bound that is a node, as the number that it is where it is one."""
+    value = fake(bound) if isinstance(bound, fx.Node) else bound
+    size = dim_of(value) if isinstance(value, torch.SymInt) else value
+    return int(size) if isinstance(size, int | sympy.Integer) and isinstance(bound, fx.Node) else bound
 
 
 def _head(build: Builder, value: Arg, dim: int, stop: Any) -> Arg | None:
@@ -263,9 +272,12 @@ def _axes(build: Builder, item: Any) -> int:
 
 
 def raise_index(build: Builder, node: fx.Node) -> Arg | None:
-    """x[…] → slices and reshapes, then index(x, i…){dim} for adjacent index tensors."""
+    """x[…] → slices and reshapes, then index(x, i…){dim} for adjacent index tensors; the first of a loop's rows."""
     source, index = node.args[0], node.args[1]
     result = fake(node)
+    first = first_rows(build, node)
+    if first is not None:
+        return first
     if isinstance(build.value(source), tuple):
         held = build.value(source)
         return held[index] if isinstance(held, tuple) and isinstance(index, int) else None

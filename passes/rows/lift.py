@@ -48,6 +48,7 @@ class Lifter:
     kept      a name → the mask of choices that it stands for, of which some are dropped (`moec.passes.dispatch.kept`)
     tables    a name → the table of masks that it stands for (`moec.passes.dispatch.thresholds`)
     weighed   a name → the choice of which pairs without weight are left out (`moec.passes.dispatch.weighed`)
+    firsts    a name → the choice of which each expert takes the first pairs (`moec.passes.dispatch.firsts`)
     clamped   a choice → the largest id that parameters are looked up by, where greater ones count as it
     fallback  asked about what no rule knows, with the result's place and the rule's miss
     """
@@ -63,6 +64,7 @@ class Lifter:
     kept: dict[str, Hot] = field(default_factory=dict)
     tables: dict[str, object] = field(default_factory=dict)
     weighed: dict[str, object] = field(default_factory=dict)
+    firsts: dict[str, object] = field(default_factory=dict)
     clamped: dict[str, int] = field(default_factory=dict)
     fallback: Callable[[Lifter, Instr, int, NoMatch], Lift] | None = None
 

@@ -21,12 +21,19 @@ class Space:
     grid    experts × tokens or seats, as labelled axes (`moec.passes.grid.rows`)
 
     order: of a loop's pairs, the axes of the mask that selects them, outermost first, or the sort's permutation
+    most:  of a loop's pairs, how many of them at most, where these are the first of them; '' for all
     """
 
     kind: str
     k: int = 0
     key: str = ""
     order: str = ""
+    most: str = ""
+
+    @property
+    def same_rows(self) -> tuple[str, ...]:
+        """What spaces with the same rows in the same order have in common, beside the number of slots."""
+        return self.kind, self.key, self.order, self.most
 
 
 @dataclass(frozen=True)
@@ -362,7 +369,7 @@ def text(row: Row) -> str:
 
 def compatible(a: Space, b: Space) -> bool:
     """Whether two values have the same rows in the same order."""
-    return (a.kind, a.key, a.order) == (b.kind, b.key, b.order) and (a.k == b.k or 0 in (a.k, b.k))
+    return a.same_rows == b.same_rows and (a.k == b.k or 0 in (a.k, b.k))
 
 
 def merged(a: Rows | None, b: Rows) -> Rows:

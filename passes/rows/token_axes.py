@@ -68,8 +68,14 @@ def token_axes(graph: Graph, choice: str) -> tuple[str, ...]:
     return tuple(a for a in choice_axes(graph, choice) if a != "s")
 
 
+def base_of(choice: str) -> str:
+    """The choice that another is part of: some of its pairs, by a mask, their weights or their places."""
+    return choice.partition("#")[0]
+
+
 def is_token(graph: Graph, choice: str, what: Sequence[str]) -> bool:
     """Whether indices along these axes name a choice's token: its tokens' axes in order, all that are not of size 1."""
+    choice = base_of(choice)
     if tuple(what) == ("token",) or choice not in graph.types:
         return tuple(what) == ("token",)
     tokens = token_axes(graph, choice)
