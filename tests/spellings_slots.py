@@ -147,7 +147,30 @@ class SlotsOfNormed(SlotsThenExperts):
     expert = Normed
 
 
+class SlotsBesideTheInput(SlotsThenExperts):
+    """What the slots add stands in one sum with the layer's input, as behind a residual connection."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class SlotsBehindTheInput(Chosen):
+    """The sum over slots begins with something else than zeros."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        up = torch.stack([e.up.weight for e in self.experts])
+        down = torch.stack([e.down.weight for e in self.experts])
+        y = x * 0.5
+        for i in range(K):
+            h = F.relu(torch.einsum("th,tfh->tf", x, up[chosen[:, i]]))
+            y = y + w[:, i, None] * torch.einsum("tf,thf->th", h, down[chosen[:, i]])
+        return y
+
+
 SPELLINGS = (
+    Spelling("SlotsBesideTheInput", "P1", SlotsBesideTheInput, tokens),
+    Spelling("SlotsBehindTheInput", "P5", SlotsBehindTheInput, tokens),
     Spelling("SlotsThenExperts", "P1", SlotsThenExperts, tokens),
     Spelling("ExpertsThenSlots", "P1", ExpertsThenSlots, batches),
     Spelling("BothInOneBody", "P3", BothInOneBody, tokens),

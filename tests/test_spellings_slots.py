@@ -19,6 +19,7 @@ def test_one_site_with_outputs_and_gradients(spelling):
     assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
     (site,) = report.graph_reports[0].sites
     assert (site.status, site.top_k) == ("fused", 2), report
+    assert site.proof.startswith("proved"), site.proof  # what is not lowered is not proved either
     assert not report.not_rolled
 
 

@@ -111,6 +111,7 @@ def lower(
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
     groups = groups_of(raised, graph)
+    _nothing_lost(graph, groups)
     state.viewed |= _written_later(state, graph, groups)
     for root, instrs in groups.items():
         _materialise(state, root, instrs)
@@ -142,12 +143,19 @@ def _written_later(state: Lowering, graph: Graph, groups: Mapping[str, list[Inst
     return frozenset(found)
 
 
+def _nothing_lost(graph: Graph, groups: Mapping[str, list[Instr]]) -> None:
+    """Every site that passes found makes a value of the model: one that did not would be called fused and never run."""
+    made = {name for instrs in groups.values() for instr in instrs for name in instr.results}
+    lost = [i.results[0] for i in graph.instrs if i.word in SITES and made.isdisjoint(i.results)]
+    assert not lost, f"no value of the model is replaced by {', '.join(lost)}"
+
+
 def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:
     """What `graph` says anew: the value that is replaced → the instructions that make it, in order."""
     groups: dict[str, list[Instr]] = {}
     new: dict[str, Instr] = {}
     for instr in graph.instrs:
-        if not _is_new(raised, instr):
+        if not _is_new(raised, instr, new):
             continue
         root = instr.results[0]
         if root not in raised.carriers:
@@ -176,9 +184,12 @@ def any_views(graph: Graph) -> frozenset[str]:
     return frozenset(i.uses[1] for i in graph.instrs if i.word == "changed_view")
 
 
-def _is_new(raised: Raised, instr: Instr) -> bool:
+def _is_new(raised: Raised, instr: Instr, new: Mapping[str, Instr]) -> bool:
+    """Whether an instruction is none of the user's: made by a pass, of another word, or a sum of other terms."""
     old = raised.graph.defs.get(instr.results[0])
-    return old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same", "where"))
+    if old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same", "where")):
+        return True
+    return instr.word == "add" and old.args != instr.args and not new.keys().isdisjoint(instr.uses)
 
 
 def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
