@@ -17,6 +17,9 @@ _FUNCTIONAL = frozenset(("scatter", "scatter_add", "index_add", "index_put", "in
 def without_leaves(function: ast.FunctionDef) -> bool:
     """Have the function ask for no such gradient where it is traced, in place; whether there was one."""
     found = False
+    for asked in _received(function):
+        asked.value = call("eager")
+        found = True
     for node in ast.walk(function):
         if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
             continue
@@ -25,6 +28,13 @@ def without_leaves(function: ast.FunctionDef) -> bool:
             asked.value = call("eager")
             found = True
     return found
+
+
+def _received(function: ast.FunctionDef) -> list[ast.keyword]:
+    """The keywords of `torch.zeros(…, requires_grad=True).scatter(…)`, where nothing else can see the zeros."""
+    calls = [n.func for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    asked = [_asked(func.value) for func in calls if func.attr in _FUNCTIONAL]
+    return [keyword for keyword in asked if keyword is not None]
 
 
 def asks(names: tuple[object, ...]) -> bool:

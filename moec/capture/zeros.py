@@ -4,7 +4,11 @@ if rows.any(): y[rows] += …                      if rows.any(): y[rows] += …
 elif self.training: y[0] += 0 * sum(…)     →
 
 Such a line gives idle experts a gradient of zeros, which a rolled loop gives them anyhow. What is left out differs from
-what is written only where a parameter of an idle expert is no finite number.
+what is written only where a parameter of an idle expert is no finite number. Two sides that do the same but for such
+zeros are one:
+
+if len(rows): y[m] = rows                        y[m] = rows
+else: y[m] = rows + 0 * sum(…)            →
 """
 
 from __future__ import annotations
@@ -20,15 +24,45 @@ def without_zeros(loop: ast.For) -> ast.For | None:
     """A copy of the loop without such sides; None where it has none."""
     sides = [(i, s) for i, s in enumerate(loop.body) if isinstance(s, ast.If) and s.orelse]
     tainted = tainted_by(loop) if sides else set[str]()
-    found = [i for i, s in sides if loaded([s.test]) & tainted and _adds_zeros(s.orelse, tainted)]
-    if not found:
+    sides = [(i, s) for i, s in sides if loaded([s.test]) & tainted]
+    found = [i for i, s in sides if _adds_zeros(s.orelse, tainted)]
+    same = [i for i, s in sides if i not in found and _only_asks(s.test) and _alike(s.body, s.orelse)]
+    if not found and not same:
         return None
     out = copy.deepcopy(loop)
-    for i in found:
+    for i in reversed(range(len(out.body))):
         stmt = out.body[i]
-        assert isinstance(stmt, ast.If)
-        stmt.orelse = []
+        if isinstance(stmt, ast.If) and i in found:
+            stmt.orelse = []
+        elif isinstance(stmt, ast.If) and i in same:
+            out.body[i : i + 1] = [_Finite().visit(inner) for inner in stmt.body]
     return out
+
+
+_ASKS = frozenset(("any", "sum", "numel", "nelement", "size", "len", "item", "bool", "count_nonzero"))
+
+
+def _only_asks(test: ast.expr) -> bool:
+    """Whether a condition has no effect of its own."""
+    calls = [node for node in ast.walk(test) if isinstance(node, ast.Call)]
+    binds = any(isinstance(node, ast.NamedExpr) for node in ast.walk(test))
+    return not binds and all(called(node) in _ASKS for node in calls)
+
+
+def _alike(side: list[ast.stmt], other: list[ast.stmt]) -> bool:
+    """Whether two blocks are the same but for zeros that are added."""
+    first, second = ([ast.dump(_Finite().visit(copy.deepcopy(stmt))) for stmt in block] for block in (side, other))
+    return first == second
+
+
+class _Finite(ast.NodeTransformer):
+    """Sums without the zeros that they add."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        if not isinstance(node.op, ast.Add):
+            return node
+        return node.right if _is_zero(node.left) else node.left if _is_zero(node.right) else node
 
 
 def _adds_zeros(block: list[ast.stmt], tainted: set[str]) -> bool:

@@ -71,7 +71,7 @@ def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 
 
 def put_back(lifter: Lifter, instr: Instr) -> Lift | None:
-    """Places written where the tokens in order come from: scatter, index_copy, index_put into anything."""
+    """Places written where the tokens in order come from: scatter, index_put into anything."""
     base, *rest = instr.args
     source, index = rest if instr.word == "index_put" and len(rest) == 2 else (rest[-1], rest[0])
     made = lifter.instr(base)

@@ -285,7 +285,7 @@ _MASKS: Mapping[str, Rule] = {
     "contract": rule_contract,
     "gather": rule_gather,
     "scatter": rule_scatter,
-    **dict.fromkeys(("index_copy", "index_put"), rule_put),
+    "index_put": rule_put,
     "index": priority.rule_index,
     "clamp_max": rule_clamp_max,
     "scatter_add": rule_scatter,  # into zeros, at experts that differ

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moec.ir.graph import Arg, Dim, Instr, Ref
-from moec.ir.match import NoMatch, nearest
+from moec.ir.match import NoMatch
 from moec.passes.dispatch.served import clamped_ids
 from moec.passes.rows.lift import First, Lift, Lifter, Rule, tried_first
 from moec.passes.rows.rows import Anchor, Edge, Idle, Ids, OneHot, PerExpert, Rows, Shifted, Space, Span
@@ -244,15 +244,6 @@ def _multi_hot(lifter: Lifter, instr: Instr) -> Lift | None:
     return OneHot(index.name, ("t", "e"))
 
 
-def rule_index_copy(lifter: Lifter, instr: Instr, which: int) -> Lift:
-    """y.index_copy(0, perm, rows) is y[perm] = rows."""
-    found = write_run(lifter, instr, which) if instr.attr("dim") == 0 else None
-    if found is not None:
-        return found
-    misses = [m for m in map(lifter.lift, instr.args[1:]) if isinstance(m, NoMatch)]
-    return nearest([*misses, NoMatch("copies something else than rows to their places", instr.results[0])])
-
-
 def rule_scatter_add(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """zeros.scatter_add(0, flat choices, ones): how many rows each expert has."""
     base, index, ones = (*instr.args, instr.args[-1])[:3]
@@ -317,7 +308,6 @@ NEW: Mapping[str, Rule] = {
     "cat": rule_cat,
     "searchsorted": rule_searchsorted,
     "where": rule_where,
-    "index_copy": rule_index_copy,
     "scatter_add": rule_scatter_add,
     "index_add": rule_scatter_add,
 }

@@ -84,7 +84,7 @@ def write(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         return None
     if instr.word == "index_put":
         base, source, *ids = instr.args
-    elif instr.word in ("scatter", "index_copy", "index_add", "scatter_add"):
+    elif instr.word in ("scatter", "index_add", "scatter_add"):
         base, index, source = instr.args
         ids = [index]
     else:
@@ -288,7 +288,7 @@ def contracted(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
 
 
 FLAT_SEATS: Mapping[str, First] = {
-    **dict.fromkeys(("index_put", "scatter", "index_copy", "index_add", "scatter_add"), write),
+    **dict.fromkeys(("index_put", "scatter", "index_add", "scatter_add"), write),
     **dict.fromkeys(("index", "gather"), read),
     **dict.fromkeys(("reshape", "permute", "cast", "same"), viewed),
     **dict.fromkeys(("cat", "slice", "head"), spared),

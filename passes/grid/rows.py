@@ -221,14 +221,24 @@ def rule_contract(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return sent
     for x, w, row, mat in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
         rows = lifter.lift(x)
-        if isinstance(rows, Rows) and on_grid(rows):
+        if isinstance(rows, Rows) and on_grid(rows) and not _handed_out(lifter, x, rows):
             return _times(lifter, instr, rows, w, (row, mat, out))
     for x, w, row, mat in ((*instr.args, left, right), (*instr.args[::-1], right, left)):
-        if isinstance(lifter.lift(x), NoMatch) and isinstance(lifter.lift(w), NoMatch):
+        rows = lifter.lift(x)
+        tokens = isinstance(rows, NoMatch) or (isinstance(rows, Rows) and _handed_out(lifter, x, rows))
+        if tokens and isinstance(lifter.lift(w), NoMatch):
             fresh = _fresh(lifter, instr, x, w, (row, mat, out))
             if not isinstance(fresh, NoMatch):
                 return fresh
     return NoMatch(f"contraction {instr.attr('eq')} is not of tokens and experts", instr.results[0])
+
+
+def _handed_out(lifter: Lifter, x: Arg, rows: Rows) -> bool:
+    """Whether more products read a value than one expert has of its own hidden row: it is what tokens bring along."""
+    if not isinstance(x, Ref) or "e" in flat(labels(rows)):
+        return False
+    users = [user for user in lifter.graph.users.get(x.name, ()) if user.word == "contract"]
+    return len({tuple(arg for arg in user.args if arg != x) for user in users}) > 2
 
 
 def seats_of(lifter: Lifter, arg: Arg) -> Seats | None:

@@ -1,4 +1,4 @@
-"""How gathers and scatters along an axis are said: gather, scatter, scatter_add, index_add, index_copy."""
+"""How gathers and scatters along an axis are said: gather, scatter, scatter_add, index_add, index_copy, index_put."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def raise_gather(build: Builder, node: fx.Node) -> Arg | None:
 
 
 def raise_scatter(build: Builder, node: fx.Node) -> Arg | None:
-    """scatter(x, dim, i, src or value) → scatter; scatter_add, index_add, index_copy by their own names."""
+    """scatter(x, dim, i, src or value) → scatter; scatter_add, index_add, index_copy by their own names.
+
+    index_copy along the first axis is x[i] = src → index_put.
+    """
     args = named(node, "input dim index src")
     value = build.value(args["input"])
     source = args.get("src", args.get("source", args.get("value", args.get("tensor"))))
@@ -44,8 +47,11 @@ def raise_scatter(build: Builder, node: fx.Node) -> Arg | None:
         return None
     if args.get("alpha", 1) != 1:
         return None
-    operands = (value, build.value(args["index"]), build.value(source))
-    return build.emit(key, operands, type_of_fake(fake(node)), dim=args["dim"] % build.type_of(value).rank)
+    index, source = build.value(args["index"]), build.value(source)
+    kind, dim = type_of_fake(fake(node)), args["dim"] % build.type_of(value).rank
+    if key == "index_copy" and dim == 0 and build.type_of(index).rank == 1:
+        return build.emit("index_put", (value, source, index), kind, dim=0, accumulate=False)
+    return build.emit(key, (value, index, source), kind, dim=dim)
 
 
 def raise_scatter_reduce(build: Builder, node: fx.Node) -> Arg | None:
