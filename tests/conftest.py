@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 FIRST = (
     "tests/codegen/test_triton.py",
@@ -27,6 +26,9 @@ FIRST = (
     "tests/moec/runtime/test_ops.py",
 )
 """Files that take longest, in that order: one of them at the end would leave the other cores without work."""
+
+SPELLED = ("test_spelling", "test_loops", "test_library_forms", "test_autocast", "test_declined")
+"""Files in which it is on trial what a layer is taken for; kernels themselves are on trial in tests/codegen."""
 
 
 def pytest_configure() -> None:
@@ -82,5 +84,30 @@ def guards_are_not_timed() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def shapes_are_not_remembered() -> Iterator[None]:
     """Fake tensors' cache makes each result twice, to see if it can be kept; a layer asks for few results again."""
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    from torch._dynamo import config
+
+    with config.patch(fake_tensor_cache_enabled=False):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_built_plainly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Spelled layers have many specs, each with kernels of its own: unoptimised they are built in less than half the
+    time."""
+    if not request.path.name.startswith(SPELLED):
+        yield
+        return
+    from moec.codegen import build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_FLAGS_FAST", (*build._FLAGS_FAST, "-O0"))
+        _forget_kernels()
+        yield
+    _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    from moec.runtime import backward, backward_ops, cpu, ops
+
+    for loaded in (cpu._load, backward._load, ops._kernel_or_warning, backward_ops.gradient_kernel):
+        loaded.cache_clear()
