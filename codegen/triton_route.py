@@ -102,7 +102,7 @@ def _dispatch_counted(at: At) -> Launch:
 
 def _placing(at: At) -> dict[str, int | bool]:
     """What placing pairs is specialised by."""
-    return {"UNIT": _PLACED, "BLOCK_PAIRS": min(64, max(16, power_of_two(at.pairs))), "BLOCK_M": at.config.block_m}
+    return {"UNIT": _PLACED, "BLOCK_PAIRS": min(128, max(16, power_of_two(at.pairs))), "BLOCK_M": at.config.block_m}
 
 
 def router_operands(at: At) -> tuple[Argument, ...]:

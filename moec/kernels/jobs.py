@@ -71,10 +71,11 @@ def kernel_jobs(request: Request) -> tuple[KernelJob, ...]:
     extents = tensor_bytes(request.spec, request.sizes)
     for buffer in plan.buffers:
         extents[buffer.name] = buffer.bytes
-    return tuple(KernelJob(launch, _job(source, launch, extents)) for launch in plan.launches)
+    return tuple(KernelJob(launch, launch_job(source, launch, extents)) for launch in plan.launches)
 
 
-def _job(source: str, launch: Launch, extents: Mapping[str, int]) -> Job:
+def launch_job(source: str, launch: Launch, extents: Mapping[str, int]) -> Job:
+    """The job that compiles a launch's kernel; `extents`: bytes behind its pointers, by name."""
     arguments = {
         a.name: Pointer(a.type[1:], extents.get(a.name, _SMALL)) if a.type.startswith("*") else a.value
         for a in launch.arguments

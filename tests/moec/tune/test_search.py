@@ -254,9 +254,9 @@ def killed_and_resumed(folder, kills, seed=0):
     return [replace(e, date="") for e in tune_cache.load(folder / "tuned")]
 
 
-def check_kills(tmp_path, kills):
+def check_kills(tmp_path, kills, seed=0):
     want = replace(tune(JOB, 1e9, Steady).entry, date="")
-    assert killed_and_resumed(tmp_path / "killed", kills) == [want]
+    assert killed_and_resumed(tmp_path / "killed", kills, seed) == [want]
     (log,) = (tmp_path / "killed" / "tuning").glob("*.done")
     (once,) = (tmp_path / "tuning").glob("*.done")
 
@@ -272,8 +272,9 @@ def test_killed_and_resumed_ends_with_the_same_cache(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path):
-    check_kills(tmp_path, 20)
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path, seed):
+    check_kills(tmp_path, 20, seed)
 
 
 @pytest.mark.parametrize(
