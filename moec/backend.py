@@ -15,6 +15,7 @@ from torch import fx
 import moec.runtime.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # defines the ops that graphs call
 from moec.capture import install
 from moec.capture.breaks import Mark
+from moec.capture.buckets import ask_for_whole
 from moec.capture.parts import compile_parts
 from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
@@ -81,6 +82,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Compile one captured graph."""
+        ask_for_whole(can_hold_experts)
         not_rolled = settle(gm)
         start = time.perf_counter()
         parts = [self.rewrite(each, nested=each is not gm) for each in untransformed(gm)]
@@ -110,7 +112,7 @@ class Backend:
 
     def rewrite(self, gm: fx.GraphModule, nested: bool = False) -> GraphReport:
         """Find the MoE layers of one graph and put kernels in their place; a bug in moec leaves the graph as it was."""
-        if self.report is None and not can_hold_experts(gm):  # a report also says what was looked at
+        if self.report is None and not can_hold_experts(gm.graph):  # a report also says what was looked at
             return GraphReport((), (), len(gm.graph.nodes))
         if updates_inside(gm):
             return GraphReport((), (), len(gm.graph.nodes), (TRANSFORMED,))

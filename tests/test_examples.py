@@ -1,4 +1,4 @@
-"""Every example runs, two in processes of their own as a reader would start them."""
+"""Every example runs, three in processes of their own as a reader would start them."""
 
 import subprocess
 import sys
@@ -18,8 +18,11 @@ EXPECTED = {
     "06_train.py": ["the same losses, on the model's own parameters"],
     "07_copies_of_weights.py": ["{'freeze': True}", "after a parameter was changed", "copies follow their parameters"],
     "08_generate.py": ["prompt of 21: ", "as eager; graphs compiled so far: 2"],
+    "09_data_parallel.py": [
+        f"rank {rank}: {n} tokens, gradients as of all tokens on one rank: True" for rank, n in enumerate((13, 20))
+    ],
 }
-BY_ITSELF = ("01_compile.py", "05_ranks.py")  # the first, and one that forks
+BY_ITSELF = ("01_compile.py", "05_ranks.py", "09_data_parallel.py")  # the first, and those that fork
 
 
 def test_every_example_is_listed():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -66,6 +67,10 @@ def transforming() -> bool:
     return cast("object | None", peek_interpreter_stack()) is not None  # its declaration leaves None out
 
 
+_INNER = ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__", "backend_compile_fn")
+"""What wrappers call the backend that they wrap; the last is of the optimizer for DistributedDataParallel."""
+
+
 def compiles_for_moec(tx: Any) -> bool:
     """Whether the backend behind this translator is moec's."""
     return backend_of(tx) is not None
@@ -73,21 +78,24 @@ def compiles_for_moec(tx: Any) -> bool:
 
 def backend_of(tx: Any) -> Any:
     """The backend behind this translator, if it carries `__moec_backend__ = True`."""
+    return next((fn for fn in behind(tx) if getattr(fn, "__moec_backend__", False) is True), None)
+
+
+def behind(tx: Any) -> Iterator[Any]:
+    """What is called with this translator's graph, and what that calls in turn, as far as torch's wrappers tell."""
     todo: list[Any] = [tx.output.compiler_fn]
     seen = set[int]()
     while todo:
         fn = todo.pop()
         if fn is None or id(fn) in seen:
             continue
-        if getattr(fn, "__moec_backend__", False) is True:
-            return fn
+        yield fn
         seen.add(id(fn))
-        todo += [getattr(fn, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn", "__wrapped__")]
+        todo += [getattr(fn, name, None) for name in _INNER]
         if isinstance(fn, functools.partial):
             todo.append(fn.func)
         if isinstance(fn, types.MethodType):
             todo.append(fn.__self__)
-    return None
 
 
 class DecidedByData(UserError, GuardOnDataDependentSymNode):

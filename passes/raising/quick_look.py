@@ -16,14 +16,14 @@ from moec.passes.raising.raise_graph import fake
 from moec.passes.raising.words import key_of
 
 
-def can_hold_experts(gm: fx.GraphModule) -> bool:
+def can_hold_experts(graph: fx.Graph) -> bool:
     """False only where no pass could find anything; looking up embeddings is no choice."""
     return any(
         node.op.startswith("call_")
         and any(map(_may_choose, node.all_input_nodes))
         and _may_be_float(node)
         and key_of(node) != "embedding"
-        for node in gm.graph.nodes
+        for node in graph.nodes
     )
 
 
