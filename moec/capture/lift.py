@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture.alike import difference
 from moec.capture.guards import child, guard_module
-from moec.capture.state import loop_key, retrace_without
+from moec.capture.kinds import is_item, kinds_among
+from moec.capture.state import kinds_of, loop_key, loops_of, retrace_by_kind, retrace_without
 
 
 def lift(ctx: Any) -> None:
@@ -28,6 +29,8 @@ def lift(ctx: Any) -> None:
         retrace_without(tx, key, "the body indexes with the loop's item what is no list of modules or tensors")
     values = [value for value, _ in members]
     modules = all(isinstance(value, nn.Module) for value in values)
+    start, stop = _kind(tx, key, scope, values) if modules else (0, len(values))
+    values, members = values[start:stop], members[start:stop]
     reason = difference(values) or _rewritten(tx, values) if modules else _unlike_tensors(values)
     if reason:
         retrace_without(tx, key, reason)
@@ -36,11 +39,27 @@ def lift(ctx: Any) -> None:
             guard_module(module, where if isinstance(where, Source) else where.source)
     paths = [name for name, _ in _named(values[0])] if modules else [""]
     tables = [[_variable(tx, member, path) for member in members] for path in paths]
+    tables = [[*table[:1] * start, *table] for table in tables]  # looked up at the items of this kind alone
     reason = next(filter(None, (_unlike_tensors([_value(var) for var in table]) for table in tables)), None)
     if reason:
         retrace_without(tx, key, reason)
     scope["names"] = TupleVariable([ConstantVariable.create(path) for path in paths])
     scope["tables"] = TupleVariable([TupleVariable(table) for table in tables])
+    scope["_first"] = ConstantVariable.create(start)
+
+
+def _kind(tx: Any, key: str, scope: Any, experts: Sequence[nn.Module]) -> tuple[int, int]:
+    """The experts that the body is traced for: all, or those of one kind; traced again where kinds were not known."""
+    kind, whole = loops_of(tx).kind, (0, len(experts))
+    if kind is None or difference(experts) is None or isinstance(_value(scope["obj"].realize()), nn.ModuleDict):
+        return whole
+    at = scope["_at"].realize()
+    if not at.is_tensor() or not is_item(at.as_proxy().node):
+        return whole
+    if key in kinds_of(tx):
+        return kind
+    found = kinds_among(experts)
+    return retrace_by_kind(tx, key, found) if found else whole
 
 
 def same_method(ctx: Any) -> None:

@@ -74,12 +74,13 @@ def pick_from(key: str, obj: Any, at: Any) -> Any:
     """`obj[at]` for a list of modules or tensors and a symbolic item: a `Picked`, or `moec::pick` of the tensors."""
     names: Any = ()
     tables: Any = ()
+    _first, _at = 0, at  # a local that no comprehension reads
     by_key = isinstance(at, TextKey | NameKey)
     item = at.item if by_key else at
     _wanted = at.wanted(len(obj)) if by_key else []
     if isinstance(at, NameKey):
         _expect_all(obj, at.names)
-    comptime(lift)  # reads key, obj and _wanted; sets names and tables, or gives the loop up
+    comptime(lift)  # reads key, obj, _at and _wanted; sets names, tables and _first, or gives the loop up
     picks: dict[str, Tensor] = {
         name: _markers.pick.default(list(table), item) for name, table in zip(names, tables, strict=True)
     }
@@ -87,4 +88,4 @@ def pick_from(key: str, obj: Any, at: Any) -> Any:
         return picks[""]
     if by_key:
         return Picked(key, obj[_wanted[0]], picks)
-    return Picked(key, next(iter(obj.values())) if isinstance(obj, nn.ModuleDict) else obj[0], picks)
+    return Picked(key, next(iter(obj.values())) if isinstance(obj, nn.ModuleDict) else obj[_first], picks)

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 
-from moec.capture.branches import branches
+from moec.capture.branches import branches, only_adds
 from moec.capture.crowded import uncrowded
 from moec.capture.empty import unguarded
 from moec.capture.events import called, loaded, stored
@@ -18,6 +18,7 @@ from moec.capture.slices import appended_to
 from moec.capture.words import Unrollable, Words, assign, call, name
 
 _ITEM = "_moec_item"
+_KIND = "_moec_kind"
 
 
 def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
@@ -26,10 +27,15 @@ def rolled(candidate: Candidate, key: str, function: ast.AST) -> list[ast.stmt]:
     out: list[ast.stmt] = []
     loop = uncrowded(candidate.loop, candidate.tainted, ast.Constant(key))
     loop = unguarded(loop, candidate.tainted, ast.Constant(key))
+    kinds = not (candidate.counters or candidate.collected) and only_adds(loop.body)
     for part in branches(dataclasses.replace(candidate, loop=loop)):
         again = [ast.Expr(call("enter", ast.Constant(key)))] if out else []
-        out += [*again, *_Roller(part, ast.Constant(key), scope.hosts, scope.given).run()]
-    return out
+        out += [*again, *_Roller(part, ast.Constant(key), scope.hosts, scope.given, kinds).run()]
+    if not kinds:
+        return out
+    again = ast.If(name(_KIND), [ast.Expr(call("enter", ast.Constant(key)))], [])
+    every = call("kinds", ast.Constant(key))
+    return [ast.For(ast.Name(_KIND, ast.Store()), every, [again, *out], [])]
 
 
 @dataclass
@@ -38,6 +44,7 @@ class _Roller:
     key: ast.Constant
     hosts: frozenset[str]
     given: frozenset[str]
+    kinds: bool = False  # whether it may be traced once for each kind of expert
     item: str = _ITEM
     words: Words = field(init=False)
     bound: set[str] = field(default_factory=set)  # what the statements so far bind
@@ -107,9 +114,15 @@ class _Roller:
             self.item = target.id
             walked = call("walk", self.key, name("_moec_seq0"), name(_ITEM), self.as_key(target))
             begin = call("anchor_of", self.key, name("_moec_seq0"), like)
-            return [assign("_moec_seq0", items), assign(_ITEM, begin), assign(target, walked)]
+            return [assign("_moec_seq0", items), *self.begins(begin), assign(target, walked)]
         self.item = target.id if isinstance(target, ast.Name) else _ITEM
-        return [assign(_ITEM, call("anchor", self.key, strip_listing(items), like)), assign(target, name(_ITEM))]
+        begin = call("anchor", self.key, strip_listing(items), like)
+        return [*self.begins(begin), assign(target, name(_ITEM))]
+
+    def begins(self, anchor: ast.expr) -> list[ast.stmt]:
+        """The item, before anything is looked up at it."""
+        only = [ast.Expr(call("only", self.key, name(_KIND), name(_ITEM)))] if self.kinds else []
+        return [assign(_ITEM, anchor), *only]
 
     def as_key(self, target: ast.expr) -> ast.Constant:
         """Whether the body does nothing with an item but look a dictionary up: `experts[name]`, `g[:, int(name)]`."""
@@ -154,7 +167,7 @@ class _Roller:
             out.append(assign(f"_moec_seq{i}", plain))
         sizes: list[ast.expr] = [call("length", name(f"_moec_seq{i}")) for i in range(len(sequences))]
         size = sizes[0] if len(sizes) == 1 else call("shortest", self.key, *sizes)
-        out.append(assign(_ITEM, call("anchor_each", self.key, size, copy.deepcopy(self.candidate.like))))
+        out += self.begins(call("anchor_each", self.key, size, copy.deepcopy(self.candidate.like)))
         for i, (part, sequence) in enumerate(sequences):
             at = [name(f"_moec_seq{i}"), name(_ITEM)]
             values = isinstance(sequence, ast.Call) and called(sequence) != "keys"

@@ -134,6 +134,7 @@ class Loops:
     handed: functions that hand numbers of the host to others, which stay symbols where loops cut rows by them
     asked: functions that ask for each expert's rows in a list
     nested: those inside the graph of a higher-order operator (a checkpointed block), where no real loop can run.
+    kind: the experts, from one on and before another, that the body is being traced for (`moec.capture.kinds`)
     """
 
     begun: list[str] = field(default_factory=list)
@@ -141,6 +142,21 @@ class Loops:
     handed: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     open: str | None = None
+    kind: tuple[int, int] | None = None
+
+
+def kinds_of(tx: Any) -> dict[str, tuple[tuple[int, int], ...]]:
+    """The loops whose experts are of several kinds: for each, from which expert on and before which; over restarts."""
+    log = tx.speculation_log
+    if not hasattr(log, "moec_kinds"):
+        log.moec_kinds = {}
+    return log.moec_kinds
+
+
+def retrace_by_kind(tx: Any, key: str, kinds: tuple[tuple[int, int], ...]) -> NoReturn:
+    """Have Dynamo trace the frame again with the loop's body once for each kind of expert."""
+    kinds_of(tx)[key] = kinds
+    raise RetraceUnrolled(restart_reason=f"moec: loop at {key} has experts of {len(kinds)} kinds")
 
 
 def loops_of(tx: Any) -> Loops:

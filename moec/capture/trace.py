@@ -14,6 +14,8 @@ from moec.capture.axes import One, Span, axis_of, narrows
 from moec.capture.first import first as first  # a word too
 from moec.capture.keys import Key, NameKey, TextKey, are_names, key_at
 from moec.capture.keys import text_key as text_key  # a word too
+from moec.capture.kinds import kinds as kinds  # words too
+from moec.capture.kinds import only as only
 from moec.capture.picked import expects as expects  # a word too
 from moec.capture.picked import pick_from
 from moec.capture.runs import Runs
@@ -79,7 +81,8 @@ def _open(key: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _close() -> None:
-    loops_of(current_tx()).open = None
+    loops = loops_of(current_tx())
+    loops.open = loops.kind = None
 
 
 @torch.compiler.assume_constant_result

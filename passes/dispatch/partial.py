@@ -51,29 +51,33 @@ def some_experts(
     """Instructions, the choice of none but these experts, the body of those that run, and where their sum begins."""
     out = Writer(lifter.graph, root)
     kind = lifter.graph.types[choice]
-    runs = out.emit("lt", (Ref(choice), part.limit), Type("bool", kind.shape))
-    kept = out.emit("where", (Ref(runs), Ref(choice), -1), kind)
-    groups = tuple(
-        _first(out, group, part.limit) if body.spec.stacked else group[: part.limit] for group in body.params
-    )
+    start, stop = (part.limit, int(body.num_experts)) if part.above else (0, part.limit)
+    runs = out.emit("ge" if part.above else "lt", (Ref(choice), part.limit), Type("bool", kind.shape))
+    own = out.emit("sub", (Ref(choice), start), kind) if start else choice
+    kept = out.emit("where", (Ref(runs), Ref(own), -1), kind)
+    groups = tuple(_some(out, group, start, stop) if body.spec.stacked else group[start:stop] for group in body.params)
+    body = replace(body, num_experts=sympy.Integer(stop - start))
     base = _handed_on(lifter, out, total.base, total, part, choice) if total.base else ""
     return tuple(out.instrs), kept, replace(body, params=groups), replace(total, base=base)
 
 
-def _first(out: Writer, group: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """A stacked parameter without what lies behind its first `count` slices."""
+def _some(out: Writer, group: tuple[str, ...], start: int, stop: int) -> tuple[str, ...]:
+    """A stacked parameter's slices from one on and before another."""
     kind = out.type(group[0])
-    if kind.shape[0] == count:
+    if start == 0 and kind.shape[0] == stop:
         return group
-    cut = Type(kind.dtype, (sympy.Integer(count), *kind.shape[1:]))
-    return (out.emit("narrow", (Ref(group[0]),), cut, dim=0, start=0, length=count),)
+    cut = Type(kind.dtype, (sympy.Integer(stop - start), *kind.shape[1:]))
+    return (out.emit("narrow", (Ref(group[0]),), cut, dim=0, start=start, length=stop - start),)
 
 
 def _handed_on(lifter: Lifter, out: Writer, base: str, other: Combined, part: Part, choice: str) -> str:
     """x times the weights of the experts that hand it on, where `base` is their loop; else `base` as it is."""
     made = lifter.graph.defs.get(base)
     total = combined(lifter, made) if made is not None and made.word == "index_add" else NoMatch("no sum of rows")
-    if isinstance(total, NoMatch) or total.base or not _visits_rest(lifter, total.rows, part, choice):
+    if isinstance(total, NoMatch) or total.base:
+        return base
+    rest = _visits_rest(lifter, total.rows, part, choice)
+    if rest is None:
         return base
     weight, row = split_weight(total.rows.row)
     token = strip(row) if not isinstance(row, NoMatch) else row
@@ -83,8 +87,10 @@ def _handed_on(lifter: Lifter, out: Writer, base: str, other: Combined, part: Pa
     chosen = lifter.graph.types[choice]
     if x.shape != to.shape or w.shape != chosen.shape or w.rank != 2:
         return base
-    rest = out.emit("ge", (Ref(choice), part.limit), Type("bool", chosen.shape))
-    only = out.emit("where", (Ref(rest), Ref(weight.value), 0.0), w)
+    mask = Type("bool", chosen.shape)
+    bounds = [out.emit(word, (Ref(choice), limit), mask) for word, limit in zip(("ge", "lt"), rest, strict=False)]
+    handed = bounds[0] if len(bounds) == 1 else out.emit("bitwise_and", tuple(map(Ref, bounds)), mask)
+    only = out.emit("where", (Ref(handed), Ref(weight.value), 0.0), w)
     one = Type(w.dtype, (w.shape[0], sympy.S.One))
     total_weight = out.emit("reduce_sum", (Ref(only),), one, dims=(1,), keepdim=True)
     wide = "f32" if w.dtype != x.dtype else x.dtype
@@ -92,11 +98,17 @@ def _handed_on(lifter: Lifter, out: Writer, base: str, other: Combined, part: Pa
     return out.cast(product, to.dtype)
 
 
-def _visits_rest(lifter: Lifter, rows: Rows, part: Part, choice: str) -> bool:
-    """Whether a loop visits every expert from the limit on, and no other."""
+def _visits_rest(lifter: Lifter, rows: Rows, part: Part, choice: str) -> tuple[int, ...] | None:
+    """From which expert on a loop visits all others than a part, and before which, where it ends; None where not."""
     anchor = rows.loop
-    if not anchor or rows.anchor or rows.earlier or part_of(lifter, anchor) != Part(part.limit, True):
-        return False
-    hits = lifter.graph.defs[anchor].word == "anchor"  # a range may end before the last of them
+    if not anchor or rows.anchor or rows.earlier or part_of(lifter, anchor) != Part(part.limit, not part.above):
+        return None
     idle = only_idle_skipped(lifter, anchor) is None and anchor not in lifter.beyond
-    return hits and idle and full_run(lifter, anchor, sympy.Integer(part.limit), choice) is None
+    made = lifter.graph.defs[anchor]
+    if made.word == "anchor_range":
+        end = part.limit if part.above else made.args[1]
+        return (0 if part.above else part.limit, end) if idle and isinstance(end, int) else None
+    whole = idle and full_run(lifter, anchor, sympy.Integer(part.limit), choice) is None
+    if not whole:
+        return None
+    return (0, part.limit) if part.above else (part.limit,)

@@ -34,7 +34,7 @@ from moec.passes.experts.torn import GOES_ON, torn_out
 from moec.passes.grid.chains import part_of_sum
 from moec.passes.grid.picked import match_picked, say_picked
 from moec.passes.grid.rules import with_grids
-from moec.passes.rows.body import BodyMatch, match_body
+from moec.passes.rows.body import NOTHING, BodyMatch, match_body
 from moec.passes.rows.lift import Lifter
 from moec.passes.rows.pairs import Writer
 from moec.passes.rows.rows import Part
@@ -131,8 +131,6 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     body = _body(lifter, instr, total, part)
     if isinstance(body, NoMatch):
         return body
-    if part is not None and part.above:
-        return NoMatch(f"the loop runs the experts from {part.limit} on alone", instr.results[0], 6)
     held.append(
         f"an expert is matrices and pointwise functions: E={body.num_experts}, F={body.width}, φ={body.spec.activation}"
     )
@@ -153,6 +151,8 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     blocked = obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked
+    if part is not None and any(name.endswith(NOTHING) for group in body.params for name in group):
+        return NoMatch("one projection has a bias, the other has none, in a loop over some experts", body.token, 6)
     if part is not None and choice not in lifter.graph.types:
         return NoMatch("a loop over some experts drops some of their rows", instr.results[0], 6)
     if part is not None:

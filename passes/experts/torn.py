@@ -23,7 +23,8 @@ def torn_out(graph: Graph, result: Graph, found: Mapping[str, Sequence[Instr]]) 
         if loop is None:
             continue
         made = {name for instr in instrs for name in instr.results}
-        begins = {name for instr in instrs for name in instr.uses} & turning - made - set(found)
+        reads = {name for instr in instrs for name in instr.uses} & turning - made - set(found)
+        begins = {name for name in reads if loops.get(name) == loop}  # what another loop made is there after it
         if goes_on(result, root, loops, found) or begins:
             torn.append(root)
     return torn

@@ -112,6 +112,7 @@ WORDS: Mapping[str, Make] = {
     "cast": _cast,
     "gather": _gather,
     "mul": _call(torch.mul),
+    "sub": _call(torch.sub),
     "ge": _call(torch.ge),
     "lt": _call(torch.lt),
     "gt": _call(torch.gt),
