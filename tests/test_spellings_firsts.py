@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spellings_firsts import BATCHED, KINDS, NEAR, SPELLINGS, UNROLLED, CutOfOwnCode
+from spellings_firsts import BATCHED, KINDS, SPELLINGS
+from spellings_firsts_near import NEAR, UNROLLED, CutOfOwnCode
 from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made
 
 import moec
@@ -72,4 +73,4 @@ def test_branches_that_do_something_else_say_why(kind):
     with torch.no_grad():
         report = moec.explain(kind(0.6), torch.randn(13, 16), moec_options={"rest": "eager"})
     assert len(report.not_rolled) == 1, report
-    assert "spellings_firsts.py" in str(report.not_rolled[0])
+    assert "spellings_firsts_near.py" in str(report.not_rolled[0])
