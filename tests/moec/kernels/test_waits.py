@@ -27,7 +27,7 @@ def test_on_amd(tmp_path, kernel):
     """A plain load, volatile or not, is read once before the loop; a barrier does not wait for stores of other waves,
     nor does a release."""
     text, at = assembly(gpu_target("gfx942"), kernel, tmp_path), COUNTERS[kernel]
-    load = rf"global_load_dword [^\n]*offset:{at} sc1\n\s*s_waitcnt vmcnt\(0\)\n\s*buffer_inv sc1"
+    load = rf"global_(?:load_dword|atomic_or) [^\n]*offset:{at} sc[01]\n\s*s_waitcnt vmcnt\(0\)\n\s*buffer_inv sc1"
     assert len(re.findall(rf"Inner Loop Header(?:(?!Loop Header|s_endpgm).)*?{load}", text, re.DOTALL)) == 1
     waits = rf"offset:24\n.*?s_waitcnt vmcnt\(0\)\n.*?s_barrier\n.*?global_atomic_add [^\n]*offset:{at}"
     assert re.search(rf"_atomic_add [^\n]*{waits}", text, re.DOTALL)
