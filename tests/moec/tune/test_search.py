@@ -251,6 +251,8 @@ def killed_and_resumed(folder, kills, seed=0):
                 if journal.exists() and rng.random() < 0.5:  # as if killed in the middle of a write
                     with journal.open("ab") as file:
                         file.write(b'{"record": {"cand')
+            else:
+                process.communicate()  # to leave would close the pipe that the search still writes to
     return [replace(e, date="") for e in tune_cache.load(folder / "tuned")]
 
 
