@@ -71,7 +71,8 @@ def main():
     model, _ = make()
     alone = copy.deepcopy(model)
     batches = [torch.randn(tokens, 64) for tokens in TOKENS]
-    compiled = torch.compile(DistributedDataParallel(model), backend="moec")
+    # What is not MoE in this model is too little to compile.
+    compiled = torch.compile(DistributedDataParallel(model), backend="moec", options={"rest": "eager"})
     got, want = train(model, compiled, [batches[rank]]), train(alone, alone, batches)
     equal = all(torch.allclose(got[name], want[name], rtol=1e-3, atol=1e-6) for name in want)
     said = [None, None]

@@ -125,6 +125,8 @@ def test_page_is_well_formed_self_contained_and_escaped(values, tmp_path):
     assert "<script" not in source
     assert "url(" not in source
     assert page.text.count(evil) >= 3
+    assert source.count('data-name="kernels"') == 2  # a narrow window shows each cell with its column's name
+    assert '<td data-name="kernels"></td>' in source  # and leaves empty ones out
     for part in (values.IR, "+%c = <moe>", "experts{} -> f32", "top-k is over the wrong axis", "a note"):
         assert part in page.text
 
