@@ -290,12 +290,12 @@ class NotSunk(Dense):
 
 
 class CopyKept(CopiedStart):
-    """Near miss: tokens may choose an expert that the loop does not run, and keep what they are."""
+    """Tokens may choose an expert that the loop does not run, and keep what they are."""
 
     experts_chosen = E + 1
 
 
-NEAR = (FilledWithOne, OtherExpert, FirstOfTwice, ColumnMissing, NotSunk, CopyKept)
+NEAR = (FilledWithOne, OtherExpert, FirstOfTwice, ColumnMissing, NotSunk)
 
 
 class Narrow(Chosen):

@@ -290,7 +290,7 @@ class LastWins(Chosen):
 
 
 class KeepsOthers(Chosen):
-    """Near miss: at most one expert a token, whose row replaces what was there before; others keep that."""
+    """At most one expert a token, whose row replaces what was there before; others keep that."""
 
     def forward(self, x):
         w, chosen = F.softmax(self.router(x), dim=-1).max(-1)
@@ -323,7 +323,7 @@ class IdlePlaces(Chosen):
 
 
 class DistinctOfDropped(Chosen):
-    """Near miss: the distinct values hold −1, which is the last expert, for tokens that chose none."""
+    """The distinct values hold −1, which is the last expert, for tokens that chose none."""
 
     def forward(self, x):
         w, chosen = self.choose(x)
@@ -349,4 +349,4 @@ class MaskOfTwice(Chosen):
         return y
 
 
-NEAR = (LastWins, KeepsOthers, IdlePlaces, DistinctOfDropped, MaskOfTwice)
+NEAR = (LastWins, IdlePlaces, DistinctOfDropped, MaskOfTwice)

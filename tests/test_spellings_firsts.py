@@ -6,6 +6,8 @@ import pytest
 import torch
 from spellings_firsts import BATCHED, KINDS, SPELLINGS
 from spellings_firsts_near import NEAR, UNROLLED, CutOfOwnCode
+from spellings_rows import CopyKept
+from spellings_strangers import KeepsOthers
 from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made
 
 import moec
@@ -74,3 +76,13 @@ def test_branches_that_do_something_else_say_why(kind):
         report = moec.explain(kind(0.6), torch.randn(13, 16), moec_options={"rest": "eager"})
     assert len(report.not_rolled) == 1, report
     assert "spellings_firsts_near.py" in str(report.not_rolled[0])
+
+
+@pytest.mark.parametrize("kind", [CopyKept, KeepsOthers], ids=lambda kind: kind.__name__)
+def test_tokens_of_experts_that_a_loop_does_not_run_keep_what_they_are(kind):
+    torch.manual_seed(0)
+    module = kind()
+    run, report = compiled(module)
+    with torch.no_grad():
+        assert_same_call(run, module, (torch.randn(13, 16),))
+    assert [site.status for site in report.sites] == ["fused"], report
