@@ -89,7 +89,82 @@ class LatentRows(Chosen):
         return self.widen(torch.einsum("te,ted->td", gates, out))
 
 
+class AskedNumber(Chosen):
+    """How many rows an expert has is moved to the host, and only asked about."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = chosen == e
+            count = mine.sum().item()
+            if count == 0:
+                continue
+            rows = mine.any(dim=-1)
+            y[rows] += expert(x[rows]) * w[mine].unsqueeze(-1)
+        return y
+
+
+class MapsSplitByCounts(Chosen):
+    """Who goes where is a map [E, T]; what is selected by it is split by its counts, and weighted when it is joined."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, chosen, w)
+        goes = torch.zeros(x.shape[0], E).int().scatter(1, chosen, 1).bool()
+        places = torch.arange(x.shape[0]).unsqueeze(0).expand(E, -1).masked_select(goes.T.contiguous())
+        rows = x.index_select(0, places)
+        outs = []
+        for part, expert in zip(torch.split(rows, goes.sum(0).tolist()), self.experts, strict=True):
+            outs.append(expert(part))
+        out = torch.cat(outs, 0)
+        out = out * gates.T.contiguous().masked_select(goes.T.contiguous()).unsqueeze(-1)
+        return torch.zeros(x.shape[0], H).scatter_add_(0, places.unsqueeze(1).expand(-1, H), out)
+
+
+class PlacesAsked(Chosen):
+    """Each turn asks the sorted ids where its expert's rows begin and where the next one's do."""
+
+    beyond = 1
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        ids, order = chosen.reshape(-1).sort()
+        token, weights = order // K, w.reshape(-1)[order]
+        y = torch.zeros_like(x)
+        for e in range(E):
+            start, end = torch.searchsorted(ids, e), torch.searchsorted(ids, e + self.beyond)
+            if start == end:
+                continue
+            mine = token[start:end]
+            y.index_add_(0, mine, self.experts[e](x[mine]) * weights[start:end].unsqueeze(-1))
+        return y
+
+
+class PlacesCutInline(Chosen):
+    """Starts of all experts' rows on the host; rows are cut where they are added."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        flat = chosen.reshape(-1)
+        order = flat.argsort(stable=True)
+        token, weights = torch.div(order, K, rounding_mode="floor"), w.reshape(-1)[order]
+        rows = x.index_select(0, token)
+        places = torch.searchsorted(flat[order].contiguous(), torch.arange(E + 1)).tolist()
+        y = torch.zeros_like(x)
+        for e in range(E):
+            start, end = places[e], places[e + 1]
+            if start == end:
+                continue
+            y.index_add_(0, token[start:end], self.experts[e](rows[start:end]) * weights[start:end].unsqueeze(1))
+        return y
+
+
 SPELLINGS = (
+    Spelling("PlacesAsked", "P7", PlacesAsked, tokens),
+    Spelling("PlacesCutInline", "P7", PlacesCutInline, tokens),
+    Spelling("AskedNumber", "P2", AskedNumber, tokens),
+    Spelling("MapsSplitByCounts", "P7", MapsSplitByCounts, tokens),
     Spelling("ZerosForIdleExperts", "P1", ZerosForIdleExperts, tokens),
     Spelling("GatesFromLeaf", "P2", GatesFromLeaf, tokens),
     Spelling("CopiedRows", "P1", CopiedRows, batches),
@@ -124,6 +199,27 @@ class LastCopyWins(Chosen):
         return y
 
 
+class AskedAndUsed(Chosen):
+    """Near miss: the number of rows that was moved to the host is a factor too."""
+
+    def forward(self, x):
+        _, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(dim=-1)
+            count = mine.sum().item()
+            if count == 0:
+                continue
+            y[mine] += expert(x[mine]) / count
+        return y
+
+
+class PlacesOfTwo(PlacesAsked):
+    """Near miss: rows are cut where those of the next expert but one begin."""
+
+    beyond = 2
+
+
 class LatentOfTheirOwn(LatentRows):
     """Near miss: one expert reads other rows than the rest."""
 
@@ -131,4 +227,4 @@ class LatentOfTheirOwn(LatentRows):
         return x.flip(0) if e == 1 else x
 
 
-NEAR = (OnesForIdleExperts, LastCopyWins, LatentOfTheirOwn)
+NEAR = (OnesForIdleExperts, LastCopyWins, LatentOfTheirOwn, AskedAndUsed, PlacesOfTwo)

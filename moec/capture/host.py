@@ -42,6 +42,21 @@ def indexing_lists(loop: ast.For, tainted: frozenset[str]) -> frozenset[str]:
     return frozenset(name for name, ok in made.items() if ok) - elsewhere
 
 
+def asked_numbers(loop: ast.For) -> frozenset[str]:
+    """The names of numbers that a body only asks about: `n = mask.sum().item()`, `if n == 0: continue`."""
+    tests = {id(n) for stmt in ast.walk(loop) if isinstance(stmt, ast.If) for n in ast.walk(stmt.test)}
+    names = [n for n in ast.walk(loop) if isinstance(n, ast.Name)]
+    bound = [n.id for n in names if isinstance(n.ctx, ast.Store)]
+    elsewhere = {n.id for n in names if isinstance(n.ctx, ast.Load) and id(n) not in tests}
+    moved = {
+        stmt.targets[0].id
+        for stmt in loop.body
+        if isinstance(stmt, ast.Assign) and len(stmt.targets) == 1 and isinstance(stmt.targets[0], ast.Name)
+        if isinstance(stmt.value, ast.Call) and _is_bare(stmt.value, frozenset(("item",)))
+    }
+    return frozenset(name for name in moved if bound.count(name) == 1) - elsewhere
+
+
 def tensor_of(expr: ast.expr, hosts: frozenset[str]) -> ast.expr | None:
     """The expression as a tensor that stayed where it was; None where it is no list that came from one."""
     if isinstance(expr, ast.Name):

@@ -100,7 +100,7 @@ def _is_rows(key: ast.AST, selectors: set[str], aliases: set[str], bounds: set[s
     if isinstance(parts[0], ast.Slice) and cuts(ast.Subscript(ast.Name("_"), parts[0]), bounds, aliases):
         return True
     parts = [part for part in parts if not isinstance(part, ast.Slice)]
-    return any(loaded([part]) & selectors or _selects(part, aliases) for part in parts)
+    return any(loaded([part]) & selectors or _selects(part, aliases) or cuts(part, bounds, aliases) for part in parts)
 
 
 def _root(expr: ast.expr) -> str | None:

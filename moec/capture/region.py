@@ -134,6 +134,7 @@ def hoist_invariants(graph: Graph, region: Region) -> Region:
 
     Dynamo records the sizes of a tensor where they are first asked for, which may be inside the body.
     """
+    region = _ask_behind(region)
     yields = {*region.collects, *(leave for _, leave in region.carries)}
     leaked = [
         n
@@ -154,3 +155,18 @@ def hoist_invariants(graph: Graph, region: Region) -> Region:
         if node in moving:
             region.anchor.prepend(node)
     return Region(region.anchor, region.end, tuple(n for n in region.nodes if n not in moving))
+
+
+def _ask_behind(region: Region) -> Region:
+    """The region with what is asked of rows of all iterations alone, as their number, behind its end."""
+    asks: dict[Node, None] = {}
+    for node in region.nodes:
+        inside = [arg for arg in node.all_input_nodes if arg in region.members]
+        if inside and not written(node) and all(arg in asks or arg in region.collects for arg in inside):
+            asks[node] = None
+    for node in reversed(region.nodes):
+        if any(user in region.members and user not in asks for user in node.users):
+            asks.pop(node, None)
+    for node in reversed(asks):
+        region.end.append(node)
+    return Region(region.anchor, region.end, tuple(node for node in region.nodes if node not in asks))

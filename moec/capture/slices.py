@@ -41,8 +41,15 @@ def cuts(expr: ast.AST, bounds: set[str], aliases: set[str]) -> bool:
 
 
 def looks_up(expr: ast.AST, aliases: set[str]) -> bool:
-    """Whether an expression reads a number at the item: `counts[e]`."""
-    return any(isinstance(n, ast.Subscript) and loaded([n.slice]) & aliases for n in ast.walk(expr))
+    """Whether an expression reads a number at the item, `counts[e]`, or asks sorted numbers for its place."""
+    nodes = list(ast.walk(expr))
+    placed = (n for n in nodes if isinstance(n, ast.Call) and called(n) in _PLACING)
+    return any(isinstance(n, ast.Subscript) and loaded([n.slice]) & aliases for n in nodes) or any(
+        loaded(n.args[-1:]) & aliases for n in placed
+    )
+
+
+_PLACING = frozenset(("searchsorted", "bucketize"))
 
 
 def _cut_names(scope: Scope) -> set[str]:

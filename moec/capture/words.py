@@ -6,7 +6,7 @@ import ast
 import copy
 
 from moec.capture.events import loaded
-from moec.capture.host import indexing_lists, strip_listing
+from moec.capture.host import asked_numbers, indexing_lists, strip_listing
 from moec.capture.recognise import Candidate, is_alias
 
 RUNTIME = "_moec_trace"
@@ -41,6 +41,7 @@ class Words(ast.NodeTransformer):
         self.items = candidate.tainted - candidate.selected
         self.key = key
         self.lists = indexing_lists(candidate.loop, candidate.tainted)
+        self.asked = asked_numbers(candidate.loop)
         self.counters = frozenset(candidate.counters)
 
     def condition(self, test: ast.expr) -> ast.expr:
@@ -76,6 +77,8 @@ class Words(ast.NodeTransformer):
         target = node.targets[0]
         if isinstance(target, ast.Name) and target.id in self.lists:
             return assign(target, self.visit(strip_listing(node.value)))
+        if isinstance(target, ast.Name) and target.id in self.asked:
+            return assign(target, self.condition(node.value))
         if len(node.targets) != 1 or not isinstance(target, ast.Subscript) or not self.indexes(target):
             self.generic_visit(node)
             return node

@@ -262,14 +262,26 @@ _CHOOSING = frozenset({"topk", "max", "argmax", "sort"})
 
 
 def rule_searchsorted(lifter: Lifter, instr: Instr, _which: int) -> Lift:
-    """Where 0, 1, … would go among sorted ids: the starts of the experts' rows, or (`right`) their ends."""
+    """Where 0, 1, … would go among sorted ids: the starts of the experts' rows, or (`right`) their ends.
+
+    Where the loop's expert would go is where its rows start; where the next one would, is where they end.
+    """
     ids, numbers = lifter.lift(instr.args[0]), lifter.instr(lifter.graph.behind(instr.args[1], ("cast", "same")))
     if not isinstance(ids, Ids) or (ids.what, ids.space.kind, ids.layout) != ("expert", "sorted", "flat"):
         return ids if isinstance(ids, NoMatch) else NoMatch("searches something else than sorted ids", instr.results[0])
     made = lifter.instr(lifter.graph.behind(Ref(ids.choice), ("cast", "same", "reshape", "slice", "detach")))
-    if numbers is None or numbers.word != "arange" or made is None or made.word not in _CHOOSING:
+    item = lifter.lift(instr.args[1])
+    chosen = made is not None and made.word in _CHOOSING
+    if chosen and isinstance(item, Anchor | Shifted):
+        what = _PLACED.get((item.by if isinstance(item, Shifted) else 0, bool(instr.attr("right"))))
+        edge = Edge(item.name, ids.choice, what) if what else None
+        return edge or NoMatch("searches for another expert than the loop's", instr.results[0])
+    if numbers is None or numbers.word != "arange" or not chosen:
         return NoMatch("searches for something else than 0, 1, … among ids that are none below 0", instr.results[0])
     return PerExpert("offsets" if instr.attr("right") else "starts", ids.choice)
+
+
+_PLACED = {(0, False): "start", (1, False): "end", (0, True): "end", (-1, True): "start"}
 
 
 def flat_one_hot(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
