@@ -134,7 +134,8 @@ def hoist_invariants(graph: Graph, region: Region) -> Region:
 
     Dynamo records the sizes of a tensor where they are first asked for, which may be inside the body.
     """
-    region = _ask_behind(region)
+    if any(arg in region.collects for n in region.nodes if _leaks(n, region) for arg in n.all_input_nodes):
+        region = _ask_behind(region)
     yields = {*region.collects, *(leave for _, leave in region.carries)}
     leaked = [
         n
@@ -155,6 +156,11 @@ def hoist_invariants(graph: Graph, region: Region) -> Region:
         if node in moving:
             region.anchor.prepend(node)
     return Region(region.anchor, region.end, tuple(n for n in region.nodes if n not in moving))
+
+
+def _leaks(node: Node, region: Region) -> bool:
+    """Whether something behind the region reads a node."""
+    return any(user not in region.members and user is not region.end for user in node.users)
 
 
 def _ask_behind(region: Region) -> Region:
