@@ -11,10 +11,10 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.03  # the default is kept unless it is beaten by this share of its time
-_ENOUGH = 24  # measurements of each of the last two
+_LAST = 4  # candidates that are left in the end, the default among them: a winner's results may turn out wrong
+_ENOUGH = 24  # measurements of each of them
 _FEWEST = 8  # turns with the default in which a candidate may win
 _MOSTLY = 0.8  # and the share of them in which it must be faster: a neighbour's load makes medians of few turns lie
-_AT_LEAST = 4  # candidates that are tried whatever they cost
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
                 else:
                     seconds[candidate].append(record.seconds)
         alive = [c for c in alive if c not in failed]
-        last = len(alive) <= 2
+        last = len(alive) <= _LAST
         if last and all(len(seconds[c]) >= _ENOUGH for c in alive):
             break
         alive = alive if last else _faster_half(alive, seconds)
@@ -95,17 +95,17 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
 
 
 def _affordable(count: int, budget: float, cost: float) -> int:
-    """How many candidates that cost `cost` seconds a measurement can be halved to two within the budget."""
+    """How many candidates that cost `cost` seconds a measurement can be halved, and the last measured often."""
 
     def measurements(n: int) -> int:  # each round has as many as the first
-        return n * (1 + math.ceil(math.log2(n)))
+        return n * (1 + math.ceil(math.log2(n / _LAST))) + _LAST * _ENOUGH
 
-    return next((n for n in range(count, _AT_LEAST, -1) if measurements(n) * cost <= budget), min(count, _AT_LEAST))
+    return next((n for n in range(count, _LAST, -1) if measurements(n) * cost <= budget), min(count, _LAST))
 
 
 def _faster_half(alive: Sequence[int], seconds: dict[int, list[float]]) -> list[int]:
     measured = sorted((c for c in alive if seconds[c]), key=lambda c: (statistics.median(seconds[c]), c))
-    kept = measured[: max(2, (len(measured) + 1) // 2)]
+    kept = measured[: max(_LAST, (len(measured) + 1) // 2)]
     if 0 in measured and 0 not in kept:
         kept[-1] = 0
     return sorted(kept)
