@@ -16,7 +16,7 @@ from moec.ir.graph import Graph, Instr, Ref, Type, substitute, sweep
 from moec.passes.canonical import bank_axes, halves, one_hot_index, split_axes, spread_axes
 from moec.passes.canonical.fold_permutes import fold_permutes
 from moec.passes.canonical.ranges import Ranges, decided
-from moec.passes.canonical.rewriter import Rule, rewritten
+from moec.passes.canonical.rewriter import Rewritten, Rule, rewritten
 from moec.passes.canonical.slices import behind_products
 from moec.pipeline import Facts, Outcome
 
@@ -48,9 +48,7 @@ class Canonicalize:
     def run(self, graph: Graph, facts: Facts) -> Outcome:
         """The canonical graph; rewrites counts removed and changed instructions."""
         folded = tuple(fold_permutes(graph))
-        plain = rewritten(graph.with_instrs(folded), RULES, facts.grad, (bank_axes.rule_first,))
-        sunk = tuple(behind_products(plain.graph.instrs))
-        once = _number(sunk, plain.graph, plain.grad)
+        plain, sunk, once = _canonical(graph.with_instrs(folded), facts.grad)
         outputs = tuple(once.names.get(name, name) for name in plain.graph.outputs)
         result = sweep(replace(graph, instrs=once.instrs, outputs=outputs))
         changed = sum(a is not b for a, b in zip(folded, graph.instrs, strict=True))
@@ -82,6 +80,18 @@ class Numbered:
 
     instrs: tuple[Instr, ...]
     names: Mapping[str, str]
+
+
+def _canonical(folded: Graph, grad: frozenset[str]) -> tuple[Rewritten, tuple[Instr, ...], Numbered]:
+    plain = rewritten(folded, RULES, grad, (bank_axes.rule_first,))
+    sunk = tuple(behind_products(plain.graph.instrs))
+    return plain, sunk, _number(sunk, plain.graph, plain.grad)
+
+
+def renamed(graph: Graph) -> Mapping[str, str]:
+    """Which name each value goes by in the canonical form of a graph, where it is another."""
+    plain, _, once = _canonical(graph.with_instrs(tuple(fold_permutes(graph))), frozenset())
+    return {**once.names, **{name: once.names.get(kept, kept) for name, kept in plain.names.items()}}
 
 
 def twins(graph: Graph, grad: frozenset[str]) -> Mapping[str, tuple[str, ...]]:

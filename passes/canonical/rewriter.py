@@ -6,7 +6,7 @@ at all. What it needs besides is emitted before it. Rules are tried again on wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moec.ir.graph import Arg, Attr, Dim, Graph, Instr, Ref, Type, substitute
@@ -107,10 +107,11 @@ Rule = Callable[[Rewriter, Instr], Instr | Ref | None]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """Instructions, the values that others are the same as now, and all values with a gradient."""
+    """Instructions, all values with a gradient, and which names removed values go by now."""
 
     graph: Graph
     grad: frozenset[str]
+    names: Mapping[str, str]
 
 
 def rewritten(graph: Graph, rules: Sequence[Rule], grad: frozenset[str], finish: Sequence[Rule] = ()) -> Rewritten:
@@ -130,7 +131,7 @@ def rewritten(graph: Graph, rules: Sequence[Rule], grad: frozenset[str], finish:
         kept.append(said)
         state.defs.update(dict.fromkeys(said.results, said))
     outputs = tuple(names.get(name, name) for name in graph.outputs)
-    return Rewritten(replace(graph, instrs=tuple(kept), outputs=outputs), frozenset(state.grad))
+    return Rewritten(replace(graph, instrs=tuple(kept), outputs=outputs), frozenset(state.grad), names)
 
 
 def _said(state: Rewriter, rules: Sequence[Rule], instr: Instr) -> Instr | Ref:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from moec.ir.engine import Engine
 from moec.ir.formulas import over_tokens
 from moec.ir.graph import Arg, Graph, Instr, Ref, sweep
 from moec.ir.token_range import TokenRange
-from moec.passes.canonical.canonicalize import twins
+from moec.passes.canonical.canonicalize import renamed, twins
 from moec.passes.lowering.layout import laid_out
 from moec.passes.lowering.lower_words import WORDS
 from moec.passes.raising.raise_graph import Raised, dim_of, fake
@@ -111,7 +111,6 @@ def lower(
     opaque = {i.results[0] for i in raised.graph.instrs if i.word == "opaque"}
     unused = {node for node in gm.graph.nodes if not node.users and node.name in opaque}
     groups = groups_of(raised, graph)
-    _nothing_lost(graph, groups)
     state.viewed |= _written_later(state, graph, groups)
     for root, instrs in groups.items():
         _materialise(state, root, instrs)
@@ -143,18 +142,40 @@ def _written_later(state: Lowering, graph: Graph, groups: Mapping[str, list[Inst
     return frozenset(found)
 
 
-def _nothing_lost(graph: Graph, groups: Mapping[str, list[Instr]]) -> None:
-    """Every site that passes found makes a value of the model: one that did not would be called fused and never run."""
-    made = {name for instrs in groups.values() for instr in instrs for name in instr.results}
-    lost = [i.results[0] for i in graph.instrs if i.word in SITES and made.isdisjoint(i.results)]
-    assert not lost, f"no value of the model is replaced by {', '.join(lost)}"
+def _lost(instrs: Iterable[Instr], groups: Mapping[str, list[Instr]]) -> list[Instr]:
+    """The sites that make no value of the model: they would be called fused and never run."""
+    made = {name for group in groups.values() for instr in group for name in instr.results}
+    return [instr for instr in instrs if instr.word in SITES and made.isdisjoint(instr.results)]
 
 
 def groups_of(raised: Raised, graph: Graph) -> dict[str, list[Instr]]:
     """What `graph` says anew: the value that is replaced → the instructions that make it, in order."""
+    groups = _groups(raised, graph.instrs)
+    lost = _lost(graph.instrs, groups)
+    if not lost:
+        return groups
+    names = renamed(raised.graph)
+    instrs = [more for i in graph.instrs for more in (i, *(_held_by_views(raised, names, i) if i in lost else ()))]
+    groups = _groups(raised, instrs)
+    still = ", ".join(instr.results[0] for instr in _lost(instrs, groups))
+    assert not still, f"no value of the model is replaced by {still}"
+    return groups
+
+
+def _held_by_views(raised: Raised, names: Mapping[str, str], site: Instr) -> Iterator[Instr]:
+    """What the model calls a site's result that no node holds, but views of it that were viewed back: that, said again.
+
+    `stack(…) @ gates[…, None]` is a product and a view; its `.squeeze(-1)` is the product again.
+    """
+    for name, kept in names.items():
+        if kept == site.results[0] and name in raised.carriers:
+            yield Instr((name,), "same", (Ref(kept),), (raised.graph.types[name],), (), site.loc)
+
+
+def _groups(raised: Raised, instrs: Iterable[Instr]) -> dict[str, list[Instr]]:
     groups: dict[str, list[Instr]] = {}
     new: dict[str, Instr] = {}
-    for instr in graph.instrs:
+    for instr in instrs:
         if not _is_new(raised, instr, new):
             continue
         root = instr.results[0]
