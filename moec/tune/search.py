@@ -95,10 +95,10 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
 
 
 def _affordable(count: int, budget: float, cost: float) -> int:
-    """How many candidates that cost `cost` seconds a measurement can be halved, and the last measured often."""
+    """How many candidates that cost `cost` seconds a measurement can be halved, and the last measured often enough."""
 
     def measurements(n: int) -> int:  # each round has as many as the first
-        return n * (1 + math.ceil(math.log2(n / _LAST))) + _LAST * _ENOUGH
+        return n * (1 + math.ceil(math.log2(n / _LAST))) + _LAST * _FEWEST
 
     return next((n for n in range(count, _LAST, -1) if measurements(n) * cost <= budget), min(count, _LAST))
 
