@@ -67,24 +67,22 @@ def search(count: int, budget: float) -> Generator[int, Record, Decision]:
     """
     seconds: dict[int, list[float]] = {c: [] for c in range(count)}
     failed: dict[int, str] = {}
-    first = yield 0
-    spent = first.spent
-    if first.failed:
-        failed[0] = first.failed
-    else:
-        seconds[0].append(first.seconds)
-    alive, turns = list(range(_affordable(count, budget, spent))), 1
+
+    def noted(record: Record) -> float:
+        if record.failed:
+            failed[record.candidate] = record.failed
+        else:
+            seconds[record.candidate].append(record.seconds)
+        return record.spent
+
+    spent = noted((yield 0))
+    alive, turns, asked = list(range(_affordable(count, budget, spent))), 1, {0}
     while spent < budget and alive:
         for _ in range(turns):
             for candidate in alive:
-                if candidate in failed or spent >= budget or (candidate == 0 and turns == 1):
-                    continue
-                record = yield candidate
-                spent += record.spent
-                if record.failed:
-                    failed[candidate] = record.failed
-                else:
-                    seconds[candidate].append(record.seconds)
+                if candidate not in failed and candidate not in asked and spent < budget:
+                    spent += noted((yield candidate))
+            asked = set[int]()  # in the first turn the default has been
         alive = [c for c in alive if c not in failed]
         last = len(alive) <= _LAST
         if last and all(len(seconds[c]) >= _ENOUGH for c in alive):
@@ -127,4 +125,4 @@ def _beats(rival: Standing, default: Standing) -> bool:
         return True
     ratios = [one / other for one, other in zip(rival.seconds, default.seconds, strict=False)]
     faster = sum(ratio < 1 for ratio in ratios)
-    return statistics.median(ratios) < 1 - MARGIN and faster >= _MOSTLY * len(ratios)
+    return len(ratios) >= _FEWEST and statistics.median(ratios) < 1 - MARGIN and faster >= _MOSTLY * len(ratios)

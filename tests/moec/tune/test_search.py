@@ -107,6 +107,14 @@ def test_the_budget_ends_the_search_and_one_measurement_does_not_win():
     assert decision.winner == 0
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_few_candidates_are_measured_as_often_as_the_default(count):
+    decision, asked = hold(search(count, 1e9), lambda c, _: 1.0 - 0.1 * c)
+    assert decision.winner == count - 1
+    assert asked.count(0) == asked.count(count - 1) >= 24
+    assert asked[: count + 1] == [*range(count), 0]
+
+
 def test_failures_cost_one_candidate():
     decision, _ = hold(search(8, 1e9), lambda c, _: "crashed" if c in (2, 5) else 1.0 - 0.05 * c)
     assert decision.winner == 7
