@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moec.codegen.plan import BYTES, LINE, Rows, padded_ld, up
-from moec.codegen.tuning import Sizes, few_rows, in_tiles, row_bytes, tile_room
+from moec.codegen.tuning import TILE, Sizes, few_rows, in_tiles, row_bytes, tile_room
 from moec.ir.bounds import TOKENS, Size, floor_div, least, most, plain_bound, tokens_to_try
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.target import Target
@@ -88,7 +88,7 @@ def make_backward_plan(
     few = [few_rows(layout, e, target) for layout in layouts]
     k_many = [256 if layout == "nk" else 128 for layout in layouts]
     cols, x_cols = (64 if layout == "nk" else 128 for layout in layouts[1:])
-    rows = 32 if in_tiles(e, target) else target.tile_rows
+    rows = 2 * TILE if in_tiles(e, target) else target.tile_rows
     outer = (132 // rows * rows, _OUTER_COLS, _OUTER_ROWS)
     direct = (_in_place(spec, sizes, x, item), _in_place(spec, sizes, g, item, gradient=True))
     (x_direct, g_direct), ld = direct, _row_lengths(spec, sizes, item)

@@ -17,6 +17,7 @@ from moec.target import Target
 
 _ROW_BLOCK = 192
 _FEW_BEFORE_TILES = 8
+TILE, _TILE_BYTES = 16, 64  # rows of a tile, and bytes of each: what tiles.hpp calls TILE, and 2 * TILE_DEPTH
 _MOST = 1 << 24  # no tuned number is larger: a foreign text must not make a plan ask for a huge workspace
 
 
@@ -113,7 +114,7 @@ def in_tiles(spec: ExpertsSpec, target: Target) -> bool:
 
 def tile_room(rows: int, depth: int) -> int:
     """Bytes for copies of `rows` rows of at most `depth` numbers that are to be read in tiles: `TileRows::room`."""
-    return -(-rows // 16) * 16 * (depth // 32 | 1) * 64
+    return -(-rows // TILE) * TILE * (2 * depth // _TILE_BYTES | 1) * _TILE_BYTES
 
 
 def row_bytes(spec: ExpertsSpec, target: Target) -> int:

@@ -39,7 +39,10 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], rest: Rest, 
         with compiler_config.patch(cache_key_tag=_cache_tag()):  # pyright: ignore[reportAttributeAccessIssue]
             return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
     except InductorError as error:
-        _warn_failed(_in_one_line(error.inner_exception))
+        _warn_once(
+            f"cannot compile it: {_in_one_line(error.inner_exception)}; where the C++ compiler is at fault, set CXX "
+            "to a working g++ or clang++; options={'rest': 'aot_eager'} does without Inductor"
+        )
         return _by_pytorch(gm, inputs)
 
 
@@ -72,29 +75,17 @@ def _has_compiler(silent: bool) -> bool:
         get_cpp_compiler()  # Inductor's own question, whose answer it keeps
     except (InvalidCxxCompiler, OSError):
         if not silent:
-            _warn_missing(str(config.cpp.cxx[-1]))
+            _warn_once(
+                f"cannot run its C++ compiler {str(config.cpp.cxx[-1])!r}; set CXX to the path of g++ or clang++ "
+                "(Inductor takes no arguments), or choose options={'rest': 'aot_eager'}"
+            )
         return False
     return True
 
 
 @lru_cache(maxsize=16)
-def _warn_missing(compiler: str) -> None:
-    warnings.warn(
-        f"moec: what is not MoE runs in PyTorch, since Inductor cannot run its C++ compiler {compiler!r}; "
-        "set CXX to the path of g++ or clang++ (Inductor takes no arguments), or choose options={'rest': 'aot_eager'}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-@lru_cache(maxsize=16)
-def _warn_failed(reason: str) -> None:
-    warnings.warn(
-        f"moec: what is not MoE runs in PyTorch, since Inductor cannot compile it: {reason}; where the C++ compiler "
-        "is at fault, set CXX to a working g++ or clang++; options={'rest': 'aot_eager'} does without Inductor",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn_once(why: str) -> None:
+    warnings.warn(f"moec: what is not MoE runs in PyTorch, since Inductor {why}", RuntimeWarning, stacklevel=2)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from spellings_firsts import BATCHED, KINDS, SPELLINGS
 from spellings_firsts_near import NEAR, UNROLLED, CutOfOwnCode
 from spellings_rows import CopyKept
 from spellings_strangers import KeepsOthers
-from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made
+from test_spellings_more import assert_close, assert_same_call, compiled, gradients, made, trained
 
 import moec
 
@@ -37,10 +37,7 @@ def test_fused_and_equal(spelling):
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
 def test_gradients(spelling):
-    module = made(spelling)
-    run, report = compiled(module)
-    inputs = spelling.inputs(13)
-    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)
+    module, run, report, inputs = trained(spelling)
     assert [s.status for s in report.sites] == ["fused"], report
     crowded(module)
     assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-4)

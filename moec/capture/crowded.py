@@ -14,7 +14,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from moec.capture.events import called, loaded, stored
+from moec.capture.empty import behind_shape
+from moec.capture.events import called, loaded, statements, stored
 from moec.capture.words import assign, call, name
 
 _ASKED = "_moec_crowd"
@@ -35,15 +36,17 @@ def uncrowded(loop: ast.For, tainted: frozenset[str], key: ast.Constant) -> ast.
     counts = _counted_names(out, tainted)
     asking = tainted | {counted.rows for counted in counts.values()}
     _Cuts(asking, counts, key).visit(ast.Module(out.body, []))
-    for block in _blocks(out):
-        for stmt in list(block):
-            crowd = _crowd(stmt.test, counts) if isinstance(stmt, ast.If) and not stmt.orelse else None
-            if not isinstance(stmt, ast.If) or crowd is None or crowd.rows not in asking:
-                continue
-            if loaded([crowd.most]) & (tainted | stored(stmt.body)) or not all(_cut(s, crowd) for s in stmt.body):
-                continue
-            place = block.index(stmt)
-            block[place : place + 1] = [assign(_ASKED, name(crowd.rows)), *_first(stmt.body, crowd, key)]
+    for stmt, path in list(statements(out)):
+        if not isinstance(stmt, ast.If) or stmt.orelse or not all(isinstance(o, (ast.If, ast.For)) for o, _, _ in path):
+            continue
+        crowd = _crowd(stmt.test, counts)
+        if crowd is None or crowd.rows not in asking:
+            continue
+        if loaded([crowd.most]) & (tainted | stored(stmt.body)) or not all(_cut(s, crowd) for s in stmt.body):
+            continue
+        block = path[-1][1]
+        place = block.index(stmt)
+        block[place : place + 1] = [assign(_ASKED, name(crowd.rows)), *_first(stmt.body, crowd, key)]
     return out
 
 
@@ -111,8 +114,7 @@ def _crowd(test: ast.expr, counts: Mapping[str, _Counted]) -> _Crowd | None:
 def _counted(expr: ast.expr) -> _Counted | None:
     """The rows that an expression counts: `len(rows)`, `rows.shape[0]`, `rows.size(0)`, `rows.numel()`."""
     if isinstance(expr, ast.Subscript):
-        shape = expr.value if _is_zero(expr.slice) else None
-        own = shape.value if isinstance(shape, ast.Attribute) and shape.attr == "shape" else None
+        own = behind_shape(expr)
         return _Counted(own.id, "len") if isinstance(own, ast.Name) else None
     if not isinstance(expr, ast.Call) or expr.keywords:
         return None
@@ -147,14 +149,3 @@ def _counted_names(loop: ast.For, tainted: frozenset[str]) -> dict[str, _Counted
             loop.body.insert(loop.body.index(stmt), assign(held, name(counted.rows)))
             found[target.id] = _Counted(held, counted.how)
     return found
-
-
-def _blocks(loop: ast.For) -> Iterator[list[ast.stmt]]:
-    """The blocks of a loop's body, not those of functions inside it."""
-    todo: list[list[ast.stmt]] = [loop.body]
-    while todo:
-        block = todo.pop()
-        yield block
-        for stmt in block:
-            if isinstance(stmt, (ast.If, ast.For)):
-                todo += [stmt.body, stmt.orelse]

@@ -17,8 +17,8 @@ import copy
 from moec.capture.events import called, loaded, stored
 from moec.capture.words import call, name
 
-_TRUE = frozenset(("any", "sum", "count_nonzero"))  # of a mask; a row's number may be 0
-_SIZES = frozenset(("numel", "nelement", "size", "len"))
+ASK_MASKS = frozenset(("any", "sum", "count_nonzero"))  # of a mask; a row's number may be 0
+ASK_SIZES = frozenset(("numel", "nelement", "size", "len"))
 _SAME = frozenset(("item", "bool", "int"))
 _PLACES = frozenset(("where", "nonzero", "argwhere", "flatten", "squeeze"))
 _VIEWS = ("unsqueeze", "view", "view_as", "reshape", "expand", "expand_as", "contiguous", "detach")
@@ -46,7 +46,7 @@ def _unguard(block: list[ast.stmt], loop: ast.For, tainted: frozenset[str], key:
         asked, asks = _asked(stmt.test)
         if not last and asked in tainted and asks and _vanishes(stmt, asked, loop):
             place = block.index(stmt)
-            mask = [ast.Expr(call("expects_mask", key, name(asked)))] if asks & _TRUE else []
+            mask = [ast.Expr(call("expects_mask", key, name(asked)))] if asks & ASK_MASKS else []
             block[place : place + 1] = [*mask, *stmt.body]
 
 
@@ -80,7 +80,7 @@ def _asked(test: ast.expr) -> tuple[str, set[str]]:
             return "", asks
         test = test.left
     while not isinstance(test, ast.Name):
-        inner = _behind_shape(test) if isinstance(test, ast.Subscript) else _behind_call(test)
+        inner = behind_shape(test) if isinstance(test, ast.Subscript) else _behind_call(test)
         if inner is None:
             return "", asks
         asks |= {called(test) or "size"} - _SAME
@@ -88,7 +88,7 @@ def _asked(test: ast.expr) -> tuple[str, set[str]]:
     return test.id, asks
 
 
-def _behind_shape(test: ast.Subscript) -> ast.expr | None:
+def behind_shape(test: ast.Subscript) -> ast.expr | None:
     """rows of `rows.shape[0]`."""
     first = isinstance(test.slice, ast.Constant) and test.slice.value == 0
     return test.value.value if first and isinstance(test.value, ast.Attribute) and test.value.attr == "shape" else None
@@ -96,7 +96,7 @@ def _behind_shape(test: ast.Subscript) -> ast.expr | None:
 
 def _behind_call(test: ast.expr) -> ast.expr | None:
     """rows of `rows.any()`, `rows.size(0)`, `torch.any(rows)`, `len(rows)`."""
-    if not isinstance(test, ast.Call) or test.keywords or called(test) not in _TRUE | _SIZES | _SAME:
+    if not isinstance(test, ast.Call) or test.keywords or called(test) not in ASK_MASKS | ASK_SIZES | _SAME:
         return None
     if isinstance(test.func, ast.Attribute) and not _is_torch(test.func.value):
         zero = [isinstance(arg, ast.Constant) and arg.value == 0 for arg in test.args]

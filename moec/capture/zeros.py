@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import copy
 
+from moec.capture.empty import ASK_MASKS, ASK_SIZES
 from moec.capture.events import called, loaded
 from moec.capture.recognise import tainted_by
 
@@ -39,7 +40,7 @@ def without_zeros(loop: ast.For) -> ast.For | None:
     return out
 
 
-_ASKS = frozenset(("any", "sum", "numel", "nelement", "size", "len", "item", "bool", "count_nonzero"))
+_ASKS = ASK_MASKS | ASK_SIZES | {"item", "bool"}
 
 
 def _only_asks(test: ast.expr) -> bool:

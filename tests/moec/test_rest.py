@@ -21,10 +21,10 @@ def no_compiler(monkeypatch):
     def search():
         raise InvalidCxxCompiler
 
-    rest._warn_missing.cache_clear()
+    rest._warn_once.cache_clear()
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", search)
     yield
-    rest._warn_missing.cache_clear()
+    rest._warn_once.cache_clear()
 
 
 def graph_of(function, *inputs):
@@ -62,14 +62,14 @@ def test_where_kernels_warn_for_want_of_a_compiler_the_rest_is_silent(no_compile
 @pytest.fixture
 def broken_compiler(monkeypatch):
     """A compiler that tells its version and compiles nothing."""
-    rest._warn_failed.cache_clear()
+    rest._warn_once.cache_clear()
 
     def fails(*args, **kwargs):
         raise CppCompileError(["answers", "-c"], "kernel.cpp:1: fatal error: no such header")
 
     monkeypatch.setattr(cpp_builder, "run_compile_cmd", fails)
     yield
-    rest._warn_failed.cache_clear()
+    rest._warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
