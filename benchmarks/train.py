@@ -47,7 +47,7 @@ from moec.compare.worker import Built
 from moec.demo.check import TOLERANCE, relative_error
 from moec.demo.forms import MoE
 from moec.ir.dtypes import DTYPES
-from moec.runtime.cpu import release_workspace
+from moec.runtime.calls import calls
 from moec.runtime.gradients import gradient_memory
 
 GRADIENTS = ("x", "router", "gate_up", "down")
@@ -180,7 +180,7 @@ def _child(pipe: Any, way: Way, tokens: int) -> None:
     x = built.inputs[tokens]
     for _ in range(2):  # compiles, and fills caches that outlive a step
         built.call(x)
-    release_workspace()
+    calls().release()
     gradient_memory().release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # what the steps before freed is still the process's, and would hide what this one takes

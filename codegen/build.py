@@ -7,13 +7,15 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from moec.codegen.cpp import header_texts
@@ -24,9 +26,25 @@ from moec.target import Target
 # -O2 and not -O3: the kernels are unrolled by hand and build in two thirds of the time.
 _FLAGS = ("-O2", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast")
 _FLAGS_FAST = (*_FLAGS, "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_FLAGS_TORCH = ("-O1", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", "-w")  # what torch's headers want
 _ANOTHER = "set CXX to a working g++ or clang++"
 _ROOM = 4 << 20  # bytes, more than any kernel: whether they can be written tells a full disk from a wrong source
 _SEAL = b"moec sealed "  # and a hash: what stands behind every library in the cache
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compiled to one library: C++, the headers beside it by name, the compiler's flags, libraries to link."""
+
+    source: str
+    headers: tuple[tuple[str, str], ...]
+    flags: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+
+    def key(self, compiler: tuple[str, ...]) -> str:
+        """A name that no other unit has, nor this one by another compiler."""
+        texts = (self.source, *(text for _, text in self.headers), *self.flags, *self.libraries)
+        return sha256("\0".join((*texts, *compiler, compiler_version(compiler))).encode()).hexdigest()[:32]
 
 
 @lru_cache(maxsize=8)
@@ -44,22 +62,35 @@ def compiler_version(compiler: tuple[str, ...]) -> str:
 
 
 def build(source: str, target: Target, cache_dir: Path) -> ctypes.CDLL:
-    """`source` as a loaded library, built unless the cache has it; raises BuildError.
+    """The kernel `source` as a loaded library, built unless the cache has it; raises BuildError."""
+    return build_unit(Unit(source, header_texts(), (*_FLAGS_FAST, *target.flags)), target, cache_dir)
 
-    The cache key covers the source, the headers, the flags and the compiler, so entries are never stale. Where nothing
-    can be written to the cache, it is built for this process alone, with one warning.
+
+def torch_unit(source: str) -> Unit:
+    """C++ that calls torch, compiled against the one that runs."""
+    there = Path(torch.__file__).parent
+    ending = "dylib" if sys.platform == "darwin" else "so"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = tuple(str(there / "lib" / f"lib{name}.{ending}") for name in ("torch_cpu", "c10"))
+    return Unit(f"// torch {torch.__version__}\n{source}", (), (*_FLAGS_TORCH, abi, f"-I{there}/include"), libraries)
+
+
+def build_unit(unit: Unit, target: Target, cache_dir: Path) -> ctypes.CDLL:
+    """`unit` as a loaded library, built with the target's compiler unless the cache has it; raises BuildError.
+
+    The cache key covers all that is compiled and the compiler, so entries are never stale. Where nothing can be
+    written to the cache, it is built for this process alone, with one warning.
     """
     if not target.compiler:
         raise BuildError(_no_compiler(Environment.read().cxx))
-    flags = (*_FLAGS_FAST, *target.flags)
-    name = f"{_key(source, flags, target.compiler)}.so"
+    name = f"{unit.key(target.compiler)}.so"
     try:
-        return _kept(source, flags, target.compiler, cache_dir / name)
+        return _kept(unit, target.compiler, cache_dir / name)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         _warn_not_kept(cache_dir, str(error))
     try:
         with tempfile.TemporaryDirectory() as folder:  # what is loaded does not need its file any more
-            return _kept(source, flags, target.compiler, Path(folder, name))
+            return _kept(unit, target.compiler, Path(folder, name))
     except (OSError, NotImplementedError) as error:
         raise BuildError(
             f"no kernel can be built: neither {cache_dir} nor the system's temporary folder can be written ({error}); "
@@ -73,7 +104,7 @@ def _no_compiler(wanted: str | None) -> str:
     return "no C++ compiler found (looked for g++, clang++, c++); install one, set CXX, or use kernels='eager'"
 
 
-def _kept(source: str, flags: Sequence[str], compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
+def _kept(unit: Unit, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
     """The library at `path`, built where it is not there; raises OSError where nothing can be written."""
     loaded = _load(path)
     if loaded is not None:
@@ -83,7 +114,7 @@ def _kept(source: str, flags: Sequence[str], compiler: tuple[str, ...], path: Pa
         loaded = _load(path)  # another process may have built it meanwhile
         if loaded is not None:
             return loaded
-        _compile(source, flags, compiler, path)
+        _compile(unit, compiler, path)
         try:
             return _open(path)
         except OSError as error:
@@ -102,11 +133,6 @@ def _warn_not_kept(cache_dir: Path, why: str) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
-
-
-def _key(source: str, flags: Sequence[str], compiler: tuple[str, ...]) -> str:
-    parts = (source, *(text for _, text in header_texts()), *flags, *compiler, compiler_version(compiler))
-    return sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
@@ -142,12 +168,12 @@ def _is_whole(content: bytes) -> bool:
     return content == library + _seal(library)
 
 
-def _compile(source: str, flags: Sequence[str], compiler: tuple[str, ...], path: Path) -> None:
+def _compile(unit: Unit, compiler: tuple[str, ...], path: Path) -> None:
     folder = path.with_suffix(".new")  # the lock is held: what lies there is what a killed process left
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        built = _run(source, [*compiler, *flags], folder)
+        built = _run(unit, compiler, folder)
         with built.open("ab") as file:
             file.write(_seal(built.read_bytes()))
         os.replace(built, path)
@@ -155,12 +181,12 @@ def _compile(source: str, flags: Sequence[str], compiler: tuple[str, ...], path:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(source: str, command: Sequence[str], folder: Path) -> Path:
-    """The library that a compiler makes of `source` in `folder`; raises BuildError, OSError for a full disk."""
+def _run(unit: Unit, compiler: tuple[str, ...], folder: Path) -> Path:
+    """The library that a compiler makes of `unit` in `folder`; raises BuildError, OSError for a full disk."""
     text, built = folder / "kernel.cpp", folder / "kernel.so"
-    for name, content in ((text.name, source), *header_texts()):
+    for name, content in ((text.name, unit.source), *unit.headers):
         Path(folder, name).write_text(content)
-    command = [*command, str(text), "-o", str(built)]
+    command = [*compiler, *unit.flags, str(text), *unit.libraries, "-o", str(built)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(folder)}

@@ -107,7 +107,8 @@ def kernels_are_built_plainly(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    from moec.runtime import backward, backward_ops, cpu, ops
+    from moec.runtime import backward, backward_ops, calls, cpu, ops
 
     for loaded in (cpu._load, backward._load, ops._kernel_or_warning, backward_ops.gradient_kernel):
         loaded.cache_clear()
+    calls.forget()

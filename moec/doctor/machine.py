@@ -115,7 +115,7 @@ def _cache() -> Check:
 
 def _size(folder: Path) -> str:
     built = [path.stat().st_size for path in folder.glob("*.so")]
-    return f"{len(built)} kernels, {sum(built) / 1e6:.1f} MB"
+    return f"{len(built)} libraries, {sum(built) / 1e6:.1f} MB"
 
 
 def _backend() -> Check:

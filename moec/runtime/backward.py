@@ -22,7 +22,8 @@ from moec.errors import CodegenError
 from moec.ir.dtypes import DTYPE_NAMES, DTYPES
 from moec.ir.spec import KernelSpec
 from moec.options import Environment
-from moec.runtime.cpu import CODES, bindings, workspace
+from moec.runtime.calls import beside_calls, calls
+from moec.runtime.cpu import CODES, bindings
 from moec.target import Target
 
 
@@ -37,7 +38,9 @@ def load_backward(spec: str, target: Target | None = None) -> BackwardKernel:
 @lru_cache(maxsize=1024)
 def _load(text: str, target: Target) -> BackwardKernel:
     spec = KernelSpec.parse(text)
-    return BackwardKernel(spec, target, build(emit_backward(spec, target), target, Environment.read().cache_dir))
+    folder = Environment.read().cache_dir
+    library = beside_calls(lambda: build(emit_backward(spec, target), target, folder))
+    return BackwardKernel(spec, target, library)
 
 
 def fresh(parameter: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class BackwardKernel:
         )
         tables: list[array[int]] = []
         words = array("q", plan.words)
-        words.extend((workspace(plan.workspace_bytes), *_matrix(x), *_matrix(grad), experts.data_ptr()))
+        words.extend((calls().workspace(plan.workspace_bytes), *_matrix(x), *_matrix(grad), experts.data_ptr()))
         words.extend((weights.data_ptr(), CODES[weights.dtype], *bound.words))
         words.extend((0 if saved is None else saved.data_ptr(), *(_address(t) for t in results[:2])))
         words.extend(self._gradients(results[2:], tables))

@@ -1,4 +1,4 @@
-"""A generated CPU kernel as a Python object: built on demand, its arguments packed, its workspace kept and reused.
+"""A generated CPU kernel as a Python object: built on demand, its arguments packed.
 
 Letters: T tokens, H hidden, F expert width, O output width, E experts, k experts a token.
 """
@@ -6,7 +6,6 @@ Letters: T tokens, H hidden, F expert width, O output width, E experts, k expert
 from __future__ import annotations
 
 import ctypes
-import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.options import Environment
 from moec.runtime import tune_cache
 from moec.runtime.binding import Bindings, checked_sizes
+from moec.runtime.calls import About, beside_calls, calls
 from moec.runtime.nodes import ONE, words_of
 from moec.target import Target
 
@@ -55,7 +55,7 @@ def load_kernel(spec: str, router_dtype: torch.dtype | None, target: Target | No
 def _load(text: str, router_dtype: torch.dtype | None, target: Target) -> Kernel:
     spec = KernelSpec.parse(text)
     stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
-    library = build(emit(spec, target, stored), target, Environment.read().cache_dir)
+    library = beside_calls(lambda: build(emit(spec, target, stored), target, Environment.read().cache_dir))
     return Kernel(spec, target, DTYPES[stored], library)
 
 
@@ -64,28 +64,6 @@ def router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:
     assert spec.router is not None
     name = DTYPE_NAMES.get(dtype, "f32")
     return name if spec.router.compute in ("f32", name) else spec.router.compute
-
-
-@lru_cache(maxsize=1)
-def _workspaces() -> threading.local:
-    """One growing workspace a thread: concurrent calls do not share, repeated calls do not fault pages in again."""
-    return threading.local()
-
-
-def workspace(size: int) -> int:
-    """The 4096-aligned address of at least `size` bytes that stay this thread's."""
-    store = _workspaces()
-    held: Tensor | None = getattr(store, "tensor", None)
-    if held is None or held.numel() < size + 4096:
-        held = store.tensor = None  # let go of the old one before the new one is taken
-        store.tensor = torch.empty(size + 4096, dtype=torch.uint8)
-    tensor: Tensor = store.tensor
-    return -(-tensor.data_ptr() // 4096) * 4096
-
-
-def release_workspace() -> None:
-    """Free what this thread's kernels keep for their next call."""
-    _workspaces().tensor = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +167,13 @@ class Kernel:
         return x.dtype in CODES and [p.dtype for p in params] == self._dtypes(len(params))
 
     def experts(
-        self, x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tensor], saved: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        params: Sequence[Tensor],
+        saved: Tensor | None = None,
+        again: Again | None = None,
     ) -> Tensor:
         """x[T, H] of any strides, weights[T, k], experts[T, k] → y[T, O].
 
@@ -199,15 +183,16 @@ class Kernel:
         y = self._empty(x, bound)
         if x.numel() == 0 or experts.shape[1] == 0:
             return y.zero_()
+        given = (weights, experts)
         if weights.dtype not in CODES:
             weights = weights.float()
         weights, experts = weights.contiguous(), experts.to(torch.int64).contiguous()
-        kept = 0 if saved is None else saved.data_ptr()
-        self._run(self._call_experts, x, y, weights, experts, bound, (kept, 0), _NO_ROUTER)
+        again = again if _same((weights, experts), given) else None
+        self._run(self._call_experts, _Tensors(x, y, weights, experts, saved=saved), bound, _NO_ROUTER, again)
         return y
 
     def moe(
-        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int
+        self, x: Tensor, router: Sequence[Tensor], params: Sequence[Tensor], k: int, again: Again | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x[T, H] of any strides, router W[E, H] and its biases → y[T, O], logits[T, E], weights[T, k], experts."""
         r = self.spec.router
@@ -228,10 +213,11 @@ class Kernel:
         w = router[0].to(self._router_dtype)
         w = w if w.stride(1) == 1 else w.contiguous()
         rest = [b if b.dtype in CODES and b.is_contiguous() else b.float().contiguous() for b in router[1:]]
+        again = again if _same((w, *rest), router) else None
         bias = rest.pop(0) if r.bias else None
         selection = rest.pop(0) if r.selection_bias else None
         words = (w.data_ptr(), CODES[w.dtype], w.stride(0), 1, *_vector(bias), *_vector(selection))
-        self._run(self._call_moe, x, y, weights, experts, bound, (0, logits.data_ptr()), words)
+        self._run(self._call_moe, _Tensors(x, y, weights, experts, logits), bound, words, again)
         return y, logits, weights, experts
 
     def _empty(self, x: Tensor, bound: Bound) -> Tensor:
@@ -241,23 +227,23 @@ class Kernel:
     def _run(
         self,
         function: ctypes._NamedFuncPointer,
-        x: Tensor,
-        y: Tensor,
-        weights: Tensor,
-        experts: Tensor,
+        t: _Tensors,
         bound: Bound,
-        saved_and_logits: tuple[int, int],
         router: tuple[int, ...],
+        again: Again | None,
     ) -> None:
+        x, logits = t.x, t.logits
         row, column = x.stride()
         tokens, hidden = x.shape
         if hidden != bound.H:
             raise CodegenError(f"x is {list(x.shape)}, but the experts' parameters want [T, {bound.H}]")
-        sizes = (tokens, hidden, bound.F, bound.E, experts.shape[1], bound.O)
+        sizes = (tokens, hidden, bound.F, bound.E, t.experts.shape[1], bound.O)
         plan, words = self._plan(sizes, x.dtype, row, column == 1, torch.get_num_threads())
-        words = words[:]
-        words.extend((workspace(plan.workspace_bytes), x.data_ptr(), CODES[x.dtype], row, column, y.data_ptr()))
-        words.extend((experts.data_ptr(), weights.data_ptr(), CODES[weights.dtype], *bound.words, *saved_and_logits))
+        size = max(plan.workspace_bytes, again.reserved) if again else plan.workspace_bytes
+        words, at = words[:], len(words)
+        words.extend((calls().workspace(size), x.data_ptr(), CODES[x.dtype], row, column, t.y.data_ptr()))
+        words.extend((t.experts.data_ptr(), t.weights.data_ptr(), CODES[t.weights.dtype], *bound.words))
+        words.extend((_address(t.saved), _address(logits)))
         words.extend(router)
         words.append(self._waits.buffer_info()[0] if self._waits is not None else 0)
         words.extend(bound.scales)
@@ -265,6 +251,41 @@ class Kernel:
         if len(words) != self._words:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
         function(words.buffer_info()[0])
+        if again and not bound.copied:
+            at_logits = at + 10 + len(bound.words)
+            dtypes = (CODES[u.dtype] for u in (t.y, t.weights, t.weights if logits is None else logits))
+            about = About(size, at, at + 1, at + 5, at + 6, at + 7, at_logits, *dtypes, bound.O, bound.E)
+            address = ctypes.cast(function, ctypes.c_void_p).value
+            calls().remember(address or 0, words, about, (self, bound))
+
+
+@dataclass(frozen=True)
+class Again:
+    """That a call may be made again without Python where it is the same but for x; `reserved`: bytes of workspace that
+    it takes at least."""
+
+    reserved: int = 0
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """A call's own: x, results (y, and the router's in `moe`), and what is kept for the backward pass."""
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor | None = None
+    saved: Tensor | None = None
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _same(used: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+    """Whether kernels read the very tensors that a call was given, no copies of them."""
+    return all(a is b for a, b in zip(used, given, strict=True))
 
 
 def _vector(t: Tensor | None) -> tuple[int, int]:

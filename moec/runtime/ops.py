@@ -24,7 +24,7 @@ from moec.ir.engine import Engine
 from moec.ir.spec import KernelSpec
 from moec.runtime.backward_ops import backward_first, backward_last, experts_backward, gradients
 from moec.runtime.coded import coded_kernel
-from moec.runtime.cpu import Kernel, kernel_source, load_kernel
+from moec.runtime.cpu import Again, Kernel, kernel_source, load_kernel
 from moec.runtime.fakes import (
     backward_first_fake,
     backward_last_fake,
@@ -47,14 +47,15 @@ _T = TypeVar("_T")
 _AnyKernel = Kernel | TritonKernel
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-_LIB.define(
-    "moe(Tensor x, Tensor[] router, Tensor[] params, int k, str spec, str engine)"
-    " -> (Tensor y, Tensor logits, Tensor weights, Tensor experts)",
-    tags=_TAGS,
+_MOE = (
+    "(Tensor x, Tensor[] router, Tensor[] params, int k, str spec, str engine)"
+    " -> (Tensor y, Tensor logits, Tensor weights, Tensor experts)"
 )
-_LIB.define(
-    "experts(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine) -> Tensor", tags=_TAGS
-)
+_EXPERTS = "(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine) -> Tensor"
+_LIB.define(f"moe{_MOE}", tags=_TAGS)
+_LIB.define(f"experts{_EXPERTS}", tags=_TAGS)
+_LIB.define(f"moe_anew{_MOE}", tags=_TAGS)  # where calls.cpp does not know the call
+_LIB.define(f"experts_anew{_EXPERTS}", tags=_TAGS)
 _LIB.define(  # experts where a gradient is wanted: also what its backward is to be given, empty where that is nothing
     "experts_training(Tensor x, Tensor weights, Tensor experts, Tensor[] params, str spec, str engine, str save)"
     " -> (Tensor y, Tensor saved)",
@@ -117,13 +118,14 @@ def _moe(
             lambda: _twin_moe(x, router, params, k, spec),
         )
     if mode.plain:
-        return _ready(kernel, mode, x, params, k).moe(x, router, params, k)
+        return kernel.moe(x, router, params, k, Again(_reserved(kernel, mode, x, params, k)))
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
 
-    ready = _ready(_packed(kernel, mode, spec, router[0].dtype, params), mode, x, params, k)
-    return _opted(ready, mode, x, params, k, call)
+    packed = _packed(kernel, mode, spec, router[0].dtype, params)
+    _reserved(packed, mode, x, params, k)
+    return _opted(packed, mode, x, params, k, call)
 
 
 def _chosen(
@@ -187,20 +189,23 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
 
     if kernel is None:
         return call(None)
+    k = experts.shape[1]
     if mode.plain:
-        return call(_ready(kernel, mode, x, params, experts.shape[1]))
-    ready = _ready(_packed(kernel, mode, spec, None, params), mode, x, params, experts.shape[1])
-    return _opted(ready, mode, x, params, experts.shape[1], call)
+        return kernel.experts(x, weights, experts, params, again=Again(_reserved(kernel, mode, x, params, k)))
+    packed = _packed(kernel, mode, spec, None, params)
+    _reserved(packed, mode, x, params, k)
+    return _opted(packed, mode, x, params, k, call)
 
 
-def _ready(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> Kernel:
-    """The kernel, with workspace for every call of the declared range of T."""
-    if mode.tokens and x.numel():
-        most = replace(kernel.sizes(x, params, k), T=most_tokens(mode, x.shape[0]))
-        threads, storage = torch.get_num_threads(), kernel.storage()
-        size = forward_bytes(kernel.spec, most, DTYPE_NAMES[x.dtype], kernel.target, threads, storage)
-        reserve(size, mode, x.shape[0])
-    return kernel
+def _reserved(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> int:
+    """Bytes of workspace for every call of the declared range of T, taken; 0 where none is declared."""
+    if not mode.tokens or not x.numel():
+        return 0
+    most = replace(kernel.sizes(x, params, k), T=most_tokens(mode, x.shape[0]))
+    threads, storage = torch.get_num_threads(), kernel.storage()
+    size = forward_bytes(kernel.spec, most, DTYPE_NAMES[x.dtype], kernel.target, threads, storage)
+    reserve(size, mode, x.shape[0])
+    return size
 
 
 def _packed(
@@ -221,7 +226,8 @@ def _experts_training(
     mode = Engine.parse(engine)
     kernel = _chosen(x, params, spec, mode, None)
     if isinstance(kernel, Kernel):
-        return _ready(kernel, mode, x, params, experts.shape[1]).experts(x, weights, experts, params, saved), saved
+        _reserved(kernel, mode, x, params, experts.shape[1])
+        return kernel.experts(x, weights, experts, params, saved), saved
 
     def eager() -> Tensor:
         return twin.experts(x, weights, experts, params, KernelSpec.parse(spec), saved)
@@ -294,7 +300,9 @@ Ops = Sequence[tuple[str, Callable[..., Any], Callable[..., Any]]]
 
 _OPS: Ops = (
     ("moe", _moe, moe_fake),
+    ("moe_anew", _moe, moe_fake),
     ("experts", _experts, experts_fake),
+    ("experts_anew", _experts, experts_fake),
     ("experts_training", _experts_training, experts_training_fake),
     ("experts_backward", experts_backward, experts_backward_fake),
     ("experts_backward_last", backward_last, backward_last_fake),

@@ -26,6 +26,7 @@ from moec.ir.dtypes import DTYPES
 from moec.ir.spec import KernelSpec
 from moec.options import Environment
 from moec.report import PackRecord
+from moec.runtime.calls import beside_calls
 from moec.runtime.copies import Copies, tell
 from moec.runtime.cpu import ABSENT, Bound, Kernel, bind, router_storage
 from moec.runtime.nodes import words_of
@@ -115,7 +116,8 @@ def _load(text: str, weights: str, router_dtype: torch.dtype | None, target: Tar
     spec = KernelSpec.parse(text)
     stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
     storage = storage_of(weights, spec.experts, target)
-    library = build(emit(panel_spec(spec), target, stored, storage), target, Environment.read().cache_dir)
+    source, folder = emit(panel_spec(spec), target, stored, storage), Environment.read().cache_dir
+    library = beside_calls(lambda: build(source, target, folder))
     return PackedKernel(spec, weights, target, DTYPES[stored], library)
 
 

@@ -21,7 +21,7 @@ from moec.ir.engine import Engine
 from moec.ir.formulas import capacity_at
 from moec.ir.spec import KernelSpec
 from moec.ir.token_range import TokenRange
-from moec.runtime.cpu import workspace
+from moec.runtime.calls import calls
 from moec.target import Target
 
 
@@ -52,7 +52,7 @@ def at_most(formula: Size, tokens: int) -> int:
 def reserve(size: int, mode: Engine, tokens: int) -> None:
     """Make this thread's workspace serve the declared range; a call beyond it is said once, and grows it as needed."""
     declared = TokenRange.parse(mode.tokens)
-    workspace(size)
+    calls().workspace(size)
     if tokens > declared.high:
         warn_beyond(mode.tokens)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moec.cli import commands as cli
-from moec.runtime import cpu as runtime_cpu
+from moec.runtime.calls import calls
 from moec.sizing.loads import read_loads
 from moec.tools.routes import seen_angles
 
@@ -71,18 +71,18 @@ def test_real_workspaces_keep_the_bounds(capsys):
     target = f"{ROOT}/examples/01_compile.py:make"
     (found,) = shown(capsys, target, "--tokens", "1..200")
     bounds = formulas(found)
-    runtime_cpu.release_workspace()
+    calls().release()
     from moec.tools.loading import load
 
     made = load(target)
     compiled = torch.compile(made.model, backend="moec", options={"rest": "eager"}, dynamic=True)
     x = torch.randn(200, 64, requires_grad=True)
     y = compiled(x)
-    forward = runtime_cpu._workspaces().tensor.numel() - 4096
+    forward = calls().workspace_bytes
     assert forward <= bounds["workspace, forward (C++)"][1][1] <= 1.2 * forward
-    runtime_cpu.release_workspace()
+    calls().release()
     y.sum().backward()
-    backward = runtime_cpu._workspaces().tensor.numel() - 4096
+    backward = calls().workspace_bytes
     assert backward <= bounds["workspace, backward (C++)"][1][1] <= 1.2 * backward
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as nnf
 from moec.errors import BuildError, CodegenError
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import ops as runtime
+from moec.runtime.calls import forget
 from moec.runtime.fallback import warn_once
 
 SPEC = str(KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True)))
@@ -173,6 +174,7 @@ def test_without_a_compiler_the_twin_runs_with_one_warning(layer, monkeypatch):
     w, params = layer
     monkeypatch.setenv("CXX", "/nowhere/g++")
     runtime._kernel_or_warning.cache_clear()
+    forget()
     warn_once.cache_clear()
     x = torch.randn(5, H)
     reason = r"eager experts instead of a kernel: CXX='/nowhere/g\+\+' names no program on the path"

@@ -20,8 +20,8 @@ from moec.errors import OptionError
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.ir.token_range import TokenRange
 from moec.options import Options
-from moec.runtime import cpu as runtime_cpu
 from moec.runtime import reserve as runtime_reserve
+from moec.runtime.calls import calls as kept_calls
 
 K, WIDTH = 2, 24
 TARGET = """
@@ -57,14 +57,13 @@ class Dense(nn.Module):
 def nothing_reserved():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    runtime_cpu.release_workspace()
+    kept_calls().release()
     runtime_reserve.warn_beyond.cache_clear()
 
 
 def held():
     """This thread's workspace: where it is and how large."""
-    tensor = runtime_cpu._workspaces().tensor
-    return tensor.data_ptr(), tensor.numel()
+    return kept_calls().workspace(0), kept_calls().workspace_bytes
 
 
 def compiled(model, dynamic=True, **options):
@@ -136,7 +135,7 @@ def test_each_thread_reserves_once():
         for T in counts:
             torch.ops.moec.moe(torch.randn(T, 64), router, params, K, SPEC, "cpp tokens=1..200")
             found.setdefault(name, []).append(held())
-        runtime_cpu.release_workspace()
+        kept_calls().release()
 
     calls(-1, 13)
     threads = [threading.Thread(target=calls, args=(i, 3, 200, 9)) for i in range(3)]
@@ -158,7 +157,7 @@ def test_what_is_shown_is_what_is_reserved(tmp_path, capsys):
     assert found["tokens"] == [1, 200]
     made = Dense()
     ((_, size),) = steps(compiled(made, tokens="1..200"), made, (3,))
-    assert reserved["values"] == [size - 4096] * 2
+    assert reserved["values"] == [size] * 2
     assert cli.run([*command[:-1], "rest=aot_eager"]) == cli.OK
     (found,) = json.loads(capsys.readouterr().out)["capacity"]
     assert not any(b["name"].startswith("reserved") for b in found["bounds"])
