@@ -252,9 +252,10 @@ class Kernel:
             raise AssertionError(f"a kernel takes {self._words} words, got {len(words)}")
         function(words.buffer_info()[0])
         if again and not bound.copied:
-            at_logits = at + 10 + len(bound.words)
-            dtypes = (CODES[u.dtype] for u in (t.y, t.weights, t.weights if logits is None else logits))
-            about = About(size, at, at + 1, at + 5, at + 6, at + 7, at_logits, *dtypes, bound.O, bound.E)
+            y, weights = CODES[t.y.dtype], CODES[t.weights.dtype]
+            routed = 0 if logits is None else CODES[logits.dtype]
+            places = (at, at + 1, at + 5, at + 6, at + 7, at + 10 + len(bound.words))
+            about = About(size, *places, y, weights, routed, bound.O, bound.E)
             address = ctypes.cast(function, ctypes.c_void_p).value
             calls().remember(address or 0, words, about, (self, bound))
 
