@@ -45,12 +45,33 @@ class Shape:
         return Layer(self.hidden, self.width, self.experts, self.top_k, dtype.itemsize)
 
 
+class Layers(Mapping[str, Shape]):
+    """Shapes by name; also every other shape, by its sizes: `2048x1408x60x4` is H, F, E and k."""
+
+    def __init__(self, named: Mapping[str, Shape]) -> None:
+        self._named = named
+
+    def __getitem__(self, name: str) -> Shape:
+        if name in self._named:
+            return self._named[name]
+        sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", name)
+        shape = Shape(*map(int, sizes.groups())) if sizes else None
+        if shape is None or shape.top_k > shape.experts:
+            raise KeyError(name)
+        return shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self._named)}, or sizes HxFxExk such as 2048x1408x60x4"
+
+
 # Many small experts (30B-A3B models) and few large ones (8x7B-like, at half the hidden size).
-LAYERS: Mapping[str, Shape] = {
-    "A": Shape(2048, 768, 64, 8),
-    "B": Shape(1024, 3584, 8, 2),
-    "tiny": Shape(64, 32, 8, 2),
-}
+LAYERS = Layers({"A": Shape(2048, 768, 64, 8), "B": Shape(1024, 3584, 8, 2), "tiny": Shape(64, 32, 8, 2)})
 
 
 def library_block(shape: Shape, implementation: str, plain: MoE) -> nn.Module:
@@ -118,7 +139,11 @@ def check_names(parser: argparse.ArgumentParser, asked: argparse.Namespace, **op
     for name, known in options.items():
         unknown = [each for each in getattr(asked, name).split(",") if each not in known]
         if unknown:
-            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {', '.join(known)}")
+            parser.error(f"--{name} {unknown[0]!r} is unknown; expected of {_names(known)}")
+
+
+def _names(known: Collection[str]) -> str:
+    return str(known) if isinstance(known, Layers) else ", ".join(known)
 
 
 def add_ways(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +178,7 @@ def add_race(
     patience: float,
 ) -> None:
     """The options that `race_layers` reads, with these defaults, and where the benchmark `name` writes."""
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="A,B", help=f"of {LAYERS}")
     parser.add_argument("--tokens", default=tokens)
     parser.add_argument("--dtypes", default=dtypes, help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--repeats", type=int, default=repeats, help="calls a cell, at most")

@@ -53,13 +53,15 @@ def child(way: str, layer: str, dtype: str, tokens: int) -> Peak:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run each way in a fresh process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", default="A", choices=LAYERS)
+    parser.add_argument("--layer", default="A", help=f"one of {LAYERS}")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ways", default=f"weights only,eager,{DYNAMO},moec")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
+    if asked.layer not in LAYERS:
+        parser.error(f"--layer {asked.layer!r} is unknown; expected one of {LAYERS}")
     if asked.child:
         print(json.dumps(asdict(child(asked.child, asked.layer, asked.dtype, asked.tokens))))
         return

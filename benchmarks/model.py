@@ -67,7 +67,7 @@ class Model:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", default="A", help=f"one of {', '.join(LAYERS)}")
+    parser.add_argument("--layer", default="A", help=f"one of {LAYERS}")
     parser.add_argument("--layers", type=int, default=4, help="how many of them")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="also write a PNG (needs the bench extra)")
     asked = parser.parse_args(arguments)
     if asked.layer not in LAYERS:
-        parser.error(f"--layer {asked.layer!r} is unknown; expected one of {', '.join(LAYERS)}")
+        parser.error(f"--layer {asked.layer!r} is unknown; expected one of {LAYERS}")
     check_names(parser, asked, dtypes=DTYPES)
     for name in ("layers", "vocabulary", "prompt", "decode"):
         if getattr(asked, name) < 1:

@@ -28,7 +28,7 @@ TOKENS = (1, 8, 64, 512, 2048)
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="A,B", help=f"of {LAYERS}")
     parser.add_argument("--dtypes", default="f32,bf16,f16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--megabytes", type=int, default=512, help="read to measure the bandwidth")
     parser.add_argument("--size", type=int, default=2048, help="of the square matrices")

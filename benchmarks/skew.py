@@ -90,7 +90,7 @@ class Operands:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="A,B", help=f"of {LAYERS}")
     parser.add_argument("--tokens", default="64,512")
     parser.add_argument("--dtypes", default="f32,bf16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--repeats", type=int, default=9, help="calls a routing, at most")

@@ -59,7 +59,7 @@ class Found:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="A,B", help=f"of {', '.join(LAYERS)}")
+    parser.add_argument("--layers", default="A,B", help=f"of {LAYERS}")
     parser.add_argument("--tokens", default="1,64,512")
     parser.add_argument("--dtypes", default="f32", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--budget", type=float, default=60.0, help="the tuner's seconds of measuring")

@@ -20,7 +20,7 @@ def run(name, *arguments):
 
 def test_layer(tmp_path):
     out = tmp_path / "layer.json"
-    sizes = ["--layers", "tiny", "--tokens", "1,7", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
+    sizes = ["--layers", "48x32x6x3", "--tokens", "1,7", "--dtypes", "f32", "--seconds", "0.2", "--repeats", "2"]
     text = run("layer.py", *sizes, "--ways", "moec,batched_mm", "--out", str(out))
     assert "limit of this machine" in text
     found = json.loads(out.read_text())
@@ -226,6 +226,23 @@ def test_bad_names_are_refused():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'Z' is unknown" in done.stderr
+
+
+def test_layers_by_their_sizes(benchmarks):
+    from common import LAYERS, Shape
+
+    assert LAYERS["64x48x12x3"] == Shape(hidden=64, width=48, experts=12, top_k=3)
+    assert LAYERS["A"] == LAYERS["2048x768x64x8"]
+    wrong = [
+        "64x48x12",
+        "64x48x2x3",
+        "0x48x12x3",
+        "64x48x12x3x1",
+        "64 x 48",
+        "",
+    ]  # among them more choices than experts
+    assert [name for name in wrong if name in LAYERS] == []
+    assert str(LAYERS) == "A, B, tiny, or sizes HxFxExk such as 2048x1408x60x4"
 
 
 @pytest.fixture
