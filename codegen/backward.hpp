@@ -30,6 +30,7 @@ class Backward {
   using Op = typename K::Op;
   using A = typename Op::A;  // rows of x, of y's gradient, of h and of slopes: floats, or bf16 that is multiplied in pairs
   using W = typename Op::W;
+  using B = typename K::Bias;
   static constexpr bool mixed = K::gate == Gate::interleaved, separate = K::gate == Gate::separate;
   static constexpr bool two = K::gate == Gate::concat || separate;
   static constexpr int64_t views = mixed || two ? 2 : 1;
@@ -177,7 +178,7 @@ class Backward {
     for (int64_t e : share(a.E)) {
       if (begin[e + 1] > begin[e]) continue;
       a.da.zero<W>(e, width * a.H), a.db.zero<W>(e, width * a.H), a.dout.zero<W>(e, a.F * a.O);
-      a.dbias_a.zero<W>(e, width), a.dbias_b.zero<W>(e, width), a.dbias_out.zero<W>(e, a.O);
+      a.dbias_a.zero<B>(e, width), a.dbias_b.zero<B>(e, width), a.dbias_out.zero<B>(e, a.O);
     }
   }
 
@@ -237,14 +238,14 @@ class Backward {
       split(pa + 2 * c, 2 * part, va, vb);
       if constexpr (K::bias_in) {
         vf ba, bb;
-        split(a.bias_a.template of<W>(s.e) + 2 * (j + c), 2 * part, ba, bb);
+        split(a.bias_a.template of<B>(s.e) + 2 * (j + c), 2 * part, ba, bb);
         va += ba, vb += bb;
       }
     } else {
       va = some(pa + c, part);
       if constexpr (two) vb = some(pb + c, part);
-      if constexpr (K::bias_in) va += some(a.bias_a.template of<W>(s.e) + j + c, part);
-      if constexpr (K::bias_in && two) vb += some(a.bias_b.template of<W>(s.e) + j + c, part);
+      if constexpr (K::bias_in) va += some(a.bias_a.template of<B>(s.e) + j + c, part);
+      if constexpr (K::bias_in && two) vb += some(a.bias_b.template of<B>(s.e) + j + c, part);
     }
   }
 
@@ -329,10 +330,10 @@ class Backward {
     if (i < in) return product<K::layout_in>(hit, i, s, 0, width, x, a.H, a.da);
     if ((i -= in) < in_b) return product<K::layout_in>(hit, i, s, second(), width, x, a.H, a.db);
     if ((i -= in_b) < blocks_out(hit.e)) return product<K::layout_out>(hit, i, grads, 0, a.O, h, a.F, a.dout);
-    sum_rows(a.dbias_a.of<W>(hit.e), s, hit.rows, 0, width, nullptr, nullptr);
-    sum_rows(a.dbias_b.of<W>(hit.e), s, hit.rows, second(), width, nullptr, nullptr);
+    sum_rows(a.dbias_a.of<B>(hit.e), s, hit.rows, 0, width, nullptr, nullptr);
+    sum_rows(a.dbias_b.of<B>(hit.e), s, hit.rows, second(), width, nullptr, nullptr);
     const int64_t* const pairs = K::weight_on_input ? nullptr : pair + hit.row;
-    sum_rows(a.dbias_out.of<W>(hit.e), grads, hit.rows, 0, a.O, pairs, weight);
+    sum_rows(a.dbias_out.of<B>(hit.e), grads, hit.rows, 0, a.O, pairs, weight);
   }
 
   // Block `i` of the gradient of a weight that takes `in` numbers to `out`, from gradients of its results and its inputs.
@@ -395,7 +396,7 @@ class Backward {
     const int64_t count = parts(a.F, a.cols);
     float sum = 0;
     for (int64_t b = 0; b < count; b++) sum += partial[row * count + b];
-    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<W>(a.experts[p]), a.O);
+    if constexpr (K::bias_out) sum += dot(g_rows[row], a.bias_out.template of<B>(a.experts[p]), a.O);
     return sum;
   }
 };

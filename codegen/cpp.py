@@ -188,8 +188,12 @@ def _experts(spec: KernelSpec, target: Target, storage: Storage | None) -> str:
     e: ExpertsSpec = spec.experts
     op = _panels(storage, target) if storage else _stored(e, target)
     layouts = ("panels", "panels") if storage else (e.layout_in, e.layout_out)
-    types = (f"using Op = {op};", f"using Param = {_TYPES[e.dtype]};", f"using Y = {_TYPES[spec.y_dtype]};")
+    types = (f"using Op = {op};", f"using Param = {_TYPES[e.dtype]};", f"using Y = {_TYPES[spec.y_dtype]};", _bias(e))
     return _kernel(spec, types, layouts, "vf phi", "", (e.phi,), _statements({"return": e.phi}))
+
+
+def _bias(e: ExpertsSpec) -> str:
+    return f"using Bias = {_TYPES[e.stored('bias_out')]};"
 
 
 def _experts_backward(spec: KernelSpec, target: Target) -> str:
@@ -200,7 +204,7 @@ def _experts_backward(spec: KernelSpec, target: Target) -> str:
     layouts = (e.layout_in, e.layout_out)
     return _kernel(
         spec,
-        (f"using Op = {_stored(e, target)};",),
+        (f"using Op = {_stored(e, target)};", _bias(e)),
         layouts,
         "void slopes",
         ", vf& h, vf& da, vf& db",

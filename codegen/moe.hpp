@@ -60,7 +60,8 @@ class Layer {
   using Op = typename K::Op;
   using A = typename Op::A;
   using W = typename Op::W;
-  using P = typename K::Param;  // what x is rounded to, and biases are
+  using P = typename K::Param;  // what x is rounded to
+  using B = typename K::Bias;
 
   Layer(const Args& args, Shared& shared, int thread, int threads)
       : a(args), shared(shared), thread(thread), threads(threads), x_rows(args.at<const A*>(args.at_x_rows)),
@@ -293,8 +294,8 @@ class Layer {
     if constexpr (two) wb = from<K::layout_in>(a.b, a.scale_b, s.e, j, K::gate == Gate::concat ? a.F : 0);
     tile<Op, K::layout_in>(t, rows, s.rows, a.H, wa, a.a.ld, n * scale, ca, ldc, wb);
     if constexpr (two) tile<Op, K::layout_in>(t, rows, s.rows, a.H, wb, a.b.ld, n, cb, ldc, next);
-    const P* const bias_a = K::bias_in ? a.bias_a.template of<P>(s.e) + j * scale : nullptr;
-    const P* const bias_b = K::bias_in && two ? a.bias_b.template of<P>(s.e) + j : nullptr;
+    const B* const bias_a = K::bias_in ? a.bias_a.template of<B>(s.e) + j * scale : nullptr;
+    const B* const bias_b = K::bias_in && two ? a.bias_b.template of<B>(s.e) + j : nullptr;
     A* const h = a.at<A>(a.at_h) + s.row * a.ld_h + j;
     float* const out = a.at<float>(a.at_out) + s.row * a.O + j;  // what φ gives where there is no second product
     for (int64_t r = 0; r < s.rows; r++) {
@@ -363,7 +364,7 @@ class Layer {
         for (int64_t p = t * a.k; p < (t + 1) * a.k; p++) {
           if (position[p] < 0) continue;
           vf v = some(out + position[p] * a.O + j, part);
-          if constexpr (K::bias_out) v += some(a.bias_out.template of<P>(a.experts[t0 * a.k + p]) + j, part);
+          if constexpr (K::bias_out) v += some(a.bias_out.template of<B>(a.experts[t0 * a.k + p]) + j, part);
           sum += K::weight_on_input ? v : weight[p] * v;
         }
         typename K::Y* const to = y + (t0 + t) * a.O + j;

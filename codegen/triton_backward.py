@@ -221,7 +221,7 @@ def _outer(at: forward.At, groups: Sequence[str], matrix: str, extent: tuple[int
     )  # fmt: skip
 
     def result(name: str, binding: str) -> Argument:
-        kind = forward.pointer(name, e.dtype) if e.stacked else Argument(name, "*i64")
+        kind = forward.pointer(name, e.stored(binding.removeprefix("d_"))) if e.stacked else Argument(name, "*i64")
         return replace(kind, binding=binding)
 
     arguments = (

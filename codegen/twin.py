@@ -164,10 +164,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _phi_inputs(rows: Tensor, at: Expert, wide: torch.dtype) -> dict[str, Tensor]:
-    env = {"a": nnf.linear(rows, at.w_a, at.b_a).to(wide)}
+    env = {"a": _linear(rows, at.w_a, at.b_a, wide)}
     if at.w_b is not None:
-        env["b"] = nnf.linear(rows, at.w_b, at.b_b).to(wide)
+        env["b"] = _linear(rows, at.w_b, at.b_b, wide)
     return env
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """rows · weightᵀ + bias in `wide`; a bias of another dtype is added to what the product was rounded to."""
+    if bias is None or bias.dtype == rows.dtype:
+        return nnf.linear(rows, weight, bias).to(wide)
+    return nnf.linear(rows, weight).to(wide) + bias.to(wide)
 
 
 def experts(
@@ -196,7 +203,7 @@ def experts(
         if saved is not None:
             saved[tokens * experts.shape[1] + slots] = torch.cat(list(env.values()), -1).to(saved.dtype)
         h = evaluate(s.phi, env).to(dtype)
-        out = (h if at.w_out is None else nnf.linear(h, at.w_out, at.b_out)).to(wide)
+        out = h.to(wide) if at.w_out is None else _linear(h, at.w_out, at.b_out, wide)
         y.index_add_(0, tokens, out if s.weight_on == "input" else out * w)
     return y.to(y_dtype(spec, dtype))
 

@@ -152,6 +152,17 @@ class LearnedScales(Kept):
             self.register_parameter(name, nn.Parameter(value))
 
 
+class HalfTrained(HalfInFull):
+    """The same as parameters."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("up", "down"):
+            value = getattr(self, name)
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(value / 100))
+
+
 class Shifted(Kept):
     """Codes with a zero point."""
 

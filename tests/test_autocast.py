@@ -75,6 +75,51 @@ class Dense(Stacked):
         return torch.einsum("tef,ehf,te->th", F.silu(a) * b, self.down, gates)
 
 
+class Biased(Stacked):
+    """Biases that are added by hand: no operator casts them, so they are added in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_bias = nn.Parameter(torch.randn(E, 2 * WIDTH))
+        self.down_bias = nn.Parameter(torch.randn(E, H))
+
+    def act(self, ab):
+        a, b = ab[..., ::2].clamp(max=7.0), ab[..., 1::2].clamp(-7.0, 7.0)
+        return (b + 1) * a * torch.sigmoid(a * 1.702)
+
+    def forward(self, x):
+        weights, chosen = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where(chosen == e)
+            ab = x[token] @ self.up[e].t() + self.up_bias[e]
+            y = self.act(ab) @ self.down[e].t() + self.down_bias[e]
+            out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
+        return out
+
+
+class BiasedGathered(Biased):
+    """The same with picked matrices and biases."""
+
+    def forward(self, x):
+        weights, chosen = self.route(x)
+        ab = torch.einsum("th,tkfh->tkf", x, self.up[chosen]) + self.up_bias[chosen]
+        y = torch.einsum("tkf,tkhf->tkh", self.act(ab), self.down[chosen]) + self.down_bias[chosen]
+        return torch.einsum("tkh,tk->th", y, weights)
+
+
+class BiasedDense(Biased):
+    """The same for every expert on every token, which is repeated before it is cast."""
+
+    def forward(self, x):
+        weights, chosen = self.route(x)
+        gates = torch.zeros(len(x), E, dtype=weights.dtype).scatter(1, chosen, weights)
+        rows = x.repeat(E, 1).view(E, -1, H)
+        ab = torch.bmm(rows, self.up.transpose(1, 2)) + self.up_bias[:, None]
+        y = torch.bmm(self.act(ab), self.down.transpose(1, 2)) + self.down_bias[:, None]
+        return (y * gates.t()[..., None]).sum(0)
+
+
 class Inside(Stacked):
     """A block that chooses its own dtype."""
 
@@ -85,7 +130,7 @@ class Inside(Stacked):
             return y + self.gate.weight.sum()
 
 
-FORMS = (Stacked, Separate, Gathered, Dense)
+FORMS = (Stacked, Separate, Gathered, Dense, Biased, BiasedGathered, BiasedDense)
 
 
 def made(form):
@@ -130,6 +175,31 @@ def test_experts_are_fused_in_the_dtype_of_autocast(form):
     assert site.status == "fused", site.reasons
     assert "bf16" in site.spec
     assert report.graphs == 1
+
+
+def test_biases_are_read_in_their_own_dtype():
+    model, x = made(Biased), torch.randn(13, H)
+    with torch.autocast("cpu", dtype=BF16):
+        (site,) = moec.explain(model, x, moec_options=QUICK).sites
+    assert "biases=f32" in site.spec
+
+
+def test_biases_rounded_to_less_than_the_products_are_declined():
+    class Rounded(Biased):
+        def forward(self, x):
+            chosen = self.gate(x).topk(1, -1).indices[:, 0]
+            out = torch.zeros_like(x)
+            for e in range(E):
+                token = torch.where(chosen == e)[0]
+                ab = x[token] @ self.up[e].t() + self.up_bias[e].to(BF16)
+                out[token] += self.act(ab) @ self.down[e].t() + self.down_bias[e]
+            return out
+
+    model, x = made(Rounded), torch.randn(13, H)
+    (site,) = moec.explain(model, x, moec_options=QUICK).sites
+    assert site.status == "declined"
+    assert "matrices are used in f32, biases in bf16, f32" in str(site.reasons[0])
+    assert torch.equal(torch.compile(model, backend="moec", options=QUICK)(x), model(x))
 
 
 @pytest.mark.parametrize("options", [{}, QUICK], ids=["kernels", "twin"])

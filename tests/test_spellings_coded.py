@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spellings_coded import NEAR, SPELLINGS, FullInHalf
+from spellings_coded import NEAR, SPELLINGS, FullInHalf, HalfTrained
 from test_spellings_more import assert_close, compiled, gradients, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:moec. eager experts:RuntimeWarning")  # no C++ gradients of codes
@@ -48,6 +48,14 @@ def test_trained_parameters_are_cast_once():
         assert_close([run(*inputs)], [module(*inputs)], 2e-2)
     assert [s.status for s in report.sites] == ["declined"]
     assert "bf16" in str(report.sites[0].reasons[0])
+
+
+def test_trained_parameters_may_be_narrower_than_the_products():
+    torch.manual_seed(0)
+    module, inputs = HalfTrained(), (torch.randn(13, 16),)
+    run, report = compiled(module)
+    assert_close(gradients(run, module, inputs), gradients(module, module, inputs), 1e-2)
+    assert [s.status for s in report.sites] == ["fused"], report
 
 
 @pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)

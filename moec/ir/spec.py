@@ -92,6 +92,7 @@ class ExpertsSpec:
     weight_on   output: y is multiplied by the routing weight; input: x is
     stacked     True: one [E, …] tensor a parameter; False: E separate tensors (a ModuleList), bound by pointer table
     out         False: there is no second product, y = φ(W_a·x + b_a, W_b·x + b_b), and O is F
+    biases      the dtype of biases, which are added to fp32 sums; empty: `dtype`
     codes       how matrices are kept (a `moec.ir.coding.Coding`'s text); empty: in `dtype`. int8 and fp8 have scales in
                 fp32, groups of their own. Products are computed in `dtype` in any case
     """
@@ -107,6 +108,7 @@ class ExpertsSpec:
     stacked: bool = True
     codes: str = ""
     out: bool = True
+    biases: str = ""
 
     @property
     def coding(self) -> Coding | None:
@@ -134,7 +136,9 @@ class ExpertsSpec:
         """The element type of a parameter group: f32, bf16, f16, int8 or fp8."""
         if group.startswith("scale_"):
             return "f32"
-        return self.coding.element if self.coding and not group.startswith("bias_") else self.dtype
+        if group.startswith("bias_"):
+            return self.biases or self.dtype
+        return self.coding.element if self.coding else self.dtype
 
     def layout(self, group: str) -> str:
         """nk or kn, of the matrices of a parameter group, or of their scales."""

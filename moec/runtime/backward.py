@@ -19,8 +19,8 @@ from moec.codegen.cpp import emit_backward
 from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
-from moec.ir.dtypes import DTYPE_NAMES, DTYPES
-from moec.ir.spec import KernelSpec
+from moec.ir.dtypes import DTYPE_NAMES
+from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.options import Environment
 from moec.runtime.calls import beside_calls, calls
 from moec.runtime.cpu import CODES, bindings
@@ -53,7 +53,7 @@ class BackwardKernel:
 
     def __init__(self, spec: KernelSpec, target: Target, library: ctypes.CDLL) -> None:
         self.spec, self.target = spec, target
-        self._dtype = DTYPES[spec.experts.dtype]
+        self._dtypes = lru_cache(maxsize=16)(lambda count: stored_dtypes(spec.experts, count))
         self._bindings = bindings(spec)
         library.args_words.restype = ctypes.c_int64
         self._words = int(library.args_words())
@@ -62,7 +62,8 @@ class BackwardKernel:
 
     def takes(self, grad: Tensor, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the spec; others (float64, say) are the twin's."""
-        return grad.dtype in CODES and x.dtype in CODES and all(p.dtype == self._dtype for p in params)
+        known = grad.dtype in CODES and x.dtype in CODES
+        return known and [p.dtype for p in params] == self._dtypes(len(params))
 
     def sizes(self, x: Tensor, params: Sequence[Tensor], k: int) -> Sizes:
         """The sizes of a call."""

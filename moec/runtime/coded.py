@@ -18,6 +18,7 @@ from moec.codegen.encode import coded_spec, encode
 from moec.errors import CodegenError
 from moec.gpu.target import gpu_targets
 from moec.ir.dtypes import DTYPES
+from moec.ir.spec import stored_dtypes
 from moec.report import PackRecord
 from moec.runtime.binding import checked_sizes
 from moec.runtime.bound import Bound, bind
@@ -46,7 +47,7 @@ class CodedKernel(TritonKernel):
 
     def takes(self, x: Tensor, params: Sequence[Tensor]) -> bool:
         """Whether the dtypes are those of the user's spec."""
-        return x.dtype in DTYPES.values() and all(p.dtype == DTYPES[self.user.experts.dtype] for p in params)
+        return x.dtype in DTYPES.values() and [p.dtype for p in params] == stored_dtypes(self.user.experts, len(params))
 
     def experts(
         self,

@@ -309,7 +309,7 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     for i, group in enumerate(groups):
         found[group] = _group(params[i * count : (i + 1) * count], s.stacked, alive)
     a, b = _pair(found, "", s.gate, width * params[0].element_size(), s.layout_in == "nk")
-    bias_a, bias_b = _pair(found, "bias_", s.gate, width * DTYPES[s.dtype].itemsize, False)
+    bias_a, bias_b = _pair(found, "bias_", s.gate, width * DTYPES[s.stored("bias_ab")].itemsize, False)
     words = (*a, *b, *found.get("out", ABSENT), *bias_a, *bias_b, *found.get("bias_out", ABSENT))
     # Scales of a tensor that a and b share are told by the output's number, not by where b's begin.
     scale_a, scale_b = _pair(found, "scale_", s.gate, 0, False)

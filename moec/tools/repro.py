@@ -8,7 +8,7 @@ import sympy
 
 from moec.codegen.tuning import Sizes
 from moec.errors import TargetError
-from moec.ir.dtypes import DTYPES
+from moec.ir.dtypes import DTYPES, STORED
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.report import Report, Site
 
@@ -41,7 +41,8 @@ def source(site: Site, sizes: Sizes, seed: int = 0) -> str:
         sizes=sizes,
         seed=seed,
         shapes=[(group, _shape(spec.experts, group)) for group in spec.experts.param_groups],
-        dtype=f"torch.{str(DTYPES[spec.experts.dtype]).removeprefix('torch.')}",
+        dtype=f"{DTYPES[spec.experts.dtype]}",
+        dtypes={group: str(STORED[spec.experts.stored(group)]) for group in spec.experts.param_groups},
         tolerance={"f32": 1e-4}.get(spec.experts.dtype, 4e-2),
     )
 

@@ -21,7 +21,7 @@ from moec.codegen.triton_schedule import candidates
 from moec.errors import OptionError
 from moec.gpu.target import gpu_target
 from moec.ir.dtypes import DTYPES
-from moec.ir.spec import KernelSpec
+from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.runtime.coded import coded_kernel
 from moec.runtime.cpu import param_shapes
 from moec.runtime.triton import load_triton, triton
@@ -155,7 +155,9 @@ class GpuBench:
         dtype = DTYPES[self.spec.experts.dtype]
         with torch.device(self.device):
             torch.manual_seed(0)
-            self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in param_shapes(self.spec, s)]
+            shapes = param_shapes(self.spec, s)
+            kinds = zip(shapes, stored_dtypes(self.spec.experts, len(shapes)), strict=True)
+            self.params = [torch.empty(shape, dtype=kind).normal_(0, 0.02) for shape, kind in kinds]
             self.x = torch.randn(s.T, s.H, dtype=dtype)
             self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.routings = [routing(job, seed).to(self.device) for seed in range(ROUTINGS)]

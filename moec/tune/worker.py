@@ -16,7 +16,7 @@ import torch
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning, default_tuning
 from moec.ir.dtypes import DTYPES
-from moec.ir.spec import KernelSpec
+from moec.ir.spec import KernelSpec, stored_dtypes
 from moec.runtime.cpu import load_kernel, param_shapes
 from moec.runtime.packed import load_packed
 from moec.tune.gpu import GpuBench
@@ -36,7 +36,9 @@ class Bench:
         self.exact = stored or job.weights == "packed"
         self.kernel = load_kernel(job.spec, dtype) if stored else load_packed(job.spec, job.weights, dtype)
         torch.manual_seed(0)
-        self.params = [torch.empty(shape, dtype=dtype).normal_(0, 0.02) for shape in param_shapes(self.spec, s)]
+        shapes = param_shapes(self.spec, s)
+        kinds = zip(shapes, stored_dtypes(self.spec.experts, len(shapes)), strict=True)
+        self.params = [torch.empty(shape, dtype=kind).normal_(0, 0.02) for shape, kind in kinds]
         self.x = torch.randn(s.T, s.H).to(dtype)
         self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.default = default_tuning(self.spec, s, self.kernel.target, job.threads)

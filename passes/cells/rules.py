@@ -116,12 +116,21 @@ def rule_slice(lifter: Lifter, instr: Instr, _which: int) -> Lift:
 def rule_cast(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     """Rows or parameters in another dtype."""
     value, to = lifter.lift(instr.args[0]), instr.types[0].dtype
+    if isinstance(value, View) and _multiplied(lifter, instr, value):
+        return value  # products round what they read
     if not isinstance(value, Cells) or to not in FLOATS:
         return _miss(instr, "a cast of a plain value")
     if isinstance(value.row, Expert):
         cast = cast_expert(instr, value.row)
         return replace(value, row=cast) if isinstance(cast, Expert) else _miss(instr, "a cast of codes")
     return replace(value, row=Cast(value.row, to))
+
+
+def _multiplied(lifter: Lifter, instr: Instr, view: View) -> bool:
+    """Whether a cast is of floats that were repeated, not cast before, and are read by products alone."""
+    kinds = {lifter.type(Ref(view.name)).dtype, lifter.type(instr.args[0]).dtype, instr.types[0].dtype}
+    users, once = lifter.graph.users.get(instr.results[0], ()), "*" in letters_in(view.axes)
+    return once and len(kinds) == 2 and kinds <= FLOATS and all(user.word == "contract" for user in users)
 
 
 def rule_same(lifter: Lifter, instr: Instr, _which: int) -> Lift:

@@ -28,7 +28,7 @@ from moec.passes.dispatch.skips import asked_of_others, only_idle_skipped
 from moec.passes.dispatch.thresholds import say_support, support, table_choice
 from moec.passes.dispatch.weighed import weighed_choice
 from moec.passes.experts.find_cells import find_summed, find_unsummed
-from moec.passes.experts.found import Found, idle_is_zero, maps_zero_to_zero, obstacle, say_sum
+from moec.passes.experts.found import Found, as_trained, idle_is_zero, maps_zero_to_zero, obstacle, say_sum
 from moec.passes.experts.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, routing_of, say
 from moec.passes.experts.torn import GOES_ON, torn_out
 from moec.passes.grid.chains import part_of_sum
@@ -148,6 +148,7 @@ def _find(lifter: Lifter, instr: Instr, facts: Facts, held: list[str]) -> Found 
     if part is not None and total.rows.choice in lifter.tables:
         return NoMatch("the loop runs some of the experts that masks choose", instr.results[0], 6)
     prelude, weights, choice = routed
+    body = as_trained(lifter.graph, facts, body)
     blocked = obstacle(lifter.graph, facts, body)
     if blocked is not None:
         return blocked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -16,7 +16,7 @@ from moec.passes.dispatch.combine import Combined, chosen_of
 from moec.passes.rows.body import NOTHING, BodyMatch
 from moec.passes.rows.lift import same
 from moec.passes.rows.pairs import Writer
-from moec.passes.rows.say_experts import filled, site_attrs
+from moec.passes.rows.say_experts import filled, site_attrs, vector
 from moec.passes.rows.token_axes import as_pairs, each_token, shaped_like, slots_of
 from moec.pipeline import Facts
 from moec.target import kernel_devices
@@ -35,11 +35,23 @@ def idle_is_zero(body: BodyMatch) -> bool:
     return body.spec.weight_on == "output" or (not body.spec.bias_out and maps_zero_to_zero(body))
 
 
-def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
-    """Why kernels cannot run this layer although it is understood."""
+def _kept(graph: Graph, body: BodyMatch) -> list[str]:
+    """The values of which an expert's parameters are views."""
     given = [name.removesuffix(NOTHING) for group in body.params for name in group]
     behind = (graph.behind(Ref(name), STORED) for name in given)
-    names = list(dict.fromkeys(held.name for held in behind if isinstance(held, Ref)))
+    return list(dict.fromkeys(held.name for held in behind if isinstance(held, Ref)))
+
+
+def as_trained(graph: Graph, facts: Facts, body: BodyMatch) -> BodyMatch:
+    """The body, its matrices cast before where they are trained: kernels that widen them have no gradient."""
+    if body.spec.codes != "bf16" or facts.grad.isdisjoint(_kept(graph, body)):
+        return body
+    return replace(body, spec=replace(body.spec, codes=""), cast=body.spec.dtype)
+
+
+def obstacle(graph: Graph, facts: Facts, body: BodyMatch) -> NoMatch | None:
+    """Why kernels cannot run this layer although it is understood."""
+    names = _kept(graph, body)
     for name in names:
         if name in facts.not_plain:
             return NoMatch(f"parameter %{name} is a {facts.not_plain[name]}, expected a plain dense tensor", name, 9)
@@ -74,23 +86,17 @@ def maps_zero_to_zero(body: BodyMatch) -> bool:
 def stored(out: Writer, body: BodyMatch) -> tuple[tuple[str, ...], ...]:
     """The parameters as the op takes them: cast, and scales with an axis for each of the matrix's."""
     params = tuple(tuple(filled(out, name) for name in group) for group in body.params)
-    if body.cast:
-        return tuple(tuple(out.cast(name, body.cast) for name in group) for group in params)
     plain = len(params) - len(body.scales)
-    groups = list(zip(body.spec.param_groups, params[:plain], strict=False))
-    made = [tuple(_vectors(out, n, body) for n in names) if g.startswith("bias_") else names for g, names in groups]
+    made: list[tuple[str, ...]] = []
+    for group, names in zip(body.spec.param_groups, params[:plain], strict=False):
+        if group.startswith("bias_"):
+            made.append(tuple(vector(out, name, group, body) for name in names))
+        else:
+            made.append(tuple(out.cast(name, body.cast) for name in names) if body.cast else names)
     for group, shape in zip(params[plain:], body.scales, strict=True):
         wide = (out.type(group[0]).shape[0], *shape) if body.spec.stacked else shape
         made.append(tuple(out.cast(out.reshape(name, wide), "f32") for name in group))
     return tuple(made)
-
-
-def _vectors(out: Writer, name: str, body: BodyMatch) -> str:
-    """A bias in the dtype of products; one kept as [E, 1, F] is seen as [E, F]."""
-    shape = out.type(name).shape
-    if body.spec.stacked and len(shape) == 3:
-        name = out.reshape(name, (shape[0], shape[2]))
-    return out.cast(name, body.spec.dtype)
 
 
 def other_shape(x: Type, to: Type, root: Instr) -> NoMatch:

@@ -279,7 +279,7 @@ def _assemble(
     stored = _stored(graph, parts, first)
     if isinstance(stored, NoMatch):
         return stored
-    count, codes, dtype = stored
+    count, codes, dtype, biases = stored
     names = {f"p{found.index(p)}": letter for p, letter in zip(order, "ab", strict=False)}
     factor = weight if weight is not None else given
     spec = ExpertsSpec(
@@ -294,6 +294,7 @@ def _assemble(
         stacked=order[0].weight.stacked,
         codes="" if codes == "cast" else codes,
         out=down is not None,
+        biases=biases,
     )
     scaled = [w for w in parts.weights if w.scale]
     assert isinstance(token, Token)
@@ -310,8 +311,8 @@ def _assemble(
     )
 
 
-def _stored(graph: Graph, parts: _Parts, first: int | None) -> tuple[Dim, str, str] | NoMatch:
-    """How many experts run, how matrices are kept, and the dtype of products, where all tensors agree on these."""
+def _stored(graph: Graph, parts: _Parts, first: int | None) -> tuple[Dim, str, str, str] | NoMatch:
+    """How many experts run, how matrices are kept, the dtype of products, and that of biases where it is another."""
     if first is not None and parts.bias_in is not None and any(p.bias is None for p in parts.first):
         return NoMatch("one projection has a bias, the other has none, in a loop over some experts", depth=6)
     flat = next((w for w in parts.weights if len(w.order) != 2), None)
@@ -324,11 +325,29 @@ def _stored(graph: Graph, parts: _Parts, first: int | None) -> tuple[Dim, str, s
     if isinstance(coded, NoMatch):
         return coded
     codes, dtype = coded
-    if dtype not in DTYPES or {b.to or graph.types[b.values[0]].dtype for b in parts.biases} - {dtype}:
-        return NoMatch(f"matrices are used in {dtype}, biases in another dtype or kernels know neither", depth=6)
+    if dtype not in DTYPES:
+        return NoMatch(f"experts' parameters are {dtype}, expected one of f32, bf16, f16", depth=6)
+    biases = _bias_dtype(graph, parts.biases, dtype)
+    if isinstance(biases, NoMatch):
+        return biases
     if len({_layout(p.weight, p.axis) for p in parts.first}) > 1:
         return NoMatch("the projections are stored in different layouts", depth=6)
-    return count, codes, dtype
+    return count, codes, dtype, biases
+
+
+def _bias_dtype(graph: Graph, biases: list[Expert], dtype: str) -> str | NoMatch:
+    """The dtype that kernels read biases in, '' for that of products: each number as it is added, or exactly it.
+
+    What is added to a narrower product makes it wider, and what is narrower becomes as wide.
+    """
+    kept = [(graph.types[b.values[0]].dtype, b.to) for b in biases]
+    used = {to or stored for stored, to in kept}
+    if used <= {dtype}:
+        return ""
+    rounded = any(to not in ("", "f32", stored) for stored, to in kept)  # kernels are given one cast of what is stored
+    if rounded or not used <= ({"f32", dtype} if dtype != "f32" else DTYPES.keys()):
+        return NoMatch(f"matrices are used in {dtype}, biases in {', '.join(sorted(used))}", depth=6)
+    return "" if dtype == "f32" else "f32"
 
 
 def _bias_values(parts: _Parts) -> list[tuple[str, ...]]:
@@ -351,7 +370,7 @@ def _widths(graph: Graph, parts: _Parts) -> tuple[Dim, Dim]:
 
 
 def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMatch:
-    """The number of experts that run, when all parameters agree on it, on their dtype and on how they are bound."""
+    """The number of experts that run, when all parameters agree on it and on how they are bound."""
     counts = {graph.types[t.values[0]].shape[0] if t.stacked else sympy.Integer(len(t.values)) for t in tensors}
     dtypes = {t.to or graph.types[name].dtype for t in tensors for name in t.values}
     stored = {frozenset(graph.types[name].dtype for name in t.values) for t in tensors}
@@ -359,7 +378,7 @@ def _plain(graph: Graph, tensors: list[Expert], first: int | None) -> Dim | NoMa
         counts = {sympy.Integer(first)}
     if len(counts) != 1 or len({t.stacked for t in tensors}) != 1:
         return NoMatch(f"parameters disagree on the number of experts: {sorted(map(str, counts))}", depth=6)
-    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+    if not dtypes <= DTYPES.keys():
         return NoMatch(f"experts' parameters are {', '.join(sorted(dtypes))}, expected one of f32, bf16, f16", depth=6)
     if any(len(kinds) > 1 for kinds in stored):
         return NoMatch("one parameter's dtype differs from expert to expert", depth=6)

@@ -21,16 +21,21 @@ def filled(out: Writer, name: str) -> str:
     return out.emit("zeros_like", (Ref(like),), out.type(like))
 
 
+def vector(out: Writer, name: str, role: str, body: BodyMatch) -> str:
+    """A bias in its dtype; one kept as [E, 1, F] is seen as [E, F]."""
+    shape = out.type(name).shape
+    if body.spec.stacked and len(shape) == 3:
+        name = out.reshape(name, (shape[0], shape[2]))
+    return out.cast(name, body.spec.stored(role))
+
+
 def params_of(out: Writer, body: BodyMatch) -> tuple[Ref, ...]:
-    """The parameters in kernel order; a bias kept as [E, 1, F] is seen as [E, F]."""
+    """The parameters in kernel order."""
     refs: list[Ref] = []
     for role, group in zip(body.spec.param_groups, body.params, strict=True):
         for name in group:
             name = filled(out, name)
-            kind = out.type(name)
-            if role.startswith("bias") and body.spec.stacked and kind.rank == 3:
-                name = out.reshape(name, (kind.shape[0], kind.shape[2]))
-            refs.append(Ref(name))
+            refs.append(Ref(vector(out, name, role, body) if role.startswith("bias_") else name))
     return tuple(refs)
 
 

@@ -31,6 +31,7 @@ def halves(rows, gate):
 def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None, O=None):
     """Parameters in the order of the spec's groups; inner strides 1, row strides wider than the rows."""
     g = torch.Generator().manual_seed(seed)
+    biases = dtype or DTYPES[spec.stored("bias_out")]
     dtype = dtype or DTYPES[spec.dtype]
     widths = {"ab": F * (1 if spec.gate == "none" else 2), "a": F, "b": F}
 
@@ -44,9 +45,9 @@ def make_params(spec: ExpertsSpec, H, F, E, seed=0, dtype=None, O=None):
         if group == "out":
             tensor = matrix(O or H, F, spec.layout_out)
         elif group == "bias_out":
-            tensor = torch.randn(E, O or H, generator=g).to(dtype)
+            tensor = torch.randn(E, O or H, generator=g).to(biases)
         elif group.startswith("bias_"):
-            tensor = torch.randn(E, widths[group[5:]], generator=g).to(dtype)
+            tensor = torch.randn(E, widths[group[5:]], generator=g).to(biases)
         else:
             tensor = matrix(widths[group], H, spec.layout_in)
         made += [tensor] if spec.stacked else list(tensor.unbind(0))

@@ -23,6 +23,14 @@ SPECS = {
     "oss_bf16": KernelSpec(
         ExpertsSpec("bf16", "interleaved", "kn", "kn", CLAMPED, bias_in=True, bias_out=True), y_dtype="bf16"
     ),
+    "biases_in_f32": KernelSpec(
+        ExpertsSpec("bf16", "interleaved", "kn", "kn", CLAMPED, bias_in=True, bias_out=True, biases="f32")
+    ),
+    "separate_biases_in_f32": KernelSpec(
+        ExpertsSpec(
+            "f16", "separate", "nk", "nk", "mul(gelu(a), b)", bias_in=True, bias_out=True, stacked=False, biases="f32"
+        )
+    ),
     "oss_f32": KernelSpec(
         ExpertsSpec("f32", "interleaved", "nk", "kn", CLAMPED, bias_in=True, bias_out=True, stacked=False)
     ),

@@ -26,6 +26,10 @@ SPECS = {
         RouterSpec("bf16", bias=True, score="logits", score_dtype="bf16", softmax_over_k=True, weight_dtype="bf16"),
         y_dtype="bf16",
     ),
+    "biases_in_f32": KernelSpec(
+        ExpertsSpec("bf16", "concat", "kn", "nk", CLAMPED, bias_in=True, bias_out=True, stacked=False, biases="f32"),
+        RouterSpec("bf16", weight_dtype="bf16"),
+    ),
     "oss_f32": KernelSpec(
         ExpertsSpec("f32", "interleaved", "nk", "kn", CLAMPED, bias_in=True, bias_out=True, stacked=False),
         RouterSpec(bias=True, score="logits", softmax_over_k=True),

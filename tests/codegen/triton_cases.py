@@ -88,6 +88,18 @@ def test_forms(form, config):
     check_experts(with_gate(*form), config, 5, 20, 24, 3, 2, "sentinels")
 
 
+def wide_biases(form):
+    """Products in bf16, biases in fp32."""
+    spec = with_gate(*form, "bf16")
+    return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, biases="f32"), y_dtype="f32")
+
+
+@pytest.mark.parametrize("config", [SORTED, DECODE], ids=lambda c: c.variant)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[5], FORMS[8]], ids=str)
+def test_biases_in_another_dtype(form, config):
+    check_experts(wide_biases(form), config, 5, 20, 24, 3, 2, "sentinels")
+
+
 def one_matrix(form, dtype="f32"):
     spec = with_gate(*form, dtype)
     return dataclasses.replace(spec, experts=dataclasses.replace(spec.experts, bias_out=False, out=False))

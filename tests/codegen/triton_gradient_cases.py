@@ -11,13 +11,14 @@ from elsewhere import DEVICE, There, moved
 from moe_reference import make_params, relative, routing, weight_terms
 from quick_interpreter import quick  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import ALL_FORMS, FORMS, LIMITS, SORTED, one_matrix, with_gate
+from triton_cases import ALL_FORMS, FORMS, LIMITS, SORTED, one_matrix, wide_biases, with_gate
 
 import moec.runtime.ops  # noqa: F401  # defines the ops
 from moec.codegen import twin
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import sorted_config
 from moec.errors import BuildError
+from moec.ir.dtypes import DTYPES
 from moec.runtime import backward_ops
 from moec.runtime.fakes import of_step
 from moec.runtime.triton import TritonKernel
@@ -27,13 +28,13 @@ BACKWARD_FORMS = [FORMS[i] for i in (0, 1, 2, 5, 6, 8)]
 
 
 def check_backward(
-    form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, save=False, config=None, O=None, one=False
+    form, dtype, T=5, kind="sentinels", H=20, F=24, E=3, k=2, save=False, config=None, O=None, one=False, wide=False
 ):
-    spec = one_matrix(form, dtype) if one else with_gate(*form, dtype)
+    spec = one_matrix(form, dtype) if one else wide_biases(form) if wide else with_gate(*form, dtype)
     O = F if one else O or H
     params = make_params(spec.experts, H, F, E, O=O)
     weights, experts = routing(kind, T, E, k)
-    x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, O).to(params[0].dtype)
+    x, g = torch.randn(T, H).to(params[0].dtype), torch.randn(T, O).to(DTYPES[spec.y_dtype])
     needs = [True] * (2 + len(params))
     saved, forward = None, TritonKernel(spec, DEVICE)
     if save:
@@ -54,6 +55,12 @@ def check_backward(
         assert got.shape == reference.shape
         assert relative(got, reference) < 2 * LIMITS[dtype]
     assert [t.dtype for t in (dx, dweights, *dparams)] == [t.dtype for t in (x, weights, *params)]
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[5]], ids=str)
+def test_gradients_of_biases_in_another_dtype(form, save):
+    check_backward(form, "bf16", save=save, wide=True)
 
 
 @pytest.mark.parametrize("form", BACKWARD_FORMS, ids=str)
