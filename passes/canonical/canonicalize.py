@@ -13,7 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.ir.graph import Graph, Instr, Ref, Type, substitute, sweep
-from moec.passes.canonical import bank_axes, halves, one_hot_index, split_axes, spread_axes
+from moec.passes.canonical import (
+    bank_axes,
+    gated_sums,
+    halves,
+    one_hot_index,
+    split_axes,
+    spread_axes,
+    straight_through,
+    where_chains,
+)
 from moec.passes.canonical.fold_permutes import fold_permutes
 from moec.passes.canonical.ranges import Ranges, decided
 from moec.passes.canonical.rewriter import Rewritten, Rule, rewritten
@@ -70,6 +79,9 @@ RULES: tuple[Rule, ...] = (
     bank_axes.rule_first,
     spread_axes.rule_expand,
     spread_axes.rule_column,
+    where_chains.rule_chain,
+    gated_sums.rule_apart,
+    straight_through.rule_forward,
 )
 """Canonical forms, in the order in which they are tried on an instruction."""
 

@@ -12,7 +12,7 @@ from moec.ir.formulas import size_of
 from moec.ir.graph import Arg, Dim, Instr, Ref
 from moec.ir.match import NoMatch
 from moec.passes.capacity.choice import chosen
-from moec.passes.rows.hot import Below, Chosen, Cond, Flag, Labels, Place, Running, broadcast
+from moec.passes.rows.hot import Below, Chosen, Cond, Flag, Labels, Place, Running, broadcast, implied, settled
 from moec.passes.rows.lift import First, Lift, Lifter
 from moec.passes.rows.rows import Special
 
@@ -30,7 +30,7 @@ class Scaled(Special):
 class SeatIds(Special):
     """expert·seats + place of each pair that meets `only`.
 
-    rest  where the others are: a seat number, or None where that is not known
+    rest  where the others are: a seat number, or None where that is not known (the last seat, where places are clamped)
     """
 
     base: str
@@ -83,8 +83,6 @@ def seat(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
             continue
         if not isinstance(place, Running) or place.base != ids.base or "e" in "".join(place.axes):
             return NoMatch("experts' seats plus something else than the pair's place", instr.results[0], 3)
-        if not all(cond.witness for cond in place.place.given):
-            return NoMatch("places are clamped before they become seat numbers", instr.results[0], 3)
         axes = broadcast(ids.axes, place.axes)
         if axes is None or len(axes) != instr.types[0].rank:
             return NoMatch("experts' seats and places of different pairs", instr.results[0], 3)
@@ -102,9 +100,9 @@ def chosen_seat(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     kept = isinstance(mask, Below) and mask.negated == (instr.word == "masked_fill")
     if not isinstance(mask, Below) or not kept or mask.base != ids.base or mask.axes != ids.axes or rest is None:
         return NoMatch("seat numbers are exchanged by something else than a place's capacity", instr.results[0], 3)
-    if ids.rest is not None or not ids.only <= mask.place.given | {mask.cond}:
+    if ids.rest is not None or not all(implied(c, mask.place.given | {mask.cond}) for c in ids.only):
         return NoMatch("seat numbers are exchanged twice", instr.results[0], 3)
-    return replace(ids, only=ids.only | {replace(mask, negated=False).cond}, rest=rest)
+    return replace(ids, only=settled(ids.only | {replace(mask, negated=False).cond}), rest=rest)
 
 
 BEFORE: Mapping[str, First] = {

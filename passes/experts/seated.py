@@ -25,7 +25,7 @@ from moec.passes.grid.flat_seats import returned
 from moec.passes.grid.rows import Grid, labels, on_grid, seats_of
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.body import BodyMatch, match_body
-from moec.passes.rows.hot import Cond, Hot, Pairs, Place, Seats, Term, flat, letters_of, whose
+from moec.passes.rows.hot import Hot, Pairs, Place, Seats, Term, flat, implied, letters_of, whose
 from moec.passes.rows.lift import Lifter, same
 from moec.passes.rows.pairs import Choice, Writer, joined, routed
 from moec.passes.rows.rows import Apply, Gate, Rows
@@ -197,7 +197,7 @@ def _sound(masks: Lifter, sent: Seats, back: Seats) -> str:
 def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
     place, own = term.place, term.place.queue[-1]
     letters = "".join(letters_of(masks.graph.types[whose(term.base)].rank))
-    sits = own.only <= term.only and all(_implied(c, term.only) for c in place.given)
+    sits = own.only <= term.only and all(implied(c, term.only) for c in place.given)
     if not queued_as(masks.graph, own.base, term.base) or not sits:
         return "a token that is not in the queue gets a seat"
     groups = set(letters) - set(own.order)
@@ -208,7 +208,7 @@ def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
     enough = term.seats - place.offset
     if not at_least(enough, longest(masks, place.queue)) and not any(
         c.queue == place.queue
-        and all(_implied(g, term.only) for g in c.given)
+        and all(implied(g, term.only) for g in c.given)
         and c.bound is not None
         and at_least(enough, c.bound)
         for c in term.only
@@ -223,17 +223,6 @@ def _alone(masks: Lifter, term: Term, terms: tuple[Term, ...]) -> str:
         if len(other.place.queue) < len(place.queue) and not _behind(masks.graph, place.queue[:-1], other):
             return "a later choice does not queue behind an earlier one"
     return ""
-
-
-def _implied(cond: Cond, known: frozenset[Cond]) -> bool:
-    """Whether a condition is one of these, or follows from one: a place in the same queue is below a bound as small."""
-    if cond.witness:
-        return cond in known
-    return any(
-        c.queue == cond.queue and c.bound is not None and cond.bound is not None and at_least(cond.bound, c.bound)
-        and not c.limit and c.given <= known
-        for c in known if c.witness
-    )  # fmt: skip
 
 
 def _behind(graph: Graph, queue: tuple[Pairs, ...], other: Term) -> bool:

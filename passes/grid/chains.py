@@ -15,7 +15,7 @@ from moec.passes.grid.rows import on_grid
 from moec.passes.grid.stack import merged
 from moec.passes.rows.hot import Hot
 from moec.passes.rows.lift import Lifter
-from moec.passes.rows.rows import Apply, Cast, Gate, Row, Rows, Special, strip
+from moec.passes.rows.rows import APART, Apply, Cast, Gate, Row, Rows, Special, strip
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
     while pending:
         for arg in pending.pop().args:
             made = lifter.instr(arg)
-            if made is not None and made.word == "add" and made.types[0] == instr.types[0]:
+            apart = made is not None and APART in dict(made.attrs)
+            if made is not None and made.word == "add" and made.types[0] == instr.types[0] and not apart:
                 pending.append(made)
             else:
                 yield arg
@@ -83,7 +84,7 @@ def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
 def part_of_sum(graph: Graph, instr: Instr) -> bool:
     """Whether an addition is only a step of a longer one."""
     users = graph.users.get(instr.results[0], ())
-    one = len(users) == 1 and instr.results[0] not in graph.outputs
+    one = APART not in dict(instr.attrs) and len(users) == 1 and instr.results[0] not in graph.outputs
     return instr.word == "add" and one and users[0].word == "add" and users[0].types == instr.types
 
 

@@ -26,8 +26,10 @@ from moec.passes.rows.hot import (
     Source,
     Term,
     floors,
+    implied,
     letters_of,
     relabel,
+    settled,
     whose,
 )
 from moec.passes.rows.lift import FLOATS, First, Lift, Lifter, same
@@ -52,7 +54,8 @@ class Returned(Special):
     @property
     def sound(self) -> bool:
         """Whether pairs without a seat of their own count for nothing."""
-        return all(need <= term.only for term, need in zip(self.terms, self.needs, strict=True))
+        pairs = zip(self.terms, self.needs, strict=True)
+        return all(implied(cond, term.only) for term, need in pairs for cond in need)
 
 
 def seat_ids(lifter: Lifter, ids: tuple[Arg, ...], table: tuple[Dim, ...]) -> SeatIds | None:
@@ -101,10 +104,12 @@ def write(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         return sent
     if not experts.is_Integer:
         return NoMatch(f"{shape[0]} rows are no table of {seats.seats} seats an expert", name, 3)
-    if not (not seats.only or spare or (adds and seats.only <= sent[1])):
+    if not (not seats.only or spare or (adds and all(implied(c, sent[1]) for c in seats.only))):
         return NoMatch("a dropped token is written to the seat of another", name, 3)
     x = lifter.type(Ref(sent[0]))
-    return _table(lifter, instr, (base, sent[0]), replace(seats, only=seats.only | sent[1]), experts, x.rank - 1)
+    return _table(
+        lifter, instr, (base, sent[0]), replace(seats, only=settled(seats.only | sent[1])), experts, x.rank - 1
+    )
 
 
 def _table(lifter: Lifter, instr: Instr, values: tuple[Arg, str], seats: SeatIds, experts: Dim, tokens: int) -> Lift:

@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 
+from moec.ir.formulas import at_least
 from moec.ir.graph import Dim
 from moec.passes.rows.rows import Special
 
@@ -37,6 +38,22 @@ class Cond:
     given: frozenset[Cond] = frozenset()
     limit: str = ""
     inverse: bool = False
+
+
+def implied(cond: Cond, known: frozenset[Cond]) -> bool:
+    """Whether a condition is one of these, or follows from one: a place in the same queue is below a bound as small."""
+    if cond.witness:
+        return cond in known
+    return any(
+        c.queue == cond.queue and c.bound is not None and cond.bound is not None and at_least(cond.bound, c.bound)
+        and not c.limit and c.given <= known
+        for c in known if c.witness
+    )  # fmt: skip
+
+
+def settled(conds: frozenset[Cond]) -> frozenset[Cond]:
+    """The conditions without those that follow from the others."""
+    return frozenset(c for c in conds if c.witness or not implied(c, conds))
 
 
 @dataclass(frozen=True)
