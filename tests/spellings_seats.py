@@ -114,6 +114,63 @@ class Einsummed(AllAtOnce):
         return torch.einsum("tkh,tk->th", y[seat].view(-1, K, H), w).view(shape)
 
 
+class ClampedPlaces(Routed):
+    """Places beyond the last seat are clamped to it: there the dropped add zeros, and weigh nothing when read."""
+
+    def places(self, chosen, count):
+        """Of all choices, flat: experts, places below the capacity, and which are kept."""
+        capacity = max(1, math.ceil(0.6 * K * count / E))
+        flat = chosen.reshape(-1)
+        place = (torch.cumsum(F.one_hot(flat, E), 0) - 1).gather(1, flat[:, None]).squeeze(1)
+        return capacity, flat, place.clamp(max=capacity - 1), place < capacity
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        capacity, ids, place, kept = self.places(chosen, x.shape[0])
+        seat = (ids * capacity + place)[:, None].expand(-1, H)
+        buffer = torch.zeros(E * capacity, H).scatter_add(0, seat, self.sent(x, kept))
+        y = self.experts(buffer.view(E, capacity, H)).view(-1, H)
+        return (y.gather(0, seat) * self.weighed(w, kept)).view(-1, K, H).sum(1)
+
+    def sent(self, x, kept):
+        return x.repeat_interleave(K, 0) * kept[:, None]
+
+    def weighed(self, w, kept):
+        return (w.reshape(-1) * kept)[:, None]
+
+
+class ClampedByPlace(ClampedPlaces):
+    """The same with a table of an axis of experts."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        capacity, ids, place, kept = self.places(chosen, x.shape[0])
+        buffer = torch.zeros(E, capacity, H)
+        buffer.index_put_((ids, place), self.sent(x, kept), accumulate=True)
+        return (self.experts(buffer)[ids, place] * self.weighed(w, kept)).view(-1, K, H).sum(1)
+
+
+class CountedFromZeros(Routed):
+    """How many sit already is counted on from zeros, one choice after the other."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        capacity, before, found = max(1, math.ceil(0.6 * K * x.shape[0] / E)), torch.zeros(1, E, dtype=torch.long), []
+        for slot in range(K):
+            mask = F.one_hot(chosen[:, slot], E)
+            place = ((mask.cumsum(0) - 1 + before) * mask).sum(1)
+            before = before + mask.sum(0, keepdim=True)
+            found.append((chosen[:, slot] * capacity + place.clamp(max=capacity - 1), place < capacity))
+        buffer = torch.zeros(E * capacity, H)
+        for seat, kept in found:
+            buffer = buffer.index_add(0, seat, x * kept[:, None])
+        y = self.experts(buffer.view(E, capacity, H)).view(-1, H)
+        out = 0
+        for slot, (seat, kept) in enumerate(found):
+            out = out + y[seat] * (w[:, slot] * kept)[:, None]
+        return out
+
+
 SPELLINGS = (
     Spelling("SpareRow", "P8", SpareRow, tokens),
     Spelling("SpareRowDrops", "P8", lambda: SpareRow(0.75), tokens),
@@ -121,6 +178,7 @@ SPELLINGS = (
     Spelling("AllAtOnce", "P8", lambda: AllAtOnce(0.75), batches),
     Spelling("OneChoice", "P8", lambda: OneChoice(0.75), tokens),
     Spelling("Einsummed", "P8", Einsummed, batches),
+    *(Spelling(kind.__name__, "P8", kind, tokens) for kind in (ClampedPlaces, ClampedByPlace, CountedFromZeros)),
 )
 
 
@@ -137,6 +195,28 @@ class OthersSeat(MaskedBack):
             seats.append(seat)
         y = self.experts(buffer.view(E, capacity, H)).view(-1, H)
         return y[seats[0]] * w[:, :1] + y[seats[1]] * w[:, 1:]
+
+
+class ClampedAndSent(ClampedPlaces):
+    """Near miss: the dropped are added to the last seat."""
+
+    def sent(self, x, kept):
+        return x.repeat_interleave(K, 0)
+
+
+class ClampedAndRead(ClampedPlaces):
+    """Near miss: the dropped read the last seat's row."""
+
+    def weighed(self, w, kept):
+        return w.reshape(-1)[:, None]
+
+
+class ClampedBelow(ClampedPlaces):
+    """Near miss: places are clamped one seat too early, where two tokens meet."""
+
+    def places(self, chosen, count):
+        capacity, ids, place, kept = super().places(chosen, count)
+        return capacity, ids, place.clamp(max=capacity - 2), kept
 
 
 class OwnQueues(SpareRow):
@@ -178,4 +258,4 @@ class SpareRead(OneChoice):
         return y[seat] * gate.unsqueeze(1)
 
 
-NEAR = (OthersSeat, OwnQueues, WrongStride, SpareRead)
+NEAR = (OthersSeat, OwnQueues, WrongStride, SpareRead, ClampedAndSent, ClampedAndRead, ClampedBelow)

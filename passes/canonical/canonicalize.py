@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moec.ir.graph import Graph, Instr, Ref, Type, substitute, sweep
+from moec.ir.graph import Arg, Graph, Instr, Ref, substitute, sweep
 from moec.passes.canonical import (
     bank_axes,
     gated_sums,
@@ -119,26 +119,35 @@ def _unchanged(instr: Instr, ranges: Ranges, grad: frozenset[str]) -> str | None
 
     Plus 0 of whole numbers, times 1 of any; what ranges decide; a view of what an update left as it was.
     """
-    same = (_neutral(instr, ranges.graph.types) if instr.word in _NEUTRAL else None) or decided(ranges, instr)
+    same = (_neutral(instr, ranges.graph) if instr.word in _NEUTRAL else None) or decided(ranges, instr)
     if instr.word == "changed_view" and instr.args[1] == instr.args[2] and isinstance(instr.args[0], Ref):
         same = instr.args[0].name
     return same if same is not None and (same in grad) == (instr.results[0] in grad) else None
 
 
-def _neutral(instr: Instr, types: Mapping[str, Type]) -> str | None:
-    """x of x + 0, x · 1."""
+def _neutral(instr: Instr, graph: Graph) -> str | None:
+    """x of x + 0, x · 1, also where a tensor is full of it."""
     if len(instr.args) != 2:
         return None
-    left, right = instr.args
+    left, right = (_number_in(graph, arg) for arg in instr.args)
     if instr.word in ("add", "mul") and not isinstance(left, Ref):
         left, right = right, left
     neutral = _NEUTRAL[instr.word]
     if not isinstance(left, Ref) or isinstance(right, Ref | bool) or right != neutral:
         return None
     kind = instr.types[0]
-    if kind != types.get(left.name) or (neutral == 0 and kind.dtype not in ("i64", "i32")):
+    if kind != graph.types.get(left.name) or (neutral == 0 and kind.dtype not in ("i64", "i32")):
         return None  # −0.0 + 0 is another number
     return left.name
+
+
+def _number_in(graph: Graph, arg: Arg) -> Arg:
+    """The whole number that a tensor is full of."""
+    made = graph.defs.get(arg.name) if isinstance(arg, Ref) else None
+    if made is None or made.word != "full" or made.types[0].dtype not in ("i64", "i32"):
+        return arg
+    value = made.attr("value")
+    return int(value) if isinstance(value, (int, float)) and value in (0, 1) else arg
 
 
 _NEUTRAL: Mapping[str, int] = {"add": 0, "sub": 0, "mul": 1, "div": 1}

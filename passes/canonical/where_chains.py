@@ -88,8 +88,9 @@ def _chosen(state: Rewriter, where: Instr) -> tuple[Ref, int] | None:
     if kind.shape[:-1] != to.shape[:-1]:
         return None
     ids, number = asked.args
-    whole = isinstance(number, int) and not isinstance(number, bool)
-    return (ids, number) if isinstance(ids, Ref) and whole and state.type(ids).dtype in ("i64", "i32") else None
+    if not isinstance(ids, Ref) or isinstance(number, bool) or not isinstance(number, int):
+        return None
+    return (ids, number) if state.type(ids).dtype in ("i64", "i32") else None
 
 
 def _goes_on(state: Rewriter, where: Instr) -> bool:
