@@ -22,6 +22,7 @@ from moec.passes.canonical import (
     spread_axes,
     straight_through,
     where_chains,
+    written_rows,
 )
 from moec.passes.canonical.fold_permutes import fold_permutes
 from moec.passes.canonical.ranges import Ranges, decided
@@ -82,6 +83,8 @@ RULES: tuple[Rule, ...] = (
     where_chains.rule_chain,
     gated_sums.rule_apart,
     straight_through.rule_forward,
+    written_rows.rule_read,
+    written_rows.rule_write,
 )
 """Canonical forms, in the order in which they are tried on an instruction."""
 
