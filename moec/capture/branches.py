@@ -16,8 +16,12 @@ from moec.capture.recognise import Candidate
 _ADDING = frozenset(("index_add", "scatter_add"))
 
 
+MOST = 4
+"""A loop that is run more often than this, each time for other items, is left as it is written."""
+
+
 def branches(candidate: Candidate) -> list[Candidate]:
-    """The loop itself, or the loops for the two sides of the first `if` that depends on the item and goes on after it.
+    """The loop itself, or the loops for the sides of each `if` that depends on the item and goes on after it.
 
     Sums come in another order, as in any rolled loop; so only sums may be written, and before the `if` nothing.
     """
@@ -32,8 +36,11 @@ def branches(candidate: Candidate) -> list[Candidate]:
             break
         skip, other = _continue_if(ast.UnaryOp(ast.Not(), stmt.test), stmt), _continue_if(stmt.test, stmt)
         parts = ([*before, skip, *stmt.body, *after], [*before, other, *stmt.orelse, *after])
+        made = [each for part in parts for each in branches(_with_body(candidate, part))]
+        if len(made) > MOST:
+            break
         # The lesser side first: what experts without matrices add is where the sum of the others begins.
-        return [_with_body(candidate, part) for part in sorted(parts, key=_size)]
+        return sorted(made, key=lambda each: _size(each.loop.body))
     return [candidate]
 
 

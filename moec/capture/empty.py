@@ -14,11 +14,10 @@ from __future__ import annotations
 import ast
 import copy
 
+from moec.capture.asks import ASK_MASKS, ASK_SIZES
 from moec.capture.events import called, loaded, stored
 from moec.capture.words import call, name
 
-ASK_MASKS = frozenset(("any", "sum", "count_nonzero"))  # of a mask; a row's number may be 0
-ASK_SIZES = frozenset(("numel", "nelement", "size", "len"))
 _SAME = frozenset(("item", "bool", "int"))
 _PLACES = frozenset(("where", "nonzero", "argwhere", "flatten", "squeeze"))
 _VIEWS = ("unsqueeze", "view", "view_as", "reshape", "expand", "expand_as", "contiguous", "detach")

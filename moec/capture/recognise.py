@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from moec.capture.dense import dense_sums
 from moec.capture.events import Path, after, events, loaded, nested, read_first, stored
 from moec.capture.host import Scope, counters
 from moec.capture.rebinds import WRITES, adds, flat, keeps, rebound_name, recast, updates
@@ -56,10 +57,10 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     """The loop as a candidate, as one that nearly is, or None where it has nothing of a loop over experts."""
     writes = [w for w in _writes(loop) if _root(w.target) is not None]
     collected = collected_names(loop, path)
-    if not writes and not collected:
-        return None
     inner = stored(loop.body) | stored([loop.target])
     rebound = read_first([loop.target, *loop.body]) & stored(loop.body)
+    if not writes and not collected and not rebound:
+        return None
     counted = counters(scope, loop) & rebound
     aliases = aliases_of(loop) - counted
     tainted = tainted_by(loop)
@@ -72,7 +73,8 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
         s for s in loop.body if loaded([s]) & computed or cuts(s, bounds, aliases) or reads_chunk(s, scope, aliases)
     ]
     collected &= {appended_to(s) for s in appends}
-    if not writes and not collected:
+    summed = [] if writes or collected else dense_sums(loop, rebound - counted, aliases, selectors - aliases, tainted)
+    if not writes and not collected and not summed:
         return None
     reason = _obstacle(loop, path, writes, rebound - counted, collected)
     if reason:
@@ -80,7 +82,7 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
     plus = {n for n in rebound if (bound := updates(loop, n)) and all(keeps(s, n) for s in bound)}
     return Candidate(
         loop,
-        ast.parse(_root(writes[0].target) or "", mode="eval").body if writes else ast.Constant(None),
+        _like(writes, summed),
         frozenset(aliases),
         frozenset(tainted | counted),
         frozenset(selectors - aliases),
@@ -89,6 +91,12 @@ def examine(loop: ast.For, path: Path, scope: Scope) -> Candidate | Declined | N
         tuple(sorted(counted)),
         tuple(sorted(collected)),
     )
+
+
+def _like(writes: list[_Write], summed: list[str]) -> ast.expr:
+    """An accumulator, as a name; None where rows are only collected."""
+    name = (_root(writes[0].target) or "") if writes else next(iter(summed), "None")
+    return ast.parse(name, mode="eval").body
 
 
 _VIEWS = frozenset(("view", "reshape", "flatten", "view_as", "squeeze", "unsqueeze"))

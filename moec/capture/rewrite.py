@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.capture import source
+from moec.capture.asks import ASK_MASKS
 from moec.capture.comprehend import unfolded
 from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
@@ -56,15 +57,15 @@ class _Found:
 
 
 def promising(code: types.CodeType) -> bool:
-    """The cheap test, on bytecode alone: a `for` and an indexed write, or a list that is joined, in one function; or
-    numbers that are moved to the host.
+    """The cheap test, on bytecode alone: a `for` and an indexed write, a list that is joined or a question whether a
+    mask has rows, in one function; or numbers that are moved to the host.
     """
     ops = code.co_code[::2]
     if "tolist" in code.co_names or asks(code.co_consts):
         return True
     if not (JOINING | ASKING).isdisjoint(code.co_names) and _lists(code):
         return True
-    if not _LOOPING.isdisjoint(ops) and _stores(code):
+    if not _LOOPING.isdisjoint(ops) and (_stores(code) or not ASK_MASKS.isdisjoint(code.co_names)):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
 

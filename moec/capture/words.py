@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 
+from moec.capture.asks import member_of
 from moec.capture.events import loaded
 from moec.capture.host import asked_numbers, indexing_lists, strip_listing
 from moec.capture.recognise import Candidate, is_alias
@@ -72,6 +73,14 @@ class Words(ast.NodeTransformer):
             self.generic_visit(node)
             return node
         return call("select", self.key, self.condition(node.test), self.visit(node.body), self.visit(node.orelse))
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        held = member_of(node, self.aliases)
+        if held is None:
+            self.generic_visit(node)
+            return node
+        outside = ast.Constant(isinstance(node.ops[0], ast.NotIn))
+        return call("member", self.visit(node.left), self.visit(held), outside)
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         target = node.targets[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ast
 import copy
 
-from moec.capture.empty import ASK_MASKS, ASK_SIZES
+from moec.capture.asks import ASK_MASKS, ASK_SIZES
 from moec.capture.events import called, loaded
 from moec.capture.recognise import tainted_by
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from moec.ir.graph import Arg, Dim, Graph, Instr, Ref
 from moec.ir.match import NoMatch
+from moec.passes.dispatch.every import added_rows
 from moec.passes.dispatch.index_rules import row_ids
 from moec.passes.dispatch.thresholds import table_axes
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import Lift, Lifter
 from moec.passes.rows.rows import Apply, Ids, Rows, Slot, Space
-from moec.passes.rows.token_axes import as_token, base_of, choice_axes, is_token, names_once
+from moec.passes.rows.token_axes import as_token, base_of, is_token, names_once, one_expert
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Combined:
     over: str = ""
 
 
-COMBINING = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
+OF_ROWS = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
+COMBINING = OF_ROWS | {"add"}
 
 
 def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
@@ -39,7 +41,18 @@ def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return _over_slots(lifter, instr)
     if instr.word == "contract":
         return _weighted(lifter, instr)
+    if instr.word == "add":
+        return _of_every_token(lifter, instr)
     return _into_tokens(lifter, instr)
+
+
+def _of_every_token(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """y + r in a loop, where r is zero but at the rows of the loop's expert."""
+    found = added_rows(lifter, instr)
+    if found is None:
+        return NoMatch("not a sum over tokens")
+    base, rows = found
+    return Combined(instr.results[0], rows, form_of(lifter.graph, rows), _start(lifter, base))
 
 
 def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
@@ -171,12 +184,6 @@ def _writes_once(lifter: Lifter, index: Lift) -> bool:
     if index.space.kind != "loop" and not (index.space.kind == "sorted" and index.space.order):
         return False
     return one_expert(lifter.graph, index.choice)
-
-
-def one_expert(graph: Graph, choice: str) -> bool:
-    """Whether a token has one expert at most, by a choice or by part of one."""
-    chosen = graph.types.get(base_of(choice))
-    return chosen is not None and ("s" not in choice_axes(graph, base_of(choice)) or chosen.shape[-1] == 1)
 
 
 def _is_written(lifter: Lifter, base: Arg) -> bool:

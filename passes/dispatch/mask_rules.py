@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moec.ir.graph import Instr, Ref
+from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch, nearest
 from moec.passes.dispatch.kept import cut_mask, kept_mask
 from moec.passes.dispatch.mapped import pairs_of
-from moec.passes.dispatch.partial import side_of
+from moec.passes.dispatch.partial import end_side, side_of
 from moec.passes.dispatch.served import lost_pairs
 from moec.passes.dispatch.thresholds import compared, table_axes
 from moec.passes.dispatch.weighed import weighed
@@ -96,16 +96,13 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     a, b = lifter.lift(left), lifter.lift(right)
     if instr.word == "eq" and isinstance(a, Anchor) and not isinstance(b, Anchor):
         left, right, a, b = right, left, b, a
-    if instr.word == "eq" and isinstance(b, Anchor):
-        if isinstance(left, int) and not isinstance(left, bool):
-            lifter.beyond[b.name] = min(left, lifter.beyond.get(b.name, left))
-            return Idle(b.name)
-        axes = choice_axes(lifter.graph, left.name) if isinstance(left, Ref) else ()
-        if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and axes:
-            return OneHot(left.name, axes, b.name)
-    side = side_of(instr.word, a, right) if isinstance(a, Anchor) and type(right) is int else None
-    if side is not None:
-        return side
+    met = _meets_item(lifter, left, a, b) if instr.word == "eq" and isinstance(b, Anchor) else None
+    if met is not None:
+        return met
+    if isinstance(a, Anchor) and type(right) is int:
+        side = side_of(lifter.graph, instr.word, a, right)
+        if side is not None:
+            return side
     if isinstance(a, PerExpert) and a.what == "counts" and (instr.word, right) in (("gt", 0), ("ge", 1), ("ne", 0)):
         return replace(a, what="hit")
     if isinstance(a, Idle) and not a.idle and (instr.word, right) in (("gt", 0), ("eq", 0), ("ne", 0)):
@@ -113,6 +110,22 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     misses = [found for found in (a, b) if isinstance(found, NoMatch)]
     what = "a comparison that selects no expert's rows: neither choices with the loop's expert nor counts with 0"
     return nearest([*misses, NoMatch(what, instr.results[0], 2)])
+
+
+def _meets_item(lifter: Lifter, left: Arg, held: Lift, item: Anchor) -> Lift | None:
+    """number == e: the loop's first or last expert, or none; hits == e: where e has rows; ids == e: who chose it."""
+    if isinstance(held, PerExpert) and held.what == "hits":
+        return OneHot(held.choice, ("h",), item.name)
+    if isinstance(left, int) and not isinstance(left, bool):
+        end = end_side(lifter.graph, item, left)
+        if end is not None:
+            return end
+        lifter.beyond[item.name] = min(left, lifter.beyond.get(item.name, left))
+        return Idle(item.name)
+    axes = choice_axes(lifter.graph, left.name) if isinstance(left, Ref) else ()
+    if isinstance(left, Ref) and lifter.type(left).dtype in INTEGER and axes:
+        return OneHot(left.name, axes, item.name)
+    return None
 
 
 def rule_and(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -187,6 +200,6 @@ def masked_weights(lifter: Lifter, instr: Instr) -> Masked | None:
         if not isinstance(held, OneHot) or not isinstance(weights, Ref):
             continue
         known = choice_axes(lifter.graph, held.choice) if held.choice in lifter.graph.types else ("t", "s")
-        if held.axes == known and "s" in known and held.anchor:
-            return Masked(weights.name, held.choice, held.anchor)
+        if held.axes == known and held.anchor:
+            return Masked(weights.name, held.choice, held.anchor, "s" not in known)
     return None

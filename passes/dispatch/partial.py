@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.graph import Instr, Ref, Type
+from moec.ir.graph import Graph, Instr, Ref, Type
 from moec.ir.match import NoMatch
 from moec.passes.dispatch.combine import Combined, combined
 from moec.passes.dispatch.runs import full_run
@@ -24,12 +24,25 @@ _SIDES = {("ge", 0): True, ("gt", 1): True, ("lt", 0): False, ("le", 1): False}
 """(comparison, what to add to the number) → whether it holds for the experts from that number on."""
 
 
-def side_of(word: str, item: Anchor, limit: int) -> Side | None:
-    """e ≥ n, e > n − 1: the experts from n on; e < n, e ≤ n − 1: those before."""
+def side_of(graph: Graph, word: str, item: Anchor, limit: int) -> Side | None:
+    """e ≥ n, e > n − 1: the experts from n on; e < n, e ≤ n − 1: those before; e ≠ n: all but the last or first."""
+    if word == "ne":
+        end = end_side(graph, item, limit)
+        return None if end is None else replace(end, above=not end.above)
     for (how, add), above in _SIDES.items():
         if how == word:
             return Side(item.name, limit + add, above)
     return None
+
+
+def end_side(graph: Graph, item: Anchor, number: int) -> Side | None:
+    """e = n where n is the last or the first number that a loop counts to: one side of its experts."""
+    made = graph.defs[item.name]
+    if made.word != "anchor_range":
+        return None
+    if made.args[1] == number + 1:
+        return Side(item.name, number, True)
+    return Side(item.name, 1, False) if number == 0 else None
 
 
 def skip_side(lifter: Lifter, item: Anchor, side: Side) -> Anchor | None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from moec.ir.graph import Graph, Instr, Ref
 from moec.ir.match import NoMatch
-from moec.passes.dispatch.combine import Combined, one_expert
+from moec.passes.dispatch.combine import Combined
 from moec.passes.rows.body import BodyMatch
+from moec.passes.rows.token_axes import one_expert
 
 _HINT = "read the rows from the tensor as it was before the loop, and add to a copy: `y = x.clone()`"
 

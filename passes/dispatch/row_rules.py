@@ -9,6 +9,7 @@ from moec.ir.expr import POINTWISE
 from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch
 from moec.passes.dispatch import index_rules, listed
+from moec.passes.dispatch.every import with_every
 from moec.passes.dispatch.firsts import firsts, rule_first
 from moec.passes.dispatch.kept import kept_mask
 from moec.passes.dispatch.mask_rules import (
@@ -274,7 +275,7 @@ _OWN: Mapping[str, Rule] = {
     "grouped": rule_grouped,
 }
 
-RULES: Mapping[str, Rule] = with_cuts(with_slots(tried_first(with_runs(_OWN), listed.BEFORE)))
+RULES: Mapping[str, Rule] = with_every(with_cuts(with_slots(tried_first(with_runs(_OWN), listed.BEFORE))))
 
 
 def _unique(lifter: Lifter, instr: Instr) -> Lift:

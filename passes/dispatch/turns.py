@@ -19,6 +19,12 @@ def goes_on(graph: Graph, root: str, loops: Mapping[str, str], found: Collection
     return loop is not None and any(u.results[0] not in found and loops.get(u.results[0]) == loop for u in users)
 
 
+def turns_in(graph: Graph, name: str, anchor: str) -> bool:
+    """Whether a value is computed in the turns of a rolled loop, not behind it."""
+    ends = [graph.position[user.results[0]] for user in graph.users.get(anchor, ()) if user.word in _ENDS]
+    return graph.position[anchor] < graph.position[name] < max(ends, default=-1)
+
+
 def loops_of(graph: Graph) -> tuple[dict[str, str], set[str]]:
     """The rolled loop that each value in one is computed in, and the values that differ from turn to turn of theirs."""
     found: dict[str, str] = {}

@@ -17,6 +17,7 @@ from moec.passes.capacity.rules import hot_lifter
 from moec.passes.cells.rules import cell_lifter
 from moec.passes.cells.sums import LAST
 from moec.passes.dispatch.combine import COMBINING, Combined, combined
+from moec.passes.dispatch.every import added_rows
 from moec.passes.dispatch.firsts import First, first_choice
 from moec.passes.dispatch.kept import kept_choice, made_shape
 from moec.passes.dispatch.partial import part_of, some_experts
@@ -65,7 +66,7 @@ class FindExperts:
                 misses.append(Miss(instr.results[0], instr.loc, outcome))
 
         for instr in graph.instrs:
-            if instr.word in ROOTS and not part_of_sum(graph, instr):
+            if instr.word in ROOTS and (not part_of_sum(graph, instr) or added_rows(lifter, instr) is not None):
                 note(instr, find_any(lifter, instr, facts))
         result = _with(graph, found)
         for instr in result.instrs:  # what no sum took: rows of one expert a token

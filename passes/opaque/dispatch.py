@@ -12,7 +12,7 @@ import sympy
 
 from moec.ir.graph import Graph, Instr
 from moec.ir.match import NoMatch
-from moec.passes.dispatch.combine import COMBINING, combined
+from moec.passes.dispatch.combine import OF_ROWS, combined
 from moec.passes.dispatch.partial import part_of
 from moec.passes.dispatch.rereads import reread
 from moec.passes.dispatch.row_rules import RULES
@@ -56,7 +56,7 @@ class OpaqueSite:
 def find_opaque(graph: Graph) -> tuple[OpaqueSite, ...]:
     """The loops left in a graph that dispatch rows to experts, run any code on them and put the results together."""
     lifter = Lifter(graph, RULES, fallback=opaque_rows)
-    sums = (_site(lifter, instr) for instr in graph.instrs if instr.word in COMBINING)
+    sums = (_site(lifter, instr) for instr in graph.instrs if instr.word in OF_ROWS)
     sites = [site for site in sums if isinstance(site, OpaqueSite)]
     loops = loops_of(graph)[0] if sites else {}
     found: dict[str, OpaqueSite] = {}
@@ -159,7 +159,7 @@ def _body_words(graph: Graph, anchor: str) -> tuple[str, ...]:
     started = False
     for instr in graph.instrs:
         started = started or instr.results[0] == anchor
-        if started and instr.results[0] in varying(graph) and instr.word not in plain | set(COMBINING):
+        if started and instr.results[0] in varying(graph) and instr.word not in plain | OF_ROWS:
             inside[str(instr.attr("target")) if instr.word == "opaque" else instr.word] = None
         if instr.word == "end" and started:
             break

@@ -73,6 +73,12 @@ def base_of(choice: str) -> str:
     return choice.partition("#")[0]
 
 
+def one_expert(graph: Graph, choice: str) -> bool:
+    """Whether a token has one expert at most, by a choice or by part of one."""
+    chosen = graph.types.get(base_of(choice))
+    return chosen is not None and ("s" not in choice_axes(graph, base_of(choice)) or chosen.shape[-1] == 1)
+
+
 def is_token(graph: Graph, choice: str, what: Sequence[str]) -> bool:
     """Whether indices along these axes name a choice's token: its tokens' axes in order, all that are not of size 1."""
     choice = base_of(choice)
