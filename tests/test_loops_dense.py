@@ -57,6 +57,28 @@ class RowsOfMembers(Chosen):
         return y
 
 
+class RunsOverTheChosen(Chosen):
+    def forward(self, x):
+        w, ids = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            y += self.experts[e](x) * (w * (ids == e)).sum(-1, keepdim=True)
+        return y
+
+
+class RowsOfASet(Chosen):
+    def forward(self, x):
+        w, ids = self.choose(x)
+        used = set(ids.flatten().tolist())
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            if e not in used:
+                continue
+            t, s = torch.where(ids == e)
+            y.index_add_(0, t, expert(x[t]) * w[t, s, None])
+        return y
+
+
 class PutIntoZeros(Chosen):
     def forward(self, x):
         w, ids = self.choose(x)
@@ -132,6 +154,8 @@ FUSED = (
     AsksByNumber,
     AsksForMembers,
     RowsOfMembers,
+    RunsOverTheChosen,
+    RowsOfASet,
     PutIntoZeros,
     WeightedInZeros,
     TakenBack,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 
 from moec.capture.asks import asks_for_rows, picks_rows
-from moec.capture.events import loaded, stored
+from moec.capture.events import called, loaded, stored
 from moec.capture.rebinds import adds, flat, recast, updates
 
 
@@ -24,7 +24,8 @@ def dense_sums(loop: ast.For, rebound: set[str], aliases: set[str], selected: se
     selected  names of masks and rows that the item selects       tainted  names that depend on the item
     """
     tests = [stmt.test for stmt in flat(loop.body) if isinstance(stmt, ast.If)]
-    if not any(asks_for_rows(test, aliases, selected) for test in tests) and not picks_rows(loop, selected):
+    asks = any(asks_for_rows(test, aliases, selected) for test in tests)
+    if not asks and not picks_rows(loop, selected) and not _runs_over_numbers(loop):
         return []
     made = tainted | stored(loop.body)
     found: list[str] = []
@@ -34,3 +35,8 @@ def dense_sums(loop: ast.For, rebound: set[str], aliases: set[str], selected: se
         if own and all((loaded([stmt]) - {name}) & made for stmt in bound):
             found.append(name)
     return found
+
+
+def _runs_over_numbers(loop: ast.For) -> bool:
+    """Whether a loop runs over numbers of a tensor: `for e in ids.unique()`."""
+    return any(called(node) in ("unique", "nonzero", "flatnonzero", "tolist") for node in ast.walk(loop.iter))

@@ -15,6 +15,7 @@ _MOVING = frozenset(("tolist", "numpy"))
 _LISTING = _MOVING | {"cpu", "detach"}
 _SUMMING = frozenset(("cumsum", "accumulate"))
 _SAME = frozenset(("list", "tuple", "iter"))
+_DISTINCT = frozenset(("set", "frozenset"))
 SPLITTING = frozenset(("split", "split_with_sizes"))
 
 
@@ -254,6 +255,9 @@ def _called(expr: ast.Call, hosts: frozenset[str]) -> ast.expr | None:
         return None if inner is None else _word("running", inner)
     if named in _SAME and isinstance(func, ast.Name) and len(expr.args) == 1:
         return tensor_of(expr.args[0], hosts)
+    if named in _DISTINCT and isinstance(func, ast.Name) and len(expr.args) == 1:
+        inner = tensor_of(expr.args[0], hosts)
+        return None if inner is None else _word("distinct", inner)
     return None
 
 

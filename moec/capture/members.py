@@ -14,3 +14,8 @@ def member(item: Any, held: Any, outside: bool) -> Tensor:
         raise TypeError("the body asks whether the item is in something that is no tensor of whole numbers")
     found = (held == item).any()
     return torch.logical_not(found) if outside else found
+
+
+def distinct(numbers: Tensor) -> Tensor:
+    """`set(numbers)` of whole numbers that stayed a tensor."""
+    return torch.unique(numbers)

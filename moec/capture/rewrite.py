@@ -33,6 +33,7 @@ _LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = frozenset((dis.opmap["LIST_APPEND"], dis.opmap["MAP_ADD"]))
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
+_ASKS = ASK_MASKS | {"unique"}
 _NOTHING = Known()
 
 
@@ -65,7 +66,7 @@ def promising(code: types.CodeType) -> bool:
         return True
     if not (JOINING | ASKING).isdisjoint(code.co_names) and _lists(code):
         return True
-    if not _LOOPING.isdisjoint(ops) and (_stores(code) or not ASK_MASKS.isdisjoint(code.co_names)):
+    if not _LOOPING.isdisjoint(ops) and (_stores(code) or not _ASKS.isdisjoint(code.co_names)):
         return True
     return any(promising(const) for const in code.co_consts if isinstance(const, types.CodeType))
 

@@ -16,7 +16,8 @@ from moec.capture.keys import Key, NameKey, TextKey, are_names, key_at
 from moec.capture.keys import text_key as text_key  # a word too
 from moec.capture.kinds import kinds as kinds  # words too
 from moec.capture.kinds import only as only
-from moec.capture.members import member as member  # a word too
+from moec.capture.members import distinct as distinct  # words too
+from moec.capture.members import member as member
 from moec.capture.picked import expects as expects  # a word too
 from moec.capture.picked import pick_from
 from moec.capture.runs import Runs
