@@ -207,6 +207,19 @@ def test_activations(phi):
     check_experts(spec, SORTED, 7, 16, 12, 2, 2)
 
 
+def test_tanh_is_exact_but_for_rounding():
+    """Routers that cap their logits compare what it makes of them."""
+    spec = KernelSpec(ExpertsSpec(gate="none", activation="tanh(a)", out=False))
+    some = torch.linspace(0, 10, 10241)[1:]
+    x = torch.cat([some, -some, some * 1e-3, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 30, -30, 1e3, -1e3] * 8)])
+    x = x.reshape(-1, 64)
+    want = x.double().tanh()
+    unit = want.abs().float().nextafter(torch.tensor(torch.inf)).double() - want.abs()
+    weights, experts = torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.int64)
+    y = kernel(spec, SORTED).experts(x, weights, experts, [torch.eye(64)[None]])
+    assert ((y.double() - want).abs() <= 3 * unit).all()
+
+
 @pytest.mark.parametrize(
     ("T", "E", "k", "kind"),
     [(1, 1, 1, "random"), (7, 3, 3, "same"), (200, 3, 1, "same"), (13, 16, 16, "random"), (2, 512, 16, "random")],
