@@ -49,8 +49,12 @@ def test_weights_kept_as_codes():
     assert 1e-5 < relative(got, want) < 0.05
 
 
-def test_training_step(monkeypatch):
-    model, ids = zoo.library_model("mixtral", "eager", layers=1).to(DEVICE), moved(zoo.prompt(4, batch=1))
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss")]
+
+
+@pytest.mark.parametrize("name", ["mixtral", *OTHERS])
+def test_training_step(monkeypatch, name):
+    model, ids = zoo.library_model(name, "eager", layers=1).to(DEVICE), moved(zoo.prompt(4, batch=1))
     torch._dynamo.reset()
 
     def step(run):
