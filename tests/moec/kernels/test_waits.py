@@ -18,7 +18,7 @@ COUNTERS = {"route": "20", "down": "8"}  # bytes before the counter that is wait
 # all has left the caches which others do not see before the unit is counted. gfx942 has several second caches.
 CDNA3 = (
     r"sc[01]\n\s*s_waitcnt vmcnt\(0\)\n\s*buffer_inv sc1",
-    r"_atomic_add [^\n]*offset:24\n.*?s_waitcnt vmcnt\(0\)\n.*?s_barrier\n",
+    r"(?:vmcnt\(0\)\n(?:(?!s_barrier|_store_).)*?offset:24\n|offset:24\n(?:(?!s_barrier).)*?vmcnt\(0\)\n).*?s_barrier\n",
     r"buffer_wbl2 sc1\n\s*s_waitcnt vmcnt\(0\)\n",
 )
 AMD = {
