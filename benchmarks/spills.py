@@ -43,7 +43,10 @@ def jobs(model, tokens, target):
     """(kernel, job) of each launch of a layer's training step; what forward keeps decides about some of them."""
     sizes = Sizes(T=tokens, **MODELS[model])
     forward = [(one.launch.kernel, one.job) for one in kernel_jobs(Request(LAYER, sizes, target))]
-    return [*forward, *backward_jobs(sizes, target, True), *backward_jobs(sizes, target, False)]
+    found = [*forward, *backward_jobs(sizes, target, True), *backward_jobs(sizes, target, False)]
+    given = kernel_jobs(Request(replace(LAYER, router=None), sizes, target))  # routing that is the model's own
+    there = {name for name, _ in found}
+    return [*found, *((one.launch.kernel, one.job) for one in given if one.launch.kernel not in there)]
 
 
 def line(model, tokens, target, name, made):
