@@ -15,7 +15,7 @@ from moec.ir.match import NoMatch
 from moec.passes.dispatch.turns import turns_in
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import FLOATS, First, Lift, Lifter, Rule, tried_first
-from moec.passes.rows.rows import Apply, Dot, Expert, Ids, Masked, OneHot, Rows, Slot, Space, Token
+from moec.passes.rows.rows import Anchor, Apply, Dot, Expert, Ids, Masked, OneHot, Rows, Slot, Space, Token
 from moec.passes.rows.token_axes import choice_axes, is_token, names_once, one_expert, order_of, token_axes
 
 EVERY = "every"
@@ -28,7 +28,7 @@ def _contract(lifter: Lifter, instr: Instr) -> Lift | None:
         matrix, rows = lifter.lift(w), lifter.lift(x)
         if not isinstance(matrix, Expert) or len(matrix.order) != 2 or len(right) != 2:
             continue
-        if _plain(rows):
+        if _plain(rows) and not _made_in_turn(lifter, x, w):
             rows = _tokens(lifter, x)
         if not isinstance(rows, Rows) or rows.space.kind != EVERY:
             return None
@@ -43,6 +43,14 @@ def _both_ways(instr: Instr) -> tuple[tuple[tuple[Arg, Arg], tuple[str, str]], .
     (left, right), _ = equation_of(instr)
     a, b = instr.args
     return ((a, b), (left, right)), ((b, a), (right, left))
+
+
+def _made_in_turn(lifter: Lifter, arg: Arg, matrix: Arg) -> bool:
+    """Whether a value is computed in the turn of the loop that an expert's matrix is picked in."""
+    made = lifter.instr(lifter.graph.behind(matrix, ("permute", "cast", "same", "reshape")))
+    item = lifter.lift(made.args[1]) if made is not None and made.word in ("pick", "take") else None
+    position = lifter.graph.position
+    return isinstance(item, Anchor) and isinstance(arg, Ref) and position[arg.name] > position[item.name]
 
 
 def _plain(held: Lift) -> bool:
