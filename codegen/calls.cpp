@@ -129,13 +129,19 @@ struct Key {
     words.insert(words.end(), t.strides().begin(), t.strides().end());
   }
 
-  void all(TensorList tensors) {
+  // Where tensors are; with `numbers` also which numbers they hold, for calls that read a copy of them.
+  void all(TensorList tensors, bool numbers = false) {
     words.push_back(static_cast<int64_t>(tensors.size()));
     for (const Tensor& t : tensors) {
       words.push_back(reinterpret_cast<int64_t>(t.const_data_ptr()));
       lies(t);
+      if (!numbers) continue;
+      words.push_back(reinterpret_cast<int64_t>(t.storage().unsafeGetStorageImpl()));
+      words.push_back(t.is_inference() ? 0 : static_cast<int64_t>(t._version()));
     }
   }
+
+  void all(TensorList params, std::string_view engine) { all(params, engine.find("weights=") != engine.npos); }
 };
 
 // ---- calls
@@ -186,7 +192,7 @@ Results moe(const Tensor& x, TensorList router, TensorList params, int64_t k, st
   key.text(engine);
   key.lies(x);
   key.all(router);
-  key.all(params);
+  key.all(params, engine);
   auto found = known(key.words, [&](const Made& made, void* work) -> Results {
     const About& is = made.about;
     const int64_t tokens = x.size(0);
@@ -211,7 +217,7 @@ Tensor experts(const Tensor& x, const Tensor& weights, const Tensor& experts, Te
   key.lies(x);
   key.lies(weights);
   key.lies(experts);
-  key.all(params);
+  key.all(params, engine);
   auto found = known(key.words, [&](const Made& made, void* work) {
     Tensor y = empty(x.size(0), made.about.wide, dtype_of(made.about.y_dtype));
     made.kernel(words_of(made, work, x, y, experts, weights).data());

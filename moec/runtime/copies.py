@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moec.ir.spec import ExpertsSpec
 from moec.report import PackRecord
 from moec.runtime.binding import how_they_lie
+from moec.runtime.calls import forget
 
 B = TypeVar("B")
 _MOST = 4096  # layers whose copies one kernel keeps
@@ -77,11 +78,18 @@ class Copies(Generic[B]):
             copy = held.get(where)
             if copy is None or not copy.is_of(params, state):
                 copy = None
-                held.pop(where, None)  # let go of the old copy before the new one is made
-                for gone in [other for other, c in held.items() if any(ref.expired() for ref in c.sources)]:
-                    del held[gone]
-                if len(held) >= _MOST:
-                    held.clear()
+                self._let_go(where)
                 sources = tuple(StorageWeakRef(p.untyped_storage()) for p in params)
                 copy = held[where] = _Copy(state, sources, self._make(params))
         return copy.bound
+
+    def _let_go(self, where: int) -> None:
+        """Drop the old copy of what lies at `where`, before the new one is made, and those of layers that are gone."""
+        held = self.held
+        gone = [at for at, copy in held.items() if at == where or any(ref.expired() for ref in copy.sources)]
+        if len(held) - len(gone) >= _MOST:
+            gone = list(held)
+        for at in gone:
+            del held[at]
+        if gone:
+            forget()  # calls that read them

@@ -117,15 +117,13 @@ def _moe(
             lambda: kernel.moe(x, router, params, k, mode.tokens),
             lambda: _twin_moe(x, router, params, k, spec),
         )
-    if mode.plain:
-        return kernel.moe(x, router, params, k, Again(_reserved(kernel, mode, x, params, k)))
+    ready = _packed(kernel, mode, spec, router[0].dtype, params)
+    again = _again(ready, mode, x, params, k)
 
     def call(chosen: Kernel | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return chosen.moe(x, router, params, k) if chosen else _twin_moe(x, router, params, k, spec)
+        return chosen.moe(x, router, params, k, again) if chosen else _twin_moe(x, router, params, k, spec)
 
-    packed = _packed(kernel, mode, spec, router[0].dtype, params)
-    _reserved(packed, mode, x, params, k)
-    return _opted(packed, mode, x, params, k, call)
+    return _opted(ready, mode, x, params, k, call)
 
 
 def _chosen(
@@ -182,19 +180,23 @@ def _experts(x: Tensor, weights: Tensor, experts: Tensor, params: Sequence[Tenso
             lambda: twin.experts(x, weights, experts, params, KernelSpec.parse(spec)),
         )
 
+    if kernel is None:
+        return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
+    ready = _packed(kernel, mode, spec, None, params)
+    again = _again(ready, mode, x, params, experts.shape[1])
+
     def call(chosen: Kernel | None) -> Tensor:
         if chosen is None:
             return twin.experts(x, weights, experts, params, KernelSpec.parse(spec))
-        return chosen.experts(x, weights, experts, params)
+        return chosen.experts(x, weights, experts, params, again=again)
 
-    if kernel is None:
-        return call(None)
-    k = experts.shape[1]
-    if mode.plain:
-        return kernel.experts(x, weights, experts, params, again=Again(_reserved(kernel, mode, x, params, k)))
-    packed = _packed(kernel, mode, spec, None, params)
-    _reserved(packed, mode, x, params, k)
-    return _opted(packed, mode, x, params, k, call)
+    return _opted(ready, mode, x, params, experts.shape[1], call)
+
+
+def _again(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> Again | None:
+    """How calls like this one may skip Python; None where a race is to see each call."""
+    reserved = _reserved(kernel, mode, x, params, k)
+    return None if mode.race else Again(reserved)
 
 
 def _reserved(kernel: Kernel, mode: Engine, x: Tensor, params: Sequence[Tensor], k: int) -> int:

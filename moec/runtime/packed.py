@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moec.codegen.build import build
 from moec.codegen.cpp import emit
@@ -81,9 +82,10 @@ class PackedKernel(Kernel):
         stored = sum(p.numel() * p.element_size() for p in params)
         tell(PackRecord(self.weights, original.E, stored, packed.bytes, seconds, packed.error))
         words = _words(packed, self._storage, original.H, original.F)
-        alive: list[object] = [packed]
+        # Memory whose freeing is remarked is not given to another tensor: what is known of it here stays true.
+        alive: list[object] = [packed, *(StorageWeakRef(p.untyped_storage()) for p in params)]
         nodes = words_of([[t] for name, t in packed.tensors.items() if name in ("a", "b", "out")], alive)
-        return Bound(words, original.E, original.H, original.F, original.O, tuple(alive), True, nodes=nodes)
+        return Bound(words, original.E, original.H, original.F, original.O, tuple(alive), False, nodes=nodes)
 
 
 def _words(packed: Packed, storage: Storage, hidden: int, width: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Calls like one before: run without Python where only numbers of x are new, in each thread's own memory."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from moec.errors import CodegenError, MoecError
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import calls as runtime_calls
 from moec.runtime.calls import calls, forget
+from moec.runtime.copies import copies_made
 from moec.runtime.cpu import Kernel
 
 H, F, E, K = 24, 20, 6, 2
@@ -182,11 +184,42 @@ def test_a_choice_in_other_words_is_not_kept(layer, by_python):
     assert by_python == ["experts"] * 6
 
 
-@pytest.mark.parametrize("engine", ["auto weights=packed", "auto race", "auto weights=int8"])
-def test_options_that_ask_each_call_are_not_kept(layer, engine):
+def test_a_race_sees_each_call(layer):
     x = torch.randn(7, H)
-    moe(x, layer, engine)
+    moe(x, layer, "auto race")
     assert not calls()._alive
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_calls_that_read_a_copy(layer, by_python, weights):
+    """They are known until a number of the weights changes, then the copy is made anew and the old one let go."""
+    engine = f"auto weights={weights}"
+    x = torch.randn(7, H)
+    with copies_made() as copies:
+        for _ in range(3):
+            first = moe(x, layer, engine)
+        old = weakref.ref(calls()._alive[0][1])
+        layer[1][0].mul_(2)
+        for _ in range(3):
+            second = moe(x, layer, engine)
+    assert by_python == ["moe"] * 2
+    assert len(copies) == 2
+    assert old() is None
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if weights == "packed" else {"atol": 0.3, "rtol": 0.1}
+    torch.testing.assert_close(second[0], moe(x, layer, "eager")[0], **tolerance)
+    assert not torch.equal(first[0], second[0])
+
+
+def test_a_copy_of_memory_that_is_anothers_now(layer, by_python):
+    """A layer that is gone leaves its address to the next, of the same shapes and versions."""
+    x, router = torch.randn(7, H), layer[0]
+    for _ in range(4):
+        params = [torch.randn(E, 2 * F, H) * 0.2, torch.randn(E, H, F) * 0.2]
+        for _ in range(2):
+            assert_equal(moe(x, (router, params), "auto weights=packed"), moe(x, (router, params), "eager"))
+        del params
+    assert by_python == ["moe"] * 4
+    assert len(calls()._alive) == 1
 
 
 def test_no_tokens_are_not_kept(layer, by_python):
