@@ -8,6 +8,7 @@ addresses differ from call to call.
 from __future__ import annotations
 
 import ctypes
+import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -98,9 +99,13 @@ class Calls:
         self._release()
 
 
+_LOADING = threading.Lock()  # it is loaded once, whichever thread is first: it serves the whole process
+
+
 def calls() -> Calls:
     """The library, built for the torch that runs unless the cache has it; raises BuildError."""
-    return _load()
+    with _LOADING:
+        return _load()
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,10 @@
 """Calls like one before: run without Python where only numbers of x are new, in each thread's own memory."""
 
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import pytest
 import torch
@@ -263,6 +266,20 @@ def test_threads_at_once_have_memory_of_their_own(layer):
         thread.join()
     assert not wrong
     assert len(spaces) == 4
+
+
+def test_threads_load_the_library_once(monkeypatch):
+    loads: list[int] = []
+
+    def load():
+        loads.append(1)
+        time.sleep(0.05)
+        return "loaded"
+
+    monkeypatch.setattr(runtime_calls, "_load", lru_cache(maxsize=1)(load))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: runtime_calls.calls(), range(4))) == ["loaded"] * 4
+    assert len(loads) == 1
 
 
 def test_errors_pass_through_unchanged(layer):
