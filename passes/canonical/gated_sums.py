@@ -29,12 +29,14 @@ def rule_apart(state: Rewriter, instr: Instr) -> Instr | None:
 def _terms(state: Rewriter, instr: Instr) -> list[Arg]:
     """What a chain of additions adds; a sum that something else reads too, or that was set apart, is one term."""
     found: list[Arg] = []
-    for arg in instr.args:
+    pending = list(reversed(instr.args))
+    while pending:
+        arg = pending.pop()
         made = state.by(arg, "add")
         own = isinstance(arg, Ref) and (arg.name not in state.graph.defs or _once(state.graph, arg.name))
         alike = made is not None and all(state.type(a) == instr.types[0] for a in made.args if isinstance(a, Ref))
         if made is not None and own and alike and made.types == instr.types and APART not in dict(made.attrs):
-            found += _terms(state, made)
+            pending += reversed(made.args)
         else:
             found.append(arg)
     return found

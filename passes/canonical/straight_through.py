@@ -8,10 +8,11 @@ training every expert's gate has a gradient, so every expert counts, and the sum
 
 from __future__ import annotations
 
-from moec.ir.graph import Arg, Instr, Ref
+from moec.ir.graph import Instr, Ref
 from moec.passes.canonical.rewriter import Rewriter
 
 _SAME = ("detach", "same")
+MOST = 8  # additions and subtractions in a gate
 _MASKS = ("one_hot", "scatter", "eq", "ge", "gt")
 
 
@@ -19,8 +20,8 @@ def rule_forward(state: Rewriter, instr: Instr) -> Ref | None:
     """The one term of a sum of masks and numbers that is left when all others cancel."""
     if instr.word not in ("add", "sub") or instr.results[0] in state.grad or instr.types[0].dtype not in ("f32", "f64"):
         return None
-    terms: dict[Ref, int] = {}
-    if not _collect(state, Ref(instr.results[0]), instr, 1, terms) or len(terms) < 2:
+    terms = _terms(state, instr)
+    if len(terms) < 2:
         return None
     left = [(term, sign) for term, sign in terms.items() if sign]
     if len(left) != 1 or left[0][1] != 1 or state.type(left[0][0]) != instr.types[0]:
@@ -29,16 +30,22 @@ def rule_forward(state: Rewriter, instr: Instr) -> Ref | None:
     return left[0][0] if mask is not None else None
 
 
-def _collect(state: Rewriter, arg: Arg, made: Instr | None, sign: int, terms: dict[Ref, int]) -> bool:
-    """Add what a sum is of to `terms`, each with how often it counts; False where there is a number among them."""
-    if not isinstance(arg, Ref):
-        return False
-    if made is None or made.word not in ("add", "sub") or len(made.args) != 2:
-        terms[arg] = terms.get(arg, 0) + sign
-        return True
-    signs = (sign, sign if made.word == "add" else -sign)
-    for each, of in zip(made.args, signs, strict=True):
-        inner = state.behind(each, *_SAME)
-        if not _collect(state, inner, state.by(inner, "add", "sub"), of, terms):
-            return False
-    return True
+def _terms(state: Rewriter, instr: Instr) -> dict[Ref, int]:
+    """How often each term counts in a sum; nothing where it is of numbers too, or longer than such a gate is."""
+    terms: dict[Ref, int] = {}
+    pending = [(instr, 1)]
+    for _ in range(MOST):
+        if not pending:
+            return terms
+        made, sign = pending.pop()
+        signs = (sign, sign if made.word == "add" else -sign)
+        for arg, counts in zip(made.args, signs, strict=False):
+            if not isinstance(arg, Ref) or len(made.args) != 2:
+                return {}
+            inner = state.behind(arg, *_SAME)
+            further = state.by(inner, "add", "sub")
+            if further is not None:
+                pending.append((further, counts))
+            elif isinstance(inner, Ref):
+                terms[inner] = terms.get(inner, 0) + counts
+    return {}

@@ -13,6 +13,7 @@ struct Kernel {
   using Op = Fma<bf16>;
   using Param = bf16;
   using Y = bf16;
+  using Bias = bf16;
   static constexpr Gate gate = Gate::concat;
   static constexpr Layout layout_in = Layout::nk, layout_out = Layout::nk;
   static constexpr bool bias_in = false, bias_out = false;
