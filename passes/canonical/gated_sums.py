@@ -50,7 +50,9 @@ def _sum(state: Rewriter, instr: Instr, terms: Sequence[Arg]) -> Arg:
 
 
 def _once(graph: Graph, name: str) -> bool:
-    return len(graph.users.get(name, ())) == 1 and name not in graph.outputs
+    """Whether one value reads this one, and not as x + x."""
+    users = graph.users.get(name, ())
+    return len(users) == 1 and users[0].args.count(Ref(name)) == 1 and name not in graph.outputs
 
 
 def _goes_on(graph: Graph, instr: Instr) -> bool:
