@@ -71,6 +71,35 @@ def test_a_graph_without_experts_costs_in_proportion_to_its_nodes(matching):
     assert many <= 4.2 * few
 
 
+class Doubled(torch.nn.Module):
+    """A dense sum of experts that is added to itself, again and again: of 2^n terms, were it one sum."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.router = torch.nn.Linear(8, 3)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 8)) for _ in range(3)
+        )
+        self.times = times
+
+    def forward(self, x):
+        top, ids = self.router(x).softmax(-1).topk(2, dim=-1)
+        gates = torch.zeros(x.shape[0], 3).scatter(1, ids, top)
+        y = sum(gates[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+        for _ in range(self.times):
+            y = y + y
+        return y
+
+
+def test_sums_of_sums_are_not_walked_again_and_again(matching):
+    captured = [matching.captured(Doubled(times), torch.randn(5, 8)) for times in (1, 4, 14)]
+    calls(captured[0])  # caches
+    few, said = calls(captured[1])
+    many, more = calls(captured[2])
+    assert [site.status for site in (*said.sites, *more.sites)] == ["fused"] * 2
+    assert many <= 1.5 * few
+
+
 def test_a_graph_without_experts_costs_next_to_nothing(matching):
     gm = matching.without_experts(10_000)
     assert not can_hold_experts(gm.graph)

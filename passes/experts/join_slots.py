@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from moec.ir.graph import Graph, Instr, Ref, sweep
+from moec.passes.grid.chains import part_of_sum
 from moec.passes.rows.pairs import Writer, joined
 from moec.passes.rows.token_axes import column_of, seen, shaped_like
 from moec.pipeline import Facts, Outcome
@@ -30,7 +31,7 @@ class JoinSlots:
         made: dict[str, tuple[Instr, ...]] = {}
         done = 0
         for instr in graph.instrs:
-            if instr.word != "add" or _inner(graph, instr):
+            if instr.word != "add" or part_of_sum(graph, instr):
                 continue
             leaves = list(_leaves(graph, instr))
             groups = _alike(graph, leaves)
@@ -41,23 +42,16 @@ class JoinSlots:
         return Outcome(sweep(graph.with_instrs(instrs)), done)
 
 
-def _inner(graph: Graph, instr: Instr) -> bool:
-    """Whether an addition is only a step of a longer one."""
-    users = graph.users.get(instr.results[0], ())
-    one = len(users) == 1 and instr.results[0] not in graph.outputs
-    return one and users[0].word == "add" and users[0].types == instr.types
-
-
 def _leaves(graph: Graph, root: Instr) -> Iterator[str]:
     """What a chain of additions adds, in order."""
-    for arg in root.args:
+    pending = list(reversed(root.args))
+    while pending:
+        arg = pending.pop()
         made = graph.defs.get(arg.name) if isinstance(arg, Ref) else None
-        if made is not None and made.word == "add" and made.types == root.types and _inner(graph, made):
-            yield from _leaves(graph, made)
-        elif isinstance(arg, Ref):
-            yield arg.name
+        if made is not None and made.types == root.types and part_of_sum(graph, made):
+            pending += reversed(made.args)
         else:
-            yield ""
+            yield arg.name if isinstance(arg, Ref) else ""
 
 
 def _alike(graph: Graph, leaves: Sequence[str]) -> list[list[Instr]]:

@@ -72,20 +72,22 @@ def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
     """What a chain of additions adds, the last first, so that a residual stream is left at its first layer."""
     pending = [instr]
     while pending:
-        for arg in pending.pop().args:
+        step = pending.pop()
+        for arg in step.args:
             made = lifter.instr(arg)
-            apart = made is not None and APART in dict(made.attrs)
-            if made is not None and made.word == "add" and made.types[0] == instr.types[0] and not apart:
+            inner = made is not None and APART not in dict(made.attrs) and step.args.count(arg) == 1
+            if made is not None and made.word == "add" and made.types[0] == instr.types[0] and inner:
                 pending.append(made)
             else:
                 yield arg
 
 
 def part_of_sum(graph: Graph, instr: Instr) -> bool:
-    """Whether an addition is only a step of a longer one."""
-    users = graph.users.get(instr.results[0], ())
-    one = APART not in dict(instr.attrs) and len(users) == 1 and instr.results[0] not in graph.outputs
-    return instr.word == "add" and one and users[0].word == "add" and users[0].types == instr.types
+    """Whether an addition is only a step of a longer one, which reads it once: y + y is no sum of all that y adds."""
+    name, users = instr.results[0], graph.users.get(instr.results[0], ())
+    if instr.word != "add" or APART in dict(instr.attrs) or len(users) != 1 or name in graph.outputs:
+        return False
+    return users[0].word == "add" and users[0].types == instr.types and users[0].args.count(Ref(name)) == 1
 
 
 def _one_number(lifter: Lifter, mul: Instr) -> bool:
