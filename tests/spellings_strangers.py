@@ -24,6 +24,14 @@ class Chosen(nn.Module):
         return w / w.sum(-1, keepdim=True), chosen
 
 
+class ChosenOnce(Chosen):
+    """One expert a token."""
+
+    def choose(self, x):
+        """Probabilities[T] and experts[T]."""
+        return F.softmax(self.router(x), dim=-1).max(dim=-1)
+
+
 class HistogramSplit(nn.Module):
     """Weights of all experts in one matrix; `histc` up to E; chunks of rows beside chunks of weights."""
 

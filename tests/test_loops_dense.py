@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from spelling import E, H
-from spellings_strangers import Chosen
-from test_spellings_more import assert_close, assert_fused_at_any_size, assert_same_call, compiled, gradients
+from spellings_strangers import Chosen, ChosenOnce
+from test_spellings_more import (
+    assert_close,
+    assert_fused_at_any_size,
+    assert_fused_in_training,
+    assert_same_call,
+    compiled,
+    gradients,
+)
 from torch import nn
 
 
@@ -120,14 +126,7 @@ class TakenBack(Chosen):
         return y
 
 
-class One(Chosen):
-    """One expert a token."""
-
-    def choose(self, x):
-        return F.softmax(self.router(x), dim=-1).max(dim=-1)
-
-
-class TimesTheMask(One):
+class TimesTheMask(ChosenOnce):
     def forward(self, x):
         p, ids = self.choose(x)
         y = torch.zeros_like(x)
@@ -138,7 +137,7 @@ class TimesTheMask(One):
         return y
 
 
-class MaskOfTheScore(One):
+class MaskOfTheScore(ChosenOnce):
     def forward(self, x):
         p, ids = self.choose(x)
         y = torch.zeros_like(x)
@@ -173,12 +172,7 @@ def test_one_graph_fused_and_equal(spelling):
 @pytest.mark.parametrize("spelling", FUSED, ids=lambda s: s.__name__)
 def test_gradients(spelling):
     torch.manual_seed(0)
-    module = spelling()
-    run, report = compiled(module)
-    for count in (13, 1):
-        x = (torch.randn(count, H),)
-        assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
-    assert {s.status for s in report.sites} == {"fused"}, report
+    assert_fused_in_training(spelling(), H, (13, 1))
 
 
 @pytest.mark.parametrize("spelling", [Asks, TakenBack, PutIntoZeros], ids=lambda s: s.__name__)

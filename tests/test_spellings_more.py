@@ -83,6 +83,15 @@ def assert_close(got, want, tolerance):
         assert g is None or float((g - w).float().norm()) <= tolerance * max(float(w.float().norm()), 1e-6)
 
 
+def assert_fused_in_training(module, width, counts=(13,)):
+    """All layers are fused, and gradients are the module's own, for each number of tokens."""
+    run, report = compiled(module)
+    for count in counts:
+        x = (torch.randn(count, width),)
+        assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
+    assert {s.status for s in report.sites} == {"fused"}, report
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
 def test_one_graph_fused_and_equal(spelling):
     module = made(spelling)
