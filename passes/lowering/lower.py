@@ -206,11 +206,11 @@ def any_views(graph: Graph) -> frozenset[str]:
 
 
 def _is_new(raised: Raised, instr: Instr, new: Mapping[str, Instr]) -> bool:
-    """Whether an instruction is none of the user's: made by a pass, of another word, or a sum of other terms."""
+    """Whether an instruction is none of the user's: made by a pass, of another word, or of other values."""
     old = raised.graph.defs.get(instr.results[0])
     if old is None or (old.word != instr.word and instr.word in (*SITES, "add", "reshape", "same", "where")):
         return True
-    return instr.word == "add" and old.args != instr.args and not new.keys().isdisjoint(instr.uses)
+    return instr.word in ("add", "reshape") and old.args != instr.args and not new.keys().isdisjoint(instr.uses)
 
 
 def _materialise(state: Lowering, root: str, instrs: list[Instr]) -> None:
