@@ -10,11 +10,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <shared_mutex>
 #include <string_view>
+#include <thread>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
@@ -59,7 +62,7 @@ thread_local Workspace workspace;
 
 // ---- what is kept
 
-// In the order of `Made.about` in moec/runtime/calls.py.
+// In the order of `About` in moec/runtime/calls.py.
 struct About {
   int64_t workspace;                             // bytes
   int64_t work, x, y, experts, weights, logits;  // places of addresses among the words
@@ -82,8 +85,8 @@ struct Hash {
 };
 
 struct Table {
-  std::shared_mutex mutex;  // held by calls while they run: what is forgotten is used by none
-  std::unordered_map<Words, Made, Hash> made;
+  std::shared_mutex mutex;  // not held while a kernel runs: on many threads there may always be one that does
+  std::unordered_map<Words, std::shared_ptr<const Made>, Hash> made;
 };
 
 Table& table() {
@@ -102,6 +105,8 @@ struct Unknown {
 };
 
 // ---- keys
+
+int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); }
 
 struct Key {
   Words& words;
@@ -129,24 +134,26 @@ struct Key {
     words.insert(words.end(), t.strides().begin(), t.strides().end());
   }
 
-  // Where tensors are; with `numbers` also which numbers they hold, for calls that read a copy of them.
-  void all(TensorList tensors, bool numbers = false) {
+  void all(TensorList tensors) {
     words.push_back(static_cast<int64_t>(tensors.size()));
     for (const Tensor& t : tensors) {
-      words.push_back(reinterpret_cast<int64_t>(t.const_data_ptr()));
+      words.push_back(address(t));
       lies(t);
-      if (!numbers) continue;
+    }
+  }
+
+  // Parameters; also which numbers they hold, where a copy of them is read.
+  void all(TensorList params, std::string_view engine) {
+    all(params);
+    if (engine.find("weights=") == engine.npos) return;
+    for (const Tensor& t : params) {
       words.push_back(reinterpret_cast<int64_t>(t.storage().unsafeGetStorageImpl()));
       words.push_back(t.is_inference() ? 0 : static_cast<int64_t>(t._version()));
     }
   }
-
-  void all(TensorList params, std::string_view engine) { all(params, engine.find("weights=") != engine.npos); }
 };
 
 // ---- calls
-
-int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.const_data_ptr()); }
 
 Tensor empty(int64_t rows, int64_t columns, at::ScalarType dtype) {
   return at::detail::empty_cpu({rows, columns}, dtype);
@@ -169,15 +176,19 @@ Words& words_of(const Made& made, void* work, const Tensor& x, const Tensor& y, 
   return words;
 }
 
+std::shared_ptr<const Made> kept(const Words& key) {
+  std::shared_lock held(table().mutex);
+  const auto found = table().made.find(key);
+  return found == table().made.end() ? nullptr : found->second;
+}
+
 // `run` of the call that `key` tells, in a workspace of its size; nothing where it is not known.
 template <class Run>
 auto known(const Words& key, const Run& run) -> std::optional<decltype(run(std::declval<const Made&>(), nullptr))> {
-  std::shared_lock held(table().mutex);
-  const auto found = table().made.find(key);
-  if (found == table().made.end()) return std::nullopt;
-  void* work = workspace.of(static_cast<size_t>(found->second.about.workspace));
-  if (!work) return std::nullopt;  // Python says what is missing
-  return run(found->second, work);
+  const std::shared_ptr<const Made> made = kept(key);
+  void* work = made ? workspace.of(static_cast<size_t>(made->about.workspace)) : nullptr;
+  if (!work) return std::nullopt;  // Python makes the call, or says what memory is missing
+  return run(*made, work);
 }
 
 template <class Signature>
@@ -247,15 +258,23 @@ MOEC_EXPORT void moec_serve() {
 // Keep the call that is being made on this thread, if it came here first; whether it did.
 MOEC_EXPORT int64_t moec_remember(void (*kernel)(const void*), const int64_t* words, int64_t count, const About* about) {
   if (!unknown) return 0;
+  auto made = std::make_shared<const Made>(Made{kernel, Words(words, words + count), *about});
   std::unique_lock held(table().mutex);
-  table().made.insert_or_assign(*unknown, Made{kernel, Words(words, words + count), *about});
+  table().made.insert_or_assign(*unknown, std::move(made));
   return 1;
 }
 
-// Let go of all that is kept, once no call uses it.
+// Let go of all that is kept; when this returns, no call uses it.
 MOEC_EXPORT void moec_forget() {
-  std::unique_lock held(table().mutex);
-  table().made.clear();
+  decltype(Table::made) gone;
+  {
+    std::unique_lock held(table().mutex);
+    gone.swap(table().made);
+  }
+  for (const auto& [key, made] : gone) {
+    while (made.use_count() > 1) std::this_thread::yield();
+  }
+  std::atomic_thread_fence(std::memory_order_acquire);  // what those calls read was read before
 }
 
 // This thread's workspace of at least `size` bytes, aligned to pages; null where there is no such memory.

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from moec.codegen.backward_plan import group_pairs, make_backward_plan
-from moec.codegen.build import build
 from moec.codegen.cpp import emit_backward
 from moec.codegen.plan import Rows
 from moec.codegen.tuning import Sizes
 from moec.errors import CodegenError
 from moec.ir.dtypes import DTYPE_NAMES
 from moec.ir.spec import KernelSpec, stored_dtypes
-from moec.options import Environment
-from moec.runtime.calls import beside_calls, calls
+from moec.runtime.calls import calls, kernel_library
 from moec.runtime.cpu import CODES, bindings
 from moec.target import Target
 
@@ -38,9 +36,7 @@ def load_backward(spec: str, target: Target | None = None) -> BackwardKernel:
 @lru_cache(maxsize=1024)
 def _load(text: str, target: Target) -> BackwardKernel:
     spec = KernelSpec.parse(text)
-    folder = Environment.read().cache_dir
-    library = beside_calls(lambda: build(emit_backward(spec, target), target, folder))
-    return BackwardKernel(spec, target, library)
+    return BackwardKernel(spec, target, kernel_library(emit_backward(spec, target), target))
 
 
 def fresh(parameter: Tensor) -> Tensor:

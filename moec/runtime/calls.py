@@ -10,12 +10,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from array import array
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 from moec.codegen import build
 from moec.errors import MoecError
@@ -24,7 +22,6 @@ from moec.target import Target
 
 _SOURCE = Path(build.__file__).resolve().with_name("calls.cpp")
 _MOST = 4096  # calls that are kept: layers times numbers of tokens
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Calls:
             self._alive.append(alive)
 
     def forget(self) -> None:
-        """Let go of all calls, once none runs."""
+        """Let go of all calls, once none of them runs."""
         alive, self._alive = self._alive, []
         self._forget()
         del alive  # not before
@@ -120,12 +117,13 @@ def forget() -> None:
         calls().forget()
 
 
-def beside_calls(make: Callable[[], _T]) -> _T:
-    """What `make` gives, the library being built meanwhile where it is not there yet; raises what either raises."""
+def kernel_library(source: str, target: Target) -> ctypes.CDLL:
+    """A kernel's library, built unless the cache has it, and meanwhile that of calls; raises BuildError."""
+    folder = Environment.read().cache_dir
     if _load.cache_info().currsize:
-        return make()
+        return build.build(source, target, folder)
     with ThreadPoolExecutor(1) as thread:
-        built = thread.submit(calls)
-        made = make()
-        built.result()
-    return made
+        beside = thread.submit(calls)
+        built = build.build(source, target, folder)
+        beside.result()
+    return built

@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moec.codegen.build import build
 from moec.codegen.cpp import emit, header_texts
 from moec.codegen.plan import Plan, Rows, make_plan
 from moec.codegen.storage import Storage
@@ -22,10 +21,9 @@ from moec.codegen.tuning import Sizes, Tuning, default_tuning
 from moec.errors import CodegenError
 from moec.ir.dtypes import DTYPE_NAMES, DTYPES
 from moec.ir.spec import KernelSpec, stored_dtypes
-from moec.options import Environment
 from moec.runtime import tune_cache
 from moec.runtime.binding import Bindings, checked_sizes
-from moec.runtime.calls import About, beside_calls, calls
+from moec.runtime.calls import About, calls, kernel_library
 from moec.runtime.nodes import ONE, words_of
 from moec.target import Target
 
@@ -55,8 +53,7 @@ def load_kernel(spec: str, router_dtype: torch.dtype | None, target: Target | No
 def _load(text: str, router_dtype: torch.dtype | None, target: Target) -> Kernel:
     spec = KernelSpec.parse(text)
     stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
-    library = beside_calls(lambda: build(emit(spec, target, stored), target, Environment.read().cache_dir))
-    return Kernel(spec, target, DTYPES[stored], library)
+    return Kernel(spec, target, DTYPES[stored], kernel_library(emit(spec, target, stored), target))
 
 
 def router_storage(dtype: torch.dtype, spec: KernelSpec) -> str:

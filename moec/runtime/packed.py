@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moec.codegen.build import build
 from moec.codegen.cpp import emit
 from moec.codegen.pack import Packed, pack
 from moec.codegen.plan import Plan, Rows, make_plan
@@ -25,9 +24,8 @@ from moec.codegen.tuning import Sizes, Tuning
 from moec.errors import BuildError, CodegenError
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import KernelSpec
-from moec.options import Environment
 from moec.report import PackRecord
-from moec.runtime.calls import beside_calls
+from moec.runtime.calls import kernel_library
 from moec.runtime.copies import Copies, tell
 from moec.runtime.cpu import ABSENT, Bound, Kernel, bind, router_storage
 from moec.runtime.nodes import words_of
@@ -118,8 +116,7 @@ def _load(text: str, weights: str, router_dtype: torch.dtype | None, target: Tar
     spec = KernelSpec.parse(text)
     stored = "f32" if spec.router is None else router_storage(router_dtype or torch.float32, spec)
     storage = storage_of(weights, spec.experts, target)
-    source, folder = emit(panel_spec(spec), target, stored, storage), Environment.read().cache_dir
-    library = beside_calls(lambda: build(source, target, folder))
+    library = kernel_library(emit(panel_spec(spec), target, stored, storage), target)
     return PackedKernel(spec, weights, target, DTYPES[stored], library)
 
 

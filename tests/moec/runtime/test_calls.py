@@ -1,5 +1,6 @@
 """Calls like one before: run without Python where only numbers of x are new, in each thread's own memory."""
 
+import ctypes
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.runtime import calls as runtime_calls
 from moec.runtime.calls import calls, forget
 from moec.runtime.copies import copies_made
-from moec.runtime.cpu import Kernel
+from moec.runtime.cpu import Again, Kernel, load_kernel
 
 H, F, E, K = 24, 20, 6, 2
 SPEC = str(KernelSpec(ExpertsSpec(), RouterSpec(renormalize=True)))
@@ -268,6 +269,37 @@ def test_threads_at_once_have_memory_of_their_own(layer):
     assert len(spaces) == 4
 
 
+def test_a_call_that_runs_keeps_none_from_being_remembered(layer, monkeypatch):
+    """And what it reads is let go of behind it."""
+    running, over, gone = threading.Event(), threading.Event(), threading.Event()
+    x = torch.randn(7, H)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def slow(words):
+        if running.is_set() or not known:
+            return
+        running.set()
+        over.wait()
+
+    known: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(load_kernel(SPEC, torch.float32), "_call_moe", slow)
+        moe(x, layer)
+    known.append(True)
+    call = threading.Thread(target=moe, args=(x, layer))
+    call.start()
+    running.wait()
+    moe(torch.randn(5, H), layer)  # returns: what it leaves to be remembered waits for nobody
+    assert len(calls()._alive) == 2
+    letting = threading.Thread(target=lambda: (forget(), gone.set()))
+    letting.start()
+    assert not gone.wait(0.2)
+    over.set()
+    for thread in (call, letting):
+        thread.join()
+    assert gone.is_set()
+
+
 def test_threads_load_the_library_once(monkeypatch):
     loads: list[int] = []
 
@@ -311,8 +343,6 @@ def test_a_call_inside_an_unknown_one_is_not_taken_for_it(layer, monkeypatch, by
 
 
 def test_a_kernel_called_from_python_is_not_taken_for_a_call(layer):
-    from moec.runtime.cpu import Again, load_kernel
-
     kernel = load_kernel(SPEC, torch.float32)
     kernel.moe(torch.randn(7, H), *layer, K, Again())
     assert not calls()._alive
