@@ -6,7 +6,7 @@ import pytest
 import spellings_letters
 import torch
 from spelling_table import error, measured, tensors
-from test_spellings_more import compiled, made
+from test_spellings_more import assert_declined, compiled, made
 
 
 @pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -33,11 +33,4 @@ def test_any_number_of_tokens(spelling):
 @pytest.mark.parametrize("proof", ["on", "off"])
 def test_near_misses_compute_what_they_did(kind, proof):
     torch.manual_seed(0)
-    module = kind()
-    run, report = compiled(module, proof=proof, kernels="eager")
-    x = torch.randn(13, 16)
-    with torch.no_grad():
-        assert error(tensors(run(x)), tensors(module(x))) == 0
-    assert [site.status for site in report.sites] == ["declined"], report
-    assert all(reason.location for site in report.sites for reason in site.reasons)
-    assert not any("was tried" in str(reason) for site in report.sites for reason in site.reasons)
+    assert_declined(kind(), proof)

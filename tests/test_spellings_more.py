@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compiling import compiled
+from spelling_table import error, tensors
 from spellings_more import SPELLINGS, Spelling
 
 COUNTS = (13, 7, 40)  # one dynamic compile; the gradients' test compiles for 13 alone
@@ -81,6 +82,30 @@ def assert_close(got, want, tolerance):
         w = torch.zeros_like(g) if w is None and g is not None else w
         g = torch.zeros_like(w) if g is None and w is not None else g
         assert g is None or float((g - w).float().norm()) <= tolerance * max(float(w.float().norm()), 1e-6)
+
+
+def assert_not_fused(module, width, trained=False):
+    """Results, and where `trained` gradients, are the module's own, and no layer is fused; the report."""
+    run, report = compiled(module, dynamic=True)
+    for count in (13, 7):
+        x = (torch.randn(count, width),)
+        with torch.set_grad_enabled(trained):
+            assert_same_call(run, module, x)
+        if trained:
+            assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
+    assert all(site.status != "fused" for site in report.sites), report
+    return report
+
+
+def assert_declined(module, proof):
+    """One layer is declined, with reasons that name a line and no failed trial; results are the module's to the bit."""
+    run, report = compiled(module, proof=proof, kernels="eager")
+    x = torch.randn(13, 16)
+    with torch.no_grad():
+        assert error(tensors(run(x)), tensors(module(x))) == 0
+    assert [site.status for site in report.sites] == ["declined"], report
+    assert all(reason.location for site in report.sites for reason in site.reasons)
+    assert not any("was tried" in str(reason) for site in report.sites for reason in site.reasons)
 
 
 def assert_fused_in_training(module, width, counts=(13,)):

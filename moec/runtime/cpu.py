@@ -317,13 +317,6 @@ def bind(spec: KernelSpec, params: Sequence[Tensor]) -> Bound:
     return Bound(words, experts, hidden, width, wide, tuple(alive), copied, scales, nodes)
 
 
-def param_shapes(spec: KernelSpec, sizes: Sizes) -> list[tuple[int, ...]]:
-    """The shape of each parameter in the order in which an op takes them."""
-    e = spec.experts
-    each = [e.stored_shape(group, sizes.H, sizes.F, sizes.O) for group in e.param_groups]
-    return [(sizes.E, *shape) for shape in each] if e.stacked else [shape for shape in each for _ in range(sizes.E)]
-
-
 def _group(tensors: Sequence[Tensor], stacked: bool, alive: list[object]) -> tuple[int, ...]:
     """(base, stride in bytes, table, offset, row stride) of one parameter group."""
     first = tensors[0]

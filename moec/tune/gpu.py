@@ -21,14 +21,14 @@ from moec.codegen.triton_schedule import candidates
 from moec.errors import OptionError
 from moec.gpu.target import gpu_target
 from moec.ir.dtypes import DTYPES
-from moec.ir.spec import KernelSpec, stored_dtypes
+from moec.ir.spec import KernelSpec
 from moec.runtime.coded import coded_kernel
-from moec.runtime.cpu import param_shapes
 from moec.runtime.triton import load_triton, triton
 from moec.runtime.tune_cache import Key, Made
 from moec.runtime.tune_gpu_cache import gpu_key, gpu_made
 from moec.target import GpuFigures, gpu_figures
 from moec.tune.job import ROUTINGS, Job, routing, wrong_by
+from moec.tune.operands import params_of
 
 _SAMPLE = 0.004  # seconds that the calls of one measurement take together, or
 _FEWEST, _MOST = 3, 40  # at least and at most so many calls
@@ -155,9 +155,7 @@ class GpuBench:
         dtype = DTYPES[self.spec.experts.dtype]
         with torch.device(self.device):
             torch.manual_seed(0)
-            shapes = param_shapes(self.spec, s)
-            kinds = zip(shapes, stored_dtypes(self.spec.experts, len(shapes)), strict=True)
-            self.params = [torch.empty(shape, dtype=kind).normal_(0, 0.02) for shape, kind in kinds]
+            self.params = params_of(self.spec, s)
             self.x = torch.randn(s.T, s.H, dtype=dtype)
             self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.routings = [routing(job, seed).to(self.device) for seed in range(ROUTINGS)]

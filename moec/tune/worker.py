@@ -16,11 +16,12 @@ import torch
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning, default_tuning
 from moec.ir.dtypes import DTYPES
-from moec.ir.spec import KernelSpec, stored_dtypes
-from moec.runtime.cpu import load_kernel, param_shapes
+from moec.ir.spec import KernelSpec
+from moec.runtime.cpu import load_kernel
 from moec.runtime.packed import load_packed
 from moec.tune.gpu import GpuBench
 from moec.tune.job import ROUTINGS, Job, routing, wrong_by
+from moec.tune.operands import params_of
 
 _SAMPLE = 0.004  # seconds of one measurement: short calls are repeated
 
@@ -36,9 +37,7 @@ class Bench:
         self.exact = stored or job.weights == "packed"
         self.kernel = load_kernel(job.spec, dtype) if stored else load_packed(job.spec, job.weights, dtype)
         torch.manual_seed(0)
-        shapes = param_shapes(self.spec, s)
-        kinds = zip(shapes, stored_dtypes(self.spec.experts, len(shapes)), strict=True)
-        self.params = [torch.empty(shape, dtype=kind).normal_(0, 0.02) for shape, kind in kinds]
+        self.params = params_of(self.spec, s)
         self.x = torch.randn(s.T, s.H).to(dtype)
         self.weights = torch.full((s.T, s.k), 1.0 / s.k)
         self.default = default_tuning(self.spec, s, self.kernel.target, job.threads)

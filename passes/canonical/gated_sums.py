@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 from moec.ir.graph import Arg, Graph, Instr, Ref
 from moec.passes.canonical.rewriter import Rewriter, again
-from moec.passes.rows.rows import APART
+from moec.passes.rows.sums import APART, part_of_sum
 
 
 def rule_apart(state: Rewriter, instr: Instr) -> Instr | None:
     """The outermost addition of such a sum."""
-    if instr.word != "add" or instr.types[0].rank < 2 or _goes_on(state.graph, instr):
+    if instr.word != "add" or instr.types[0].rank < 2 or part_of_sum(state.graph, instr):
         return None
     terms = _terms(state, instr)
     gated = [term for term in terms if _is_gated(state, term)]
-    others = [term for term in terms if term not in gated and not _is_zero(state, term)]
+    others = [term for term in terms if term not in gated and not state.is_zero(term)]
     if len(gated) < 2 or not others or any(state.type(t) != instr.types[0] for t in (*gated, *others)):
         return None
     whole = _sum(state, instr, gated[:-1])
@@ -33,9 +33,8 @@ def _terms(state: Rewriter, instr: Instr) -> list[Arg]:
     while pending:
         arg = pending.pop()
         made = state.by(arg, "add")
-        own = isinstance(arg, Ref) and (arg.name not in state.graph.defs or _once(state.graph, arg.name))
         alike = made is not None and all(state.type(a) == instr.types[0] for a in made.args if isinstance(a, Ref))
-        if made is not None and own and alike and made.types == instr.types and APART not in dict(made.attrs):
+        if made is not None and alike and made.types == instr.types and _is_step(state.graph, made):
             pending += reversed(made.args)
         else:
             found.append(arg)
@@ -49,16 +48,10 @@ def _sum(state: Rewriter, instr: Instr, terms: Sequence[Arg]) -> Arg:
     return total
 
 
-def _once(graph: Graph, name: str) -> bool:
-    """Whether one value reads this one, and not as x + x."""
-    users = graph.users.get(name, ())
-    return len(users) == 1 and users[0].args.count(Ref(name)) == 1 and name not in graph.outputs
-
-
-def _goes_on(graph: Graph, instr: Instr) -> bool:
-    """Whether a longer sum takes the value."""
-    users = graph.users.get(instr.results[0], ())
-    return _once(graph, instr.results[0]) and users[0].word == "add" and users[0].types == instr.types
+def _is_step(graph: Graph, add: Instr) -> bool:
+    """Whether an addition, the model's or one that rules made, is a step of the sum that reads it."""
+    emitted = add.results[0] not in graph.defs and APART not in dict(add.attrs)
+    return emitted or part_of_sum(graph, add)
 
 
 def _is_gated(state: Rewriter, arg: Arg) -> bool:
@@ -72,15 +65,20 @@ def _is_gated(state: Rewriter, arg: Arg) -> bool:
 
 
 def _by_expert(state: Rewriter, number: Arg) -> bool:
-    """Whether gates are a column of more, or a mask that asks for a number."""
-    made = state.by(state.behind(number, "reshape", "cast", "same"), "slice", "eq", "mul")
-    if made is None or made.word == "eq":
-        return made is not None
-    if made.word == "mul":
-        return any(_by_expert(state, each) for each in made.args)
-    return made.attr("dim") == made.types[0].rank - 1 and made.types[0].shape[-1] == 1
+    """Whether gates are a column of more, or a mask that asks for a number; or a product of such."""
+    pending, seen = [number], {number}
+    while pending:
+        made = state.by(state.behind(pending.pop(), "reshape", "cast", "same"), "slice", "eq", "mul")
+        if made is None:
+            continue
+        if made.word == "eq" or (made.word == "slice" and _is_column(made)):
+            return True
+        if made.word == "mul":
+            pending += [each for each in made.args if each not in seen]
+            seen.update(made.args)
+    return False
 
 
-def _is_zero(state: Rewriter, arg: Arg) -> bool:
-    made = state.by(arg, "full")
-    return arg in (0, 0.0) if not isinstance(arg, Ref) else made is not None and made.attr("value") == 0.0
+def _is_column(cut: Instr) -> bool:
+    kind = cut.types[0]
+    return cut.attr("dim") == kind.rank - 1 and kind.shape[-1] == 1

@@ -51,6 +51,13 @@ class Rewriter:
             arg = made.args[0]
         return arg
 
+    def is_zero(self, arg: Arg) -> bool:
+        """Whether a value is 0 everywhere."""
+        if not isinstance(arg, Ref):
+            return arg in (0, 0.0)
+        made = self.by(self.behind(arg, "reshape", "expand", "cast", "same"), "full")
+        return made is not None and made.attr("value") == 0.0
+
     def stored(self, arg: Arg) -> bool:
         """Whether a value is an input of floats, or a view of one."""
         arg = self.behind(arg, *STORED)

@@ -45,7 +45,7 @@ def _summed(state: Rewriter, instr: Instr, outermost: Instr, number: Arg | None)
     ids, numbers = {_seen(state, value) for value, _ in pairs}, {e for _, e in pairs}
     if len(ids) != 1 or len(numbers) != len(pairs):
         return None
-    if not _is_zero(state, rest) and not _all_ids(state, pairs[0][0], numbers):
+    if not state.is_zero(rest) and not _all_ids(state, pairs[0][0], numbers):
         return None
     total: Arg | None = None
     for link in reversed(links[1:]):
@@ -117,12 +117,6 @@ def _masked(state: Rewriter, where: Instr, factor: Arg | None) -> tuple[Arg, Arg
             if same and state.type(number).dtype == to:
                 return others, state.emit("mul", (gate, number), state.type(gate))
     return rows, gate
-
-
-def _is_zero(state: Rewriter, arg: Arg) -> bool:
-    """Whether a value is 0 everywhere."""
-    made = state.by(state.behind(arg, *_VIEWS), "full")
-    return arg in (0, 0.0) if not isinstance(arg, Ref) else made is not None and made.attr("value") == 0.0
 
 
 def _all_ids(state: Rewriter, ids: Ref, numbers: set[int]) -> bool:

@@ -32,13 +32,13 @@ from moec.passes.experts.find_cells import find_summed, find_unsummed
 from moec.passes.experts.found import Found, as_trained, idle_is_zero, maps_zero_to_zero, obstacle, say_sum
 from moec.passes.experts.seated import GRID_COMBINING, TAKEN_BACK, match_on_grid, routing_of, say
 from moec.passes.experts.torn import GOES_ON, torn_out
-from moec.passes.grid.chains import part_of_sum
 from moec.passes.grid.picked import match_picked, say_picked
 from moec.passes.grid.rules import with_grids
 from moec.passes.rows.body import NOTHING, BodyMatch, match_body
 from moec.passes.rows.lift import Lifter
 from moec.passes.rows.pairs import Writer
 from moec.passes.rows.rows import Part
+from moec.passes.rows.sums import part_of_sum
 from moec.passes.rows.token_axes import at_choice, names_once, token_axes
 from moec.pipeline import Facts, Miss, Outcome
 

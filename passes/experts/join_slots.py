@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import sympy
 
 from moec.ir.graph import Graph, Instr, Ref, sweep
-from moec.passes.grid.chains import part_of_sum
 from moec.passes.rows.pairs import Writer, joined
+from moec.passes.rows.sums import part_of_sum
 from moec.passes.rows.token_axes import column_of, seen, shaped_like
 from moec.pipeline import Facts, Outcome
 

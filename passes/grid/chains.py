@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moec.ir.graph import Arg, Graph, Instr, Ref
+from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch
 from moec.passes.grid.rows import on_grid
 from moec.passes.grid.stack import merged
 from moec.passes.rows.hot import Hot
 from moec.passes.rows.lift import Lifter
-from moec.passes.rows.rows import APART, Apply, Cast, Gate, Row, Rows, Special, strip
+from moec.passes.rows.rows import Apply, Cast, Gate, Row, Rows, Special, strip
+from moec.passes.rows.sums import APART
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,6 @@ def _added(lifter: Lifter, instr: Instr) -> Iterator[Arg]:
                 pending.append(made)
             else:
                 yield arg
-
-
-def part_of_sum(graph: Graph, instr: Instr) -> bool:
-    """Whether an addition is only a step of a longer one, which reads it once: y + y is no sum of all that y adds."""
-    name, users = instr.results[0], graph.users.get(instr.results[0], ())
-    if instr.word != "add" or APART in dict(instr.attrs) or len(users) != 1 or name in graph.outputs:
-        return False
-    return users[0].word == "add" and users[0].types == instr.types and users[0].args.count(Ref(name)) == 1
 
 
 def _one_number(lifter: Lifter, mul: Instr) -> bool:

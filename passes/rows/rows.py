@@ -11,9 +11,6 @@ from dataclasses import dataclass, replace
 
 from moec.ir.dims import Dim
 
-APART = "apart"
-"""Says of an addition that it is a whole sum of experts' rows, though another addition reads it."""
-
 
 @dataclass(frozen=True)
 class Space:
