@@ -9,7 +9,7 @@ from moe_reference import CLAMPED, make_params, relative, routing
 
 from moec.codegen import backward_plan, cpp, twin
 from moec.codegen.plan import Rows
-from moec.codegen.tuning import Sizes
+from moec.codegen.tuning import Sizes, row_block
 from moec.errors import CodegenError
 from moec.ir.dtypes import DTYPES
 from moec.ir.spec import ExpertsSpec, KernelSpec
@@ -109,13 +109,20 @@ def test_gradients_equal_float64(name):
     kernel = load_backward(str(spec))
     for T, kind in (
         *((0, "random"), (1, "random"), (7, "sentinels"), (13, "same"), (13, "twice"), (200, "random")),
-        *((90, "same"), (90, "sentinels")),
+        *((130, "same"), (90, "sentinels")),
     ):
         check(spec, kernel, 67, 37, 8, 2, T, kind)
     check(spec, kernel, 67, 37, 8, 2, 33, "random", strided=True)
     check(spec, kernel, 32, 48, 4, 4, 13, "random")
     check(spec, kernel, 48, 32, 3, 1, 200, "random")
     check(spec, kernel, 1, 1, 3, 1, 7, "random")
+
+
+@pytest.mark.parametrize("name", ["swiglu_bf16", "oss_f32", "concat_kn_bf16"])
+def test_rows_of_an_expert_are_cut_into_tasks(name):
+    spec = SPECS[name]
+    assert row_block(spec.experts, Target.host()) < 600
+    check(spec, load_backward(str(spec)), 67, 37, 3, 2, 600, "same")
 
 
 @pytest.mark.parametrize("name", ["swiglu_bf16", "oss_f32", "separate_f16", "plain_kn"])

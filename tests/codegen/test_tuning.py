@@ -1,11 +1,13 @@
 """Tunings are values: they print and parse back, refuse what kernels could not run, and candidates are few and fit."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.plan import Rows, Sizes, make_plan
-from moec.codegen.tuning import Tuning, candidates, default_tuning, few_rows
+from moec.codegen.tuning import Tuning, candidates, default_tuning, few_rows, row_block
 from moec.errors import ParseError
 from moec.ir.spec import ExpertsSpec, KernelSpec, RouterSpec
 from moec.target import Target
@@ -82,3 +84,10 @@ def test_long_vectors_stream_weights_while_the_rows_stay_in_the_second_cache():
         "16 registers: packing pays from some rows on, whatever the cache"
     )
     assert few_rows("kn", ExpertsSpec("bf16"), TARGET) == 8
+
+
+def test_long_vectors_take_more_rows_a_task_unless_tiles_do_the_work():
+    long = Target("avx512_bf16", 16, 12, 2, 6, True, (), l2_bytes=1 << 20)
+    amx = replace(long, tiles=True)
+    assert [row_block(ExpertsSpec("bf16"), target) for target in (long, TARGET, amx)] == [512, 192, 192]
+    assert row_block(ExpertsSpec("f32"), amx) == 512, "tiles multiply bf16"
