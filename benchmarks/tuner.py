@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -130,22 +130,29 @@ def show(console: Console, title: str, rows: Sequence[Found]) -> None:
     console.print(table)
 
 
+def cells(asked: argparse.Namespace) -> Iterator[tuple[str, Found]]:
+    """What is asked for, measured one after the other, each with its dtype."""
+    for dtype in asked.dtypes.split(","):
+        for name in asked.layers.split(","):
+            for tokens in map(int, asked.tokens.split(",")):
+                yield dtype, measure(name, dtype, tokens, asked)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table a dtype, write JSON."""
+    """Measure and write JSON after each cell, so that nothing is lost; then print a table a dtype."""
     asked = parse(arguments)
     console, say = Console(), Console(stderr=True, highlight=False)
     console.print(environment_line(), highlight=False)
     found: dict[str, list[Found]] = {}
+    rows: list[dict[str, object]] = []
     with torch.no_grad():
-        for dtype in asked.dtypes.split(","):
-            found[dtype] = [
-                measure(name, dtype, tokens, asked)
-                for name in asked.layers.split(",")
-                for tokens in map(int, asked.tokens.split(","))
-            ]
-            show(console, f"{dtype}, a budget of {asked.budget:g} s", found[dtype])
-    rows = [{"dtype": dtype, **asdict(row), "found": row.share} for dtype, some in found.items() for row in some]
-    say.print(f"wrote {write_json('tuner', {'rows': rows}, asked.out)}")
+        for dtype, row in cells(asked):
+            found.setdefault(dtype, []).append(row)
+            rows.append({"dtype": dtype, **asdict(row), "found": row.share})
+            path = write_json("tuner", {"rows": rows}, asked.out)
+            say.print(f"{row.layer} {dtype} T={row.tokens}: {100 * row.share:.0f} %, written to {path}")
+    for dtype, some in found.items():
+        show(console, f"{dtype}, a budget of {asked.budget:g} s", some)
 
 
 if __name__ == "__main__":
