@@ -21,6 +21,7 @@ from moec.capture.region import regions
 from moec.capture.settle import no_loops_left, settle
 from moec.capture.state import NotRolled
 from moec.describe import Sorted, describe, layers_of, site_name, with_opaque, with_ranks
+from moec.errors import ModelError
 from moec.ir.graph import Graph, sweep
 from moec.ir.text import dump
 from moec.options import Environment, Options, check_mode
@@ -260,8 +261,10 @@ def explain(
     """Compile `model` for these inputs, run it once, and say what was found and done.
 
     `moec_options` are the options of `torch.compile(..., backend="moec", options=…)`.
-    Raises OptionError, and ModelError where the model itself fails on these arguments.
+    Raises OptionError, and ModelError where the model itself fails on these arguments, or cannot be called at all.
     """
+    if not callable(model):
+        raise ModelError(f"the model is {type(model).__name__}, which cannot be called; expected a module or function")
     return explain_call(model, args, kwargs, Options.make(moec_options))
 
 

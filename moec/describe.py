@@ -141,7 +141,8 @@ def _maker(instr: Instr, facts: Facts) -> str:
     if engine == "eager" or not host.compiler:
         return "eager"
     weights = facts.options.engine(training=bool(facts.grad)).weights
-    return host.isa if weights == "stored" else f"{host.isa}_{weights}"
+    stored = weights == "stored" or weights.startswith("fp8")  # of which C++ kernels make no copy
+    return host.isa if stored else f"{host.isa}_{weights}"
 
 
 def capacity_text(capacity: ir.Capacity | None) -> str:

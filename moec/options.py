@@ -113,7 +113,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
             f"option {name}={value!r}{_nearest(str(value), choices)}; expected one of {', '.join(choices)}"
         )
     if not choices and type(value) is not hint:
-        raise OptionError(f"option {name}={value!r} is {type(value).__name__}; expected {hint.__name__}")
+        such = f" such as {_TEXTS[name]!r}" if name in _TEXTS else ""
+        raise OptionError(f"option {name}={value!r} is {type(value).__name__}; expected {hint.__name__}{such}")
 
 
 def _check_tokens(text: str) -> None:
@@ -173,6 +174,9 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
 }
 """Options that take more than their type says."""
 
+_TEXTS = {"weights": "int8:128", "tokens": "1..4096", "experts_over": "world", "placement": "placement.json"}
+"""Options whose value is text, each with one."""
+
 
 def _nearest(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
@@ -202,7 +206,8 @@ class Environment:
 def _cache_dir(env: Mapping[str, str]) -> Path:
     try:
         if env.get("MOEC_CACHE_DIR"):
-            return Path(env["MOEC_CACHE_DIR"]).expanduser()  # a shell does that, a container's settings do not
+            # A shell does that, a container's settings do not; and a loader looks elsewhere for what names no folder.
+            return Path(env["MOEC_CACHE_DIR"]).expanduser().absolute()
         return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moec"
     except RuntimeError as error:  # a container's user without an entry among the system's
         raise OptionError(f"no folder for built kernels: {error}; set MOEC_CACHE_DIR to a path") from error

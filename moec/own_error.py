@@ -30,7 +30,7 @@ def own_errors(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         own = _own_error(model, args, kwargs)
         if own is not None:
             held.records.clear()
-            raise ModelError(f"the model fails on these arguments, with and without moec: {_brief(own)}") from own
+            raise ModelError(f"the model fails on these arguments, with and without moec: {brief(own)}") from own
         raise error
     finally:
         logger.removeFilter(held)
@@ -60,9 +60,12 @@ def _own_error(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     return None
 
 
-def _brief(error: Exception) -> str:
-    """The error in one line, with the last place outside of torch."""
-    inside = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside)]
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and frames[-1].filename != __file__ else ""
+def brief(error: BaseException) -> str:
+    """The error in one line, with the last place in the user's own code: none of torch's, Python's import's or moec's.
+
+    What does not parse names its own place.
+    """
+    not_own = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen ")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_own)]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -71,7 +71,7 @@ class Site:
     location: str = ""
     ir: str = ""
     spec: str = ""
-    proof: str = ""  # proved in 0.12 s: …| proved remembered: … | unproved: why | off
+    proof: str = ""  # proved in 0.12 s: …| proved before: … | unproved: why | off
     checks: tuple[Check, ...] = ()
     choice: tuple[str, ...] = ()
     tokens: str = ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from moec.cli.exchange import Exchange, Place
 from moec.cli.io import console as _console
 from moec.cli.io import print_json as _print_json
 from moec.cli.io import say as _say
+from moec.cli.io import warnings_in_one_line
 from moec.cli.kernels import kernels_command
 from moec.cli.repro import repro_command
 from moec.cli.routes import routes_command
@@ -45,6 +47,14 @@ from moec.cli.types import (
 )
 from moec.cli.verify import verify_command
 from moec.errors import ModelError, MoecError, OptionError, TargetError
+from moec.tools.typed import writable
+
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="PATH", help="Write all of it as one HTML page that needs no other file.", show_default=False
+    ),
+]
 
 app = typer.Typer(
     name="moec",
@@ -119,12 +129,7 @@ def inspect(
     drop_rate: DropRate = None,
     exchange: Exchange = None,
     place: Place = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH", help="Write all of it as one HTML page that needs no other file.", show_default=False
-        ),
-    ] = None,
+    html: Html = None,
     options: OptionPairs = None,
     no_grad: NoGrad = False,
     json: Json = False,
@@ -135,8 +140,8 @@ def inspect(
     from moec.cli.exchange import exchange_asked
     from moec.cli.show import inspect_data, inspect_view
 
-    if html is not None and not html.absolute().parent.is_dir():
-        raise TargetError(f"--html {html}: the folder {html.absolute().parent} does not exist; create it first")
+    if html is not None:
+        writable("--html", html)
     recorded = loads_of(loads, used=capacity or exchange is not None)
     asked = capacity_asked(capacity, tokens, recorded, drop_rate)
     spread = exchange_asked(exchange, recorded, place)
@@ -229,14 +234,15 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. Errors are one line on stderr."""
     debug = "--debug" in arguments
     try:
-        code = app(args=list(arguments), prog_name="moec", standalone_mode=False)
+        with warnings_in_one_line():
+            code = app(args=list(arguments), prog_name="moec", standalone_mode=False)
         if code == STOPPED:  # what typer may make of Ctrl-C
             return _fail("stopped", STOPPED)
         return code if isinstance(code, int) else OK
     except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", STOPPED)
     except _UsageError as error:
-        message = _usage_message(error)
+        message = _usage_message(error, arguments)
         if not message:  # a command without its arguments, whose help has been shown
             return BAD_INPUT
         return _fail(f"{message} (moec --help lists commands, moec COMMAND --help their options)", BAD_INPUT)
@@ -253,9 +259,13 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(f"{kind}{text} (--debug shows where)", BROKEN_PROMISE)
 
 
-def _usage_message(error: Exception) -> str:
+def _usage_message(error: Exception, arguments: Sequence[str]) -> str:
+    """What typer says of it, and the value that it leaves out where an option's is not of its type."""
     format_message: Any = getattr(error, "format_message", error.__str__)
-    return format_message()
+    names: Sequence[str] = getattr(getattr(error, "param", None), "opts", ())
+    words = [part for word in arguments for part in word.split("=", 1)]
+    given = next((value for name, value in pairwise(words) if name in names), None)
+    return format_message() + (f" (given: {given!r})" if given is not None else "")
 
 
 def _fail(message: str, code: int) -> int:

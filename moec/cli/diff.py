@@ -9,6 +9,7 @@ import typer
 
 from moec.cli.io import console, print_json
 from moec.cli.types import BROKEN_PROMISE, OK, Debug, Json, NoGrad, OptionPairs, report_of
+from moec.tools.typed import parse_options
 
 if TYPE_CHECKING:
     from moec.tools.runs import Run
@@ -42,6 +43,8 @@ def diff_command(
     """
     from moec.tools.runs import compare
 
+    if other is not None:
+        parse_options(other, "--other")  # before A is compiled
     left = _run(a, options, no_grad, "A")
     right = _run(b or a, options if other is None else other, no_grad, "B")
     found = compare(left, right)

@@ -10,6 +10,7 @@ import typer
 
 from moec.cli.io import say
 from moec.errors import TargetError
+from moec.tools.typed import writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,6 +78,6 @@ def exchange_asked(exchange: str | None, loads: tuple[Load, ...], place: Path | 
         return None
     if place is not None and not loads:
         raise TargetError(f"--place {place}: needs --loads FILE with choices, as `moec routes --choices 4096` records")
-    if place is not None and not place.absolute().parent.is_dir():
-        raise TargetError(f"--place {place}: the folder {place.absolute().parent} does not exist; create it first")
+    if place is not None:
+        writable("--place", place)
     return Wanted(Cluster.parse(exchange), loads, place)

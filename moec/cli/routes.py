@@ -10,8 +10,7 @@ import typer
 
 from moec.cli.io import console, print_json, say
 from moec.cli.types import BROKEN_PROMISE, OK, Debug, Json, OptionPairs, TargetArgument
-from moec.errors import TargetError
-from moec.tools.typed import parse_options
+from moec.tools.typed import parse_options, writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,8 +50,8 @@ def routes_command(
     from moec.tools.loading import load, load_batches
     from moec.tools.routes import record
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise TargetError(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
+    if out is not None:
+        writable("--out", out)
     wanted = Options.make(parse_options(options or []))
     loaded = load(target)
     given: list[Batch] = [(loaded.args, loaded.kwargs)]

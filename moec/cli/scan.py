@@ -47,7 +47,7 @@ def scan_command(
     ] = None,
     inputs: INPUTS = None,
     options: OptionPairs = None,
-    no_grad: Annotated[bool, typer.Option("--grad/--no-grad", help="As for training, or for inference.")] = False,
+    grad: Annotated[bool, typer.Option("--grad/--no-grad", help="As for training, or for inference.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -60,7 +60,7 @@ def scan_command(
     from moec.options import Options
 
     wanted = Options.make(parse_options(options or []))
-    with console(stderr=True).status(f"reading {what}") as status, torch.set_grad_enabled(no_grad):
+    with console(stderr=True).status(f"reading {what}") as status, torch.set_grad_enabled(grad):
         found = _scan(what, args or [], inputs or [], wanted, lambda name: status.update(f"scanning {name}"))
     if json:
         print_json([_data(each) for each in found])

@@ -13,6 +13,7 @@ from moec.cli.io import console, print_json, say
 from moec.cli.types import Debug, Json
 from moec.errors import OptionError, TargetError
 from moec.ir.engine import check_weights
+from moec.tools.typed import seconds_given, writable
 
 if TYPE_CHECKING:
     from moec.codegen.tuning import Sizes
@@ -57,15 +58,27 @@ def tune_command(
     debug: Debug = False,
 ) -> int:
     """Measure the candidates of each layer's kernels and keep the fastest; stopped or killed, it continues later."""
+    if plot is not None:
+        writable("--plot", plot)
     if what == "report":
         return _report(plot, json)
-    if budget <= 0:
-        raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
+    seconds_given("--budget", budget)
     check_weights(weights)
     if target:
+        _check_modelled(target, device, plot)
         return _modelled(what, target, tokens, sizes, budget, weights, json)
+    if weights.startswith("fp8") and not device:
+        raise OptionError(f"--weights {weights}: C++ kernels read no such copy; give --device cuda, or int8")
     jobs = [replace(job, weights=weights, device=_device(device)) for job in _jobs(what, tokens, profile, sizes)]
     return _measured(jobs, budget, plot, json)
+
+
+def _check_modelled(target: str, device: str, plot: Path | None) -> None:
+    """Without the GPU nothing is measured; raises OptionError for what would be left unused."""
+    if device:
+        raise OptionError(f"--device {device}: of no use with --target {target}, which measures nothing; give one")
+    if plot is not None:
+        raise OptionError(f"--plot {plot}: of no use with --target {target}, which measures nothing; leave it out")
 
 
 def _device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,7 @@ def requests(what: str, target: GpuTarget, sizes: str, config: Sequence[tuple[st
 
     Raises OptionError, TargetError.
     """
-    if " -> " in what and "experts{" in what:
+    if "experts{" in what:
         spec = parse_spec(what)
         return [("spec", Request(spec, parse_sizes(spec, sizes), target, tuple(config)))]
     return [
@@ -112,21 +113,22 @@ def compile_layers(
     """Compile every kernel of every request, as many at a time as there are cores; `only`: kernels of these names."""
     wanted = [(name, request, _wanted(kernel_jobs(request), only)) for name, request in named]
     total = sum(len(jobs) for _, _, jobs in wanted)
-    done = 0
+    done = itertools.count(1)  # of several threads
 
     def compiled(request: Request, one: KernelJob) -> Kernel:
-        nonlocal done
         result = compile_offline(one.job, request.target, cache_dir, timeout)
-        done += 1
-        progress(done, total)
+        progress(next(done), total)
         return Kernel(one.launch.kernel, tuple(one.launch.grid), result)
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         running = [[pool.submit(compiled, request, one) for one in jobs] for _, request, jobs in wanted]
-        return [
-            Layer(name, request, tuple(future.result() for future in futures))
-            for (name, request, _), futures in zip(wanted, running, strict=True)
-        ]
+        try:
+            return [
+                Layer(name, request, tuple(future.result() for future in futures))
+                for (name, request, _), futures in zip(wanted, running, strict=True)
+            ]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # who stops it waits for those at work, not for all
 
 
 def _wanted(jobs: Sequence[KernelJob], only: Collection[str]) -> list[KernelJob]:

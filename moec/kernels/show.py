@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from moec.errors import OptionError
 from moec.gpu.target import gpu_target
 from moec.kernels.compiled import Layer, compile_layers, requests
 from moec.kernels.jobs import Request, parse_config
 from moec.kernels.view import NOTE, diff_view, layer_view, text_diff, text_of
 from moec.options import Environment
+from moec.tools.typed import seconds_given
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ class KernelsCommand:
     timeout: float
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise OptionError(f"--timeout {self.timeout:g} is not a positive number of seconds")
+        seconds_given("--timeout", self.timeout)
 
 
 def run_kernels(command: KernelsCommand, console: Console) -> list[tuple[Layer, Layer | None]]:

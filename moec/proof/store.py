@@ -45,7 +45,7 @@ class Verdict:
     def __str__(self) -> str:
         if self.status != "proved":
             return self.status + (f": {self.reason}" if self.reason else "")
-        how = "remembered" if self.remembered else f"in {self.seconds:.2f} s"
+        how = "before" if self.remembered else f"in {self.seconds:.2f} s"
         return f"proved {how}: {len(self.routings)} routings, largest error {self.error:.0e}"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moec.codegen import twin
-from moec.errors import BuildError, CodegenError, MoecError
+from moec.errors import BuildError, CodegenError, MoecError, OptionError
 from moec.ir.dtypes import DTYPE_NAMES
 from moec.ir.engine import Engine
 from moec.ir.spec import KernelSpec
@@ -84,7 +84,7 @@ def _kernel(spec: str, mode: Engine, device: torch.device, router_dtype: torch.d
     if engine == "eager":
         return None
     if engine == "cpp" and device.type != "cpu":
-        raise CodegenError(f"engine 'cpp' has kernels for cpu only, got tensors on {device}; use engine 'auto'")
+        raise OptionError(f"option kernels='cpp': has kernels for cpu only, got tensors on {device}; use 'auto'")
     if engine == "auto":
         return _kernel_or_warning(spec, device, router_dtype, mode.combine, mode.schedule)
     triton = engine == "triton"

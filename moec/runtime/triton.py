@@ -26,7 +26,7 @@ from moec.codegen.triton_launch import buffer_formula, program
 from moec.codegen.triton_operands import Operands
 from moec.codegen.triton_schedule import scheduled
 from moec.codegen.triton_views import undescribable
-from moec.errors import BuildError, CodegenError
+from moec.errors import BuildError, CodegenError, OptionError
 from moec.ir.bounds import in_tokens
 from moec.ir.dtypes import DTYPE_NAMES, DTYPES
 from moec.ir.formulas import capacity_at
@@ -45,12 +45,12 @@ def load_triton(spec: str, device: torch.device, combine: str = "ordered", sched
 
     `schedule` says how the grouped products run (`moec.codegen.triton_schedule`).
 
-    Raises CodegenError where the spec has no kernel, or where the device is the CPU and the interpreter is off.
+    Raises CodegenError where the spec or the device has no kernels, OptionError on a CPU without the interpreter.
     """
     knobs = triton().knobs
     if device.type == "cpu" and not knobs.runtime.interpret:
-        raise CodegenError(
-            "kernels='triton' on CPU tensors runs in Triton's interpreter, which is off: "
+        raise OptionError(
+            "option kernels='triton': on CPU tensors it runs in Triton's interpreter, which is off: "
             "set TRITON_INTERPRET=1 before Python starts, or move the model to a GPU, or use kernels='auto'"
         )
     if device.type not in ("cpu", "cuda"):

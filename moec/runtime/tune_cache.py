@@ -249,9 +249,12 @@ def store(entries: Sequence[Entry], where: Path | None = None) -> None:
     """Keep entries: each file is replaced as a whole, by one process at a time. Raises OSError where that fails."""
     where = where or folder()
     where.mkdir(parents=True, exist_ok=True)
-    with FileLock(where / ".lock"):
-        for entry in entries:
-            write_whole(_place(where, entry), entry.to_line() + "\n")
+    try:
+        with FileLock(where / ".lock"):
+            for entry in entries:
+                write_whole(_place(where, entry), entry.to_line() + "\n")
+    except NotImplementedError as error:  # what a lock raises on a file system without any
+        raise OSError(f"{where}: {error}") from error
     _load.cache_clear()
 
 

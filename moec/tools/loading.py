@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from moec.errors import TargetError
+from moec.own_error import brief
 
 SHAPE = "expected (model, args) or (model, args, kwargs)"
 FORMS = "expected module:callable or file.py:callable, for example model.py:make"
@@ -71,8 +71,8 @@ def _with_submodules(module: ModuleType) -> list[ModuleType]:
     for each in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{module.__name__}.", onerror=lambda _: None):
         try:
             found.append(importlib.import_module(each.name))
-        except Exception as error:
-            warnings.warn(f"moec: {each.name} is left out: {_brief(error)}", RuntimeWarning, stacklevel=2)
+        except (Exception, SystemExit) as error:
+            warnings.warn(f"moec: {each.name} is left out: {brief(error)}", RuntimeWarning, stacklevel=2)
     return found
 
 
@@ -114,9 +114,9 @@ def _from_file(place: str) -> ModuleType:
     _search(path.resolve().parent)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        raise TargetError(f"target file {place!r} fails on import: {_brief(error, str(path.resolve()))}") from error
+        raise TargetError(f"target file {place!r} fails on import: {brief(error)}") from error
     return module
 
 
@@ -128,9 +128,9 @@ def _from_module(place: str) -> ModuleType:
         if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
             here = f"; did you mean the file {place}.py?" if Path(f"{place}.py").is_file() else ""
             raise TargetError(f"no module {place!r} on the path or in {Path.cwd()}{here}; {FORMS}") from error
-        raise TargetError(f"module {place!r} fails on import: {_brief(error)}") from error
-    except Exception as error:
-        raise TargetError(f"module {place!r} fails on import: {_brief(error)}") from error
+        raise TargetError(f"module {place!r} fails on import: {brief(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"module {place!r} fails on import: {brief(error)}") from error
 
 
 def _search(folder: Path) -> None:
@@ -156,8 +156,8 @@ def _find(target: str, module: ModuleType, name: str) -> Callable[[], Any]:
 def _call(target: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except Exception as error:
-        raise TargetError(f"target {target!r}: the call without arguments failed: {_brief(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"target {target!r}: the call without arguments failed: {brief(error)}") from error
 
 
 def _checked(target: str, made: Any) -> Target:
@@ -173,12 +173,3 @@ def _checked(target: str, made: Any) -> Target:
     if not isinstance(kwargs, Mapping):
         raise TargetError(f"target {target!r}: kwargs is {type(kwargs).__name__}, expected a dict")
     return Target(model, tuple(cast("tuple[Any, ...]", args)), cast("Mapping[str, Any]", kwargs))
-
-
-def _brief(error: Exception, file: str = "") -> str:
-    """The error in one line, with the last place in the user's own code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename == file] or [f for f in frames if f.filename != __file__]
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}{where}"

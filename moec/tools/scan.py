@@ -19,6 +19,7 @@ from moec.capture.breaks import Mark
 from moec.errors import TargetError
 from moec.ir.dtypes import GRAPH_DTYPES, GRAPH_NAMES
 from moec.options import Options
+from moec.own_error import brief
 from moec.passes.raising.raise_graph import Raised, fake
 from moec.pipeline import Facts
 from moec.report import Report
@@ -133,13 +134,19 @@ def _scan(made: Made, inputs: Sequence[Tensor], options: Options) -> Scanned:
                 with _quiet():
                     report = dry_run(Target(model, args, {}), options)
             except Exception as error:
-                why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                why = why or brief(_cause(error))
                 continue
             found = Scanned(name, report, _shapes(args))
             if report.sites:
                 return found
             plain = plain or found
     return plain or Scanned(name, why=why or "no input was found that it takes; give one with --input")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What Dynamo was told: its own errors explain themselves first, and name the cause last."""
+    inner = error.__cause__ or error.__context__
+    return _cause(inner) if inner is not None and type(error).__module__.startswith("torch._dynamo") else error
 
 
 @contextmanager

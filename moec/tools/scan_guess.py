@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moec.own_error import brief
+
 DESCENDING, EVEN = (64, 32, 16, 8, 4, 2), (8, 8, 8, 8, 8, 8)
 """Sizes for a constructor's integers, in its own order: large ones mostly come first."""
 
@@ -42,7 +44,7 @@ def instances_of(cls: type[nn.Module], given: Mapping[str, Any]) -> Made:
             with torch.device("meta"):
                 models.append(cls(**arguments).eval())
         except Exception as error:
-            why = why or f"cannot be made: {type(error).__name__}: {' '.join(str(error).split())[:120]}; give --args"
+            why = why or f"cannot be made: {brief(error)}; give --args"
             continue
         if not any(isinstance(value, int) for name, value in arguments.items() if name not in given):
             break

@@ -1,12 +1,15 @@
-"""What people type, as values: `--options key=value` pairs, sizes of layers. Errors are OptionError, one line."""
+"""What people type, as values: `--options key=value` pairs, sizes of layers, files to write. Errors are one line."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from moec.errors import OptionError
+from moec.errors import OptionError, TargetError
 
 if TYPE_CHECKING:
     from moec.codegen.tuning import Sizes
@@ -29,8 +32,8 @@ class DemoSize:
     budget: float
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`kernels=eager`, `fuel=3` → typed values, checked as torch.compile's own options are."""
+def parse_options(pairs: Sequence[str], option: str = "--options") -> dict[str, Any]:
+    """`kernels=eager`, `fuel=3` → typed values, checked as torch.compile's own options are; given by `option`."""
     from moec.options import Options
 
     hints = get_type_hints(Options)
@@ -38,8 +41,11 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in (part for text in pairs for part in text.split(",")):
         name, equals, text = pair.partition("=")
         if not equals:
-            raise OptionError(f"--options {pair!r} is not key=value; for example --options kernels=eager,fuel=3")
-        values[name.strip()] = _typed(name.strip(), text.strip(), hints.get(name.strip()))
+            raise OptionError(f"{option} {pair!r} is not key=value; for example {option} kernels=eager,fuel=3")
+        name, value = name.strip(), _typed(name.strip(), text.strip(), hints.get(name.strip()))
+        if values.get(name, value) != value:
+            raise OptionError(f"{option} {pair!r}: {name} is {values[name]!r} already; give one of them")
+        values[name] = value
     Options.make(values)
     return values
 
@@ -95,9 +101,26 @@ def demo_size(tokens: str, dtype: str, hidden: int, width: int, experts: int, to
             raise OptionError(f"{name} {value} is too small; expected 1 or more")
     if top_k > experts:
         raise OptionError(f"--top-k {top_k} is more than --experts {experts}; choose at most as many as there are")
-    if budget <= 0:
-        raise OptionError(f"--budget {budget} is not a positive number of seconds; for example --budget 60")
-    return DemoSize(token_counts(tokens), dtype, hidden, width, experts, top_k, budget)
+    return DemoSize(token_counts(tokens), dtype, hidden, width, experts, top_k, seconds_given("--budget", budget))
+
+
+def seconds_given(option: str, value: float) -> float:
+    """A finite number of seconds above 0; raises OptionError."""
+    if not (math.isfinite(value) and value > 0):
+        raise OptionError(f"{option} {value:g} is not a positive number of seconds; for example {option} 60")
+    return value
+
+
+def writable(option: str, path: Path) -> Path:
+    """`path`, where a file can be written there; raises TargetError before anything is computed for it."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise TargetError(f"{option} {path}: the folder {folder} does not exist; create it first")
+    if path.is_dir():
+        raise TargetError(f"{option} {path}: that is a folder; expected the path of a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise TargetError(f"{option} {path}: cannot be written by this user; choose another place")
+    return path
 
 
 def token_counts(text: str) -> tuple[int, ...]:

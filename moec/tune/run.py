@@ -78,9 +78,7 @@ def tune(
     progress: Callable[[float, int], None] = lambda spent, measured: None,
 ) -> Result:
     """Search for `budget` seconds of measuring, check the winner, keep it. Raises MoecError where nothing runs."""
-    folder = Environment.read().cache_dir / "tuning"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = journal_path(job, folder)
+    path = journal_path(job, _folder())
     with _alone(path):
         journal = _open(path, job)
         if job.device:
@@ -90,12 +88,27 @@ def tune(
         try:
             decision = _run(journal, worker, budget, progress)
             decision = _checked(journal, worker, decision)
+            entry = _entry(job, journal, decision)
+        except MoecError:
+            journal.path.unlink(missing_ok=True)  # what failed for the moment's sake is to be tried again
+            raise
         finally:
             worker.close()
-        entry = _entry(job, journal, decision)
         tune_cache.store([entry])
         journal.path.replace(path.with_suffix(".done"))
     return Result(entry, journal.texts, decision, journal.resumed)
+
+
+def _folder() -> Path:
+    """Where journals are; raises TargetError where that cannot be made."""
+    folder = Environment.read().cache_dir / "tuning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(
+            f"no journal can be kept in {folder}: {error}; set MOEC_CACHE_DIR to another folder"
+        ) from error
+    return folder
 
 
 @contextmanager

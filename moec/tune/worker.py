@@ -112,10 +112,11 @@ class Worker:
 
     def _start(self) -> tuple[str, Any]:
         context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=self._serving, args=(child, self._job), daemon=True)
-        self._process.start()
+        pipe, child = context.Pipe()
+        process = context.Process(target=self._serving, args=(child, self._job), daemon=True)
+        process.start()
         child.close()
+        self._pipe, self._process = pipe, process
         return self._question("start", "", 10 * self._patience)
 
     def _question(self, word: str, text: str, patience: float) -> tuple[str, Any]:

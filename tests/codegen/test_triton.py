@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moec.errors import CodegenError
+from moec.errors import OptionError
 from moec.ir.spec import ExpertsSpec, KernelSpec
 from moec.runtime.triton import load_triton
 
@@ -65,5 +65,5 @@ def test_on_a_gpu(name):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on")
 def test_without_the_interpreter_cpu_tensors_are_an_error_that_says_so():
-    with pytest.raises(CodegenError, match="TRITON_INTERPRET=1"):
+    with pytest.raises(OptionError, match="TRITON_INTERPRET=1"):
         load_triton(str(KernelSpec(ExpertsSpec())), torch.device("cpu"))

@@ -40,6 +40,7 @@ def test_values_given(values):
         ({"verify": 1}, "option verify=1 is int; expected bool"),
         ({"verify": "yes"}, "option verify='yes' is str; expected bool"),
         ({"fuel": True}, "option fuel=True is bool; expected int"),
+        ({"tokens": 4096}, r"option tokens=4096 is int; expected str such as '1\.\.4096'"),
         ({"fuel": 1.5}, "option fuel=1.5 is float; expected int"),
         ({"fuel": -5}, "option fuel=-5: expected a number of rewrites, or -1 for no limit"),
         (
@@ -65,6 +66,7 @@ def test_environment():
     empty = Environment.read({})
     assert empty == Environment(Path.home() / ".cache" / "moec", None, None)
     assert Environment.read({"XDG_CACHE_HOME": "/c"}).cache_dir == Path("/c/moec")
+    assert Environment.read({"MOEC_CACHE_DIR": "."}).cache_dir == Path.cwd()
     given = {"MOEC_CACHE_DIR": "/m", "XDG_CACHE_HOME": "/c", "MOEC_CPU_ISA": "plain", "CXX": "clang++"}
     assert Environment.read(given) == Environment(Path("/m"), "plain", "clang++")
     assert Environment.read({"MOEC_CACHE_DIR": "", "MOEC_CPU_ISA": "", "CXX": ""}) == empty

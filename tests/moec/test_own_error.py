@@ -53,6 +53,11 @@ def test_errors_of_the_model_are_one_line(args, kwargs, says):
     assert "\n" not in str(caught.value)
 
 
+def test_what_cannot_be_called_is_named():
+    with pytest.raises(ModelError, match="the model is NoneType, which cannot be called"):
+        moec.explain(None, torch.randn(2, 4))
+
+
 def fails_in_the_compiler():
     with own_errors(Layer(), (torch.randn(2, 4),), {}):
         LOGGER.error("what torch says")

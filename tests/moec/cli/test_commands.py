@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,18 @@ def tiny(tmp_path):
         (["explain", "{tiny}:make", "--options", "kernel=cpp"], ["unknown option 'kernel'", "did you mean 'kernels'?"]),
         (["explain", "{tiny}:make", "--options", "kernels"], ["not key=value"]),
         (["explain", "{tiny}:make", "--options", "fuel=x"], ["fuel='x' is not a number"]),
+        (["explain", "{tiny}:make", "--options", "fuel=1,fuel=2"], ["'fuel=2'", "fuel is 1 already"]),
+        (["explain", "{tiny}:make", "--options", "kernels=triton"], ["option kernels='triton'", "TRITON_INTERPRET=1"]),
         (["inspect", "{tiny}:make", "--html", "/nonexistent/a.html"], ["does not exist"]),
+        (["inspect", "{tiny}:make", "--html", "/tmp"], ["--html /tmp", "is a folder; expected the path of a file"]),
         (["inspect"], ["Missing argument 'TARGET'"]),
         (["inspect", "x:y", "--pases"], ["No such option"]),
         (["unheard"], ["No such command 'unheard'"]),
         (["demo", "--dtype", "f99"], ["--dtype 'f99'"]),
         (["demo", "--tokens", "1,x"], ["--tokens '1,x'"]),
+        (["demo", "--budget", "nan"], ["--budget nan is not a positive number of seconds"]),
+        (["demo", "--budget", "soon"], ["'--budget'", "(given: 'soon')"]),
+        (["demo", "--hidden=wide"], ["'--hidden'", "(given: 'wide')"]),
         (["demo", "--top-k", "9", "--experts", "8"], ["--top-k 9"]),
     ],
 )
@@ -179,6 +186,26 @@ def test_python_m_moec_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "moec", "explain", "x"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("moec: error: target 'x'")
+
+
+WARNS = """
+import sys, warnings
+def make():
+    for text in ("moec: first\\nsecond", "someone else's"):
+        sys.stderr.write(warnings.formatwarning(text, RuntimeWarning, "place.py", 3))
+    raise SystemExit(3)
+"""
+
+
+def test_own_warnings_are_one_line_without_their_source_and_a_target_that_exits_is_bad_input(tmp_path, capsys):
+    (tmp_path / "warns.py").write_text(WARNS)
+    usual = warnings.formatwarning
+    assert cli.run(["explain", f"{tmp_path}/warns.py:make"]) == cli.BAD_INPUT
+    own, *others, error = capsys.readouterr().err.splitlines()
+    assert own == "moec: warning: first second"
+    assert "place.py:3: RuntimeWarning: someone else's" in others[0]
+    assert "the call without arguments failed: SystemExit: 3" in error
+    assert warnings.formatwarning is usual
 
 
 def test_no_grad_compiles_for_inference(tiny, capsys):

@@ -88,6 +88,8 @@ def test_too_much_shared_memory_is_a_broken_promise(capsys):
         ((SPEC, "--sizes", SIZES, "--timeout", "0"), "--timeout 0"),
         (("experts{dtype=f8} -> bf16", "--sizes", SIZES), "f8"),
         (("experts{size=3} -> bf16", "--sizes", SIZES), "unknown field 'size'"),
+        (("experts{dtype=bf16}", "--sizes", SIZES), "expected it to end in ' -> f32|bf16|f16'"),
+        ((SPEC, "--sizes", SIZES, "--timeout", "nan"), "--timeout nan"),
         (("absent.py:make",), "does not exist"),
     ],
 )

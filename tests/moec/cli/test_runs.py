@@ -291,11 +291,12 @@ def test_figures_of_loads(tmp_path):
     ("arguments", "words"),
     [
         (["diff", "none.json", "{model}:one"], ["none.json cannot be read as a run"]),
-        (["diff", "{model}:one", "--other", "fuel"], ["not key=value"]),
+        (["diff", "{model}:one", "--other", "fuel"], ["--other 'fuel' is not key=value"]),
         (["bisect", "{model}:one", "--tolerance", "0"], ["--tolerance 0 is not positive"]),
         (["bisect", "{model}:two"], ["'two' is not defined"]),
         (["repro", "{model}:one", "9", "--out", "/tmp/x.py"], ["no fused layer '9'; there are: 0"]),
         (["repro", "{model}:one", "--out", "/nowhere/x.py"], ["/nowhere does not exist"]),
+        (["repro", "{model}:one", "--out", "/tmp"], ["--out /tmp: that is a folder"]),
         (["repro", "{model}:one", "--tokens", "0"], ["--tokens 0 is too small"]),
         (["routes", "{model}:one", "--out", "/nowhere/x"], ["/nowhere does not exist"]),
         (["routes", "{model}:one", "--batches", "{model}:none"], ["gave none"]),

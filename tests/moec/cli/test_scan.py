@@ -113,6 +113,13 @@ def test_arguments_and_inputs_can_be_given(source, capsys):
     assert found["Sized"]["report"]["sites"][0]["num_experts"] == 6
 
 
+def test_an_input_that_does_not_fit_is_the_model_s_own_error(source, capsys):
+    code, found = scan(capsys, f"{source}:Dense", "--args", "width=8", "--input", "f32[2, 9]")
+    assert code == cli.BROKEN_PROMISE
+    assert found["Dense"]["why"].startswith("RuntimeError: ")
+    assert "[2, 9]" in found["Dense"]["why"]
+
+
 def test_what_holds_no_layer_keeps_no_promise(source, capsys):
     assert cli.run(["scan", f"{source}:Dense"]) == cli.BROKEN_PROMISE
     assert "no MoE layer" in capsys.readouterr().out

@@ -23,6 +23,8 @@ def no_tuple(): return torch.nn.Linear(2, 3), torch.ones(1)
 def no_dict(): return torch.nn.Linear(2, 3), (), 5
 def fails(): raise ValueError("no\\nweights")
 def needs(x): return x
+def leaves(): raise SystemExit("no weights")
+def fails_in_torch(): return torch.nn.Flatten(0)(torch.ones(3).unflatten(0, (1, 3)).unsqueeze(0).reshape(7))
 """
 
 
@@ -30,10 +32,12 @@ def needs(x): return x
 def folder(tmp_path, monkeypatch):
     (tmp_path / "good_target.py").write_text(GOOD)
     (tmp_path / "bad_target.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "torn_target.py").write_text("def make(:\n")
+    (tmp_path / "exits_target.py").write_text("import sys\nsys.exit(4)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in [n for n in sys.modules if n.endswith(("good_target", "bad_target"))]:
+    for name in [n for n in sys.modules if n.endswith("_target")]:
         sys.modules.pop(name)
 
 
@@ -70,6 +74,11 @@ def test_absolute_path_and_kwargs(folder):
         ("good_target.py:needs", ["the call without arguments failed", "'x'"]),
         ("bad_target.py:make", ["fails on import", "nothing_of_that_name", "bad_target.py:1"]),
         ("bad_target:make", ["fails on import", "nothing_of_that_name"]),
+        ("torn_target.py:make", ["fails on import: SyntaxError: invalid syntax (torn_target.py, line 1)"]),
+        ("exits_target.py:make", ["fails on import: SystemExit: 4", "exits_target.py:2"]),
+        ("exits_target:make", ["fails on import: SystemExit: 4", "exits_target.py:2"]),
+        ("good_target.py:leaves", ["the call without arguments failed: SystemExit: no weights", "good_target.py:"]),
+        ("good_target.py:fails_in_torch", ["RuntimeError: shape '[7]' is invalid", "good_target.py:"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, target, words):

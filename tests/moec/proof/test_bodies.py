@@ -129,7 +129,7 @@ def test_sorting_rows_is_proved(kind, grad, routings):
 def test_the_verdict_is_remembered_on_disk(monkeypatch):
     assert explained(*made(Layer)).proof.startswith("proved in")
     monkeypatch.setattr(compare.Runner, "trial", pytest.fail)
-    assert explained(*made(Layer)).proof.startswith("proved remembered: 3 routings")
+    assert explained(*made(Layer)).proof.startswith("proved before: 3 routings")
 
 
 def backwards(choice, experts, k, slots_first):

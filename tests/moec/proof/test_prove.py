@@ -93,8 +93,8 @@ def test_a_verdict_is_remembered_on_disk_and_forgotten_when_moec_changes(monkeyp
     model, x = made(Loop), torch.randn(T, H)
     assert explained(model, x).sites[0].proof.startswith("proved in")
     monkeypatch.setattr(compare.Runner, "trial", pytest.fail)
-    assert explained(model, x).sites[0].proof.startswith("proved remembered: 3 routings")
-    assert explained(made(Loop), x * 2).sites[0].proof.startswith("proved remembered")
+    assert explained(model, x).sites[0].proof.startswith("proved before: 3 routings")
+    assert explained(made(Loop), x * 2).sites[0].proof.startswith("proved before")
 
 
 def test_a_changed_matcher_forgets(tmp_path, monkeypatch):

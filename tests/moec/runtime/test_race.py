@@ -112,6 +112,17 @@ def test_a_winner_that_cannot_be_kept_is_used(monkeypatch, tmp_path):
     assert calls[-1] is None
 
 
+def test_a_file_system_without_locks_keeps_nothing_and_says_so_as_a_full_one_does(monkeypatch):
+    entry, _, _ = race(monkeypatch, lambda kernel, runner: 1e-3)
+
+    def no_locks(path):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(tune_cache, "FileLock", no_locks)
+    with pytest.raises(OSError, match="tuned: no flock here"):
+        tune_cache.store([entry])
+
+
 def test_a_long_call_does_not_race_for_long(monkeypatch):
     _, _, calls = race(monkeypatch, lambda kernel, runner: 1.0 if runner is None else 0.5)
     assert calls.count(None) == 2

@@ -157,6 +157,20 @@ def test_a_winner_with_wrong_results_is_not_kept():
         tune(JOB, 1e9, lambda job: Steady(job, wrong=every))
 
 
+def test_a_failure_of_the_default_is_not_remembered(folder):
+    every = [str(t) for t in candidates(KernelSpec.parse(JOB.spec), JOB.sizes, Target.host(), JOB.threads)]
+    with pytest.raises(MoecError, match="default plan cannot be used"):
+        tune(JOB, 1e9, lambda job: Steady(job, wrong=every))
+    assert not list((folder / "tuning").glob("*.jsonl"))
+    assert tune(JOB, 1e9, Steady).resumed == 0
+
+
+def test_a_cache_that_cannot_be_written_is_bad_input(folder):
+    (folder / "tuning").touch()
+    with pytest.raises(TargetError, match=r"tuning: .*set MOEC_CACHE_DIR"):
+        tune(JOB, 1e9, Steady)
+
+
 def test_a_crash_and_a_hang_cost_one_candidate_each():
     job = replace(JOB, sizes=Sizes(400, 256, 128, 16, 4))
     texts = [str(t) for t in candidates(KernelSpec.parse(job.spec), job.sizes, Target.host(), job.threads)]
@@ -302,7 +316,12 @@ def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path, seed
         ),
         (["experts{} -> f32", "--profile", "ziff"], ["profile 'ziff'"]),
         (["experts{} -> f32", "--budget", "0"], ["--budget 0"]),
+        (["experts{} -> f32", "--budget", "nan"], ["--budget nan"]),
         (["experts{} -> f32", "--weights", "int4"], ["weights='int4'"]),
+        (["experts{} -> f32", "--weights", "fp8"], ["--weights fp8", "--device cuda"]),
+        (["experts{} -> f32", "--target", "sm_90", "--device", "cuda"], ["--device cuda", "--target sm_90"]),
+        (["experts{} -> f32", "--target", "sm_90", "--plot", "a.png"], ["--plot a.png", "--target sm_90"]),
+        (["report", "--plot", "/nonexistent/a.png"], ["--plot", "/nonexistent does not exist"]),
         (["nowhere.py:make"], ["does not exist"]),
         (["experts{} -> f32", "--tokens", "0"], ["--tokens '0'"]),
     ],
