@@ -50,6 +50,13 @@ def serve(pipe, job):
         pipe.send(("ok", "" if word == "check" else seconds_of(text)))
 
 
+def answer_once(pipe):
+    """Say that it is ready, and answer a question."""
+    pipe.send("ready")
+    pipe.recv()
+    pipe.send("yes")
+
+
 def main():
     """A search that says on stdout whenever it has measured: to be killed."""
     tune(JOB, 1e9, Steady, lambda spent, measured: print(measured, flush=True) or time.sleep(0.002))

@@ -22,6 +22,7 @@ from unittest import mock
 
 from torch import Tensor
 
+from moec.children import start_child
 from moec.compare.measure import Ceilings, Layer, Timing, interleaved, summary
 from moec.compare.worker import Built, serve
 
@@ -151,7 +152,7 @@ def _started(way: Way) -> Generator[Worker]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, way.build, way.args), name=f"moec {way.name}")
-    process.start()
+    start_child(process)
     there.close()
     worker = Worker(way, process, here)
     try:

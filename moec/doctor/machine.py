@@ -23,6 +23,7 @@ from rich.text import Text
 from moec.codegen.build import compiler_version
 from moec.errors import MoecError
 from moec.options import Environment
+from moec.own_error import brief
 from moec.runtime.nodes import nodes
 from moec.target import Target
 from moec.view.fitting import FittingTable
@@ -51,6 +52,8 @@ def checks() -> list[Check]:
             results.append(check())
         except MoecError as error:
             results.append(Check(check.__name__.strip("_"), "broken", str(error), "follow the message"))
+        except (OSError, ValueError, LookupError) as error:  # no temporary folder, a library's words on stdout, …
+            results.append(Check(check.__name__.strip("_"), "broken", brief(error), "follow the message"))
     return results
 
 

@@ -10,6 +10,7 @@ from multiprocessing import get_context
 
 import torch
 
+from moec.children import start_child
 from moec.codegen.plan import Sizes
 from moec.codegen.triton_config import GpuConfig
 from moec.codegen.triton_emit import load
@@ -41,7 +42,7 @@ def compile_ahead(
     target = compile_some or compile_all
     started = [context.Process(target=target, args=(job, texts[i::count]), daemon=True) for i in range(count)]
     for process in started:
-        process.start()
+        start_child(process)
     for process in started:
         process.join(max(0.0, until - time.monotonic()))
         process.kill()

@@ -105,9 +105,7 @@ def _folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TargetError(
-            f"no journal can be kept in {folder}: {error}; set MOEC_CACHE_DIR to another folder"
-        ) from error
+        raise TargetError(f"no journal can be kept in {folder}: {error}; set MOEC_CACHE_DIR") from error
     return folder
 
 

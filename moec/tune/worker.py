@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moec.children import start_child
 from moec.codegen import twin
 from moec.codegen.tuning import Tuning, default_tuning
 from moec.ir.dtypes import DTYPES
@@ -114,7 +115,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         pipe, child = context.Pipe()
         process = context.Process(target=self._serving, args=(child, self._job), daemon=True)
-        process.start()
+        start_child(process)
         child.close()
         self._pipe, self._process = pipe, process
         return self._question("start", "", 10 * self._patience)

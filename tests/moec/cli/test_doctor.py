@@ -56,6 +56,19 @@ def test_a_probe_that_dies_is_an_answer(monkeypatch, probe):
     assert "boom" in check.found or "exit code -6" in check.found
 
 
+def test_a_check_that_cannot_be_made_is_an_answer_too(monkeypatch):
+    def no_folder():
+        raise FileNotFoundError("no usable temporary folder")
+
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._kernel, doctor._python))
+    monkeypatch.setattr(doctor, "PROBE", "pass")  # ends well and says nothing
+    assert [c.status for c in doctor.checks()] == ["broken", "ok"]
+    monkeypatch.setattr(doctor.tempfile, "TemporaryDirectory", no_folder)
+    broken, _ = doctor.checks()
+    assert (broken.name, broken.status) == ("kernel", "broken")
+    assert "no usable temporary folder" in broken.found
+
+
 def test_doctor_runs_a_real_kernel_here(capsys):
     code = cli.run(["doctor", "--json"])
     data = json.loads(capsys.readouterr().out)

@@ -71,6 +71,13 @@ def test_the_report_says_bytes_time_and_error(model):
     assert json.loads(report.to_json())["packed"][0]["packed_bytes"] == record.packed_bytes
 
 
+def test_a_copy_that_cpu_kernels_have_not_is_told_by_a_warning_and_by_no_kernel_s_name(model):
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="weights='fp8': no C\\+\\+ kernel stores them so"):
+        report = moec.explain(model, torch.randn(9, 32), moec_options={"weights": "fp8", "rest": "eager"})
+    assert report.packed == []
+    assert report.sites[0].kernels == (f"moe_f32_{Target.host().isa}",)
+
+
 def test_two_layers_have_two_copies():
     torch.manual_seed(0)
     model = torch.nn.Sequential(make_moe(32, 48, 4, 2, torch.float32), make_moe(32, 48, 4, 2, torch.float32))
