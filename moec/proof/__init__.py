@@ -1,7 +1,8 @@
 """Each distinct rewrite is proved before it is used: the user's nodes and what replaces them give the same numbers.
 
 `prove` is asked once a graph, `prove_bodies` once a graph in which experts keep code of their own. Layers of one
-structure are proved once, and the verdict is remembered on disk.
+structure are proved once, and the verdict is remembered on disk; what there was no time for is tried by the next
+process that compiles the structure.
 """
 
 from __future__ import annotations
@@ -69,18 +70,20 @@ def _verdict(carve: Callable[[], Pair], folder: Path, seconds: float, known: dic
         key = key_of(pair, sizes, seconds)
     except Unprovable as error:
         return Verdict("unproved", reason=str(error))
-    found = known.get(key) if key else None
-    found = found or (recall(key, folder) if key else None)
-    if found is None:
-        found = _prove(pair, sizes, seconds)
+    if key in known:
+        return known[key]
+    found = recall(key, folder) if key else None
+    if found is None or found.left:
+        found = _prove(pair, sizes, seconds, found or Verdict("unproved"))
         if key and found.status != "unproved":
             remember(key, folder, found)
-    known[key] = found
+    if key:
+        known[key] = found
     return found
 
 
-def _prove(pair: Pair, sizes: tuple[Sizes, ...], seconds: float) -> Verdict:
-    """In small sizes; where those do not work out, in its own."""
+def _prove(pair: Pair, sizes: tuple[Sizes, ...], seconds: float, before: Verdict) -> Verdict:
+    """In small sizes; where those do not work out, in its own. Without the trials that were made `before`."""
     start = time.perf_counter()
     tried = [sizes] if sizes else []
     own = full(pair)
@@ -91,7 +94,7 @@ def _prove(pair: Pair, sizes: tuple[Sizes, ...], seconds: float) -> Verdict:
         if _elements(pair, each[0]) > AFFORDABLE:
             verdict = Verdict("unproved", reason="the region is too large to run, and its sizes cannot be made smaller")
             continue
-        verdict = _try_all(pair, each, start, seconds)
+        verdict = _try_all(pair, each, start, seconds, before)
         if verdict.status == "proved":
             break
     return verdict
@@ -107,12 +110,15 @@ def _elements(pair: Pair, sizes: Sizes) -> int:
     return total
 
 
-def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float) -> Verdict:
+def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float, before: Verdict) -> Verdict:
     runner = Runner(pair)
-    done: list[str] = []
-    worst, missing, failed = 0.0, "", ""
+    done = list(before.routings)
+    worst, missing, failed, left = before.error, "", "", 0
     for trial in SHORT:
-        if not applies(trial, pair) or (done and time.perf_counter() - start > seconds):
+        if not applies(trial, pair) or trial.routing in before.routings:
+            continue
+        if len(done) > len(before.routings) and time.perf_counter() - start > seconds:
+            left += 1
             continue
         at = sizes[min(trial.tokens, len(sizes) - 1)]
         try:
@@ -131,7 +137,7 @@ def _try_all(pair: Pair, sizes: tuple[Sizes, ...], start: float, seconds: float)
         return Verdict("wrong", seconds=spent, reason=failed)
     if not done:
         return Verdict("unproved", seconds=spent, reason=missing)
-    return Verdict("proved", tuple(done), worst, spent)
+    return Verdict("proved", tuple(done), worst, spent, left=left)
 
 
 def _run(runner: Runner, trial: Trial, sizes: Sizes) -> list[Difference]:

@@ -33,6 +33,7 @@ class Verdict:
     status    proved: all trials agree; wrong: one does not; unproved: no trial could be run; off: not asked for;
               unchanged: nothing was rewritten
     error     the largest difference seen, relative to the largest value of its tensor
+    left      trials for which there was no time: the next process that compiles this makes them
     """
 
     status: str
@@ -41,12 +42,14 @@ class Verdict:
     seconds: float = 0.0
     reason: str = ""
     remembered: bool = False
+    left: int = 0
 
     def __str__(self) -> str:
         if self.status != "proved":
             return self.status + (f": {self.reason}" if self.reason else "")
         how = "before" if self.remembered else f"in {self.seconds:.2f} s"
-        return f"proved {how}: {len(self.routings)} routings, largest error {self.error:.0e}"
+        left = f", {self.left} left for want of time" if self.left else ""
+        return f"proved {how}: {len(self.routings)} routings{left}, largest error {self.error:.0e}"
 
 
 def recall(key: str, folder: Path) -> Verdict | None:
@@ -65,7 +68,8 @@ def _is_whole(verdict: Verdict) -> bool:
     texts: tuple[Any, ...] = (verdict.status, verdict.reason, *verdict.routings)
     numbers: tuple[Any, ...] = (verdict.error, verdict.seconds)
     right = all(isinstance(text, str) for text in texts) and verdict.status in _REMEMBERED
-    return right and all(type(number) is float and not number < 0 for number in numbers)
+    counted = type(verdict.left) is int and verdict.left >= 0
+    return right and counted and all(type(number) is float and not number < 0 for number in numbers)
 
 
 def remember(key: str, folder: Path, verdict: Verdict) -> None:
