@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,8 +34,8 @@ def bisect_command(
     from moec.tools.blame import find_culprit
     from moec.tools.loading import load
 
-    if tolerance <= 0:
-        raise OptionError(f"--tolerance {tolerance:g} is not positive; for example --tolerance 10")
+    if not 0 < tolerance < math.inf:
+        raise OptionError(f"--tolerance {tolerance:g} is not a positive number; for example --tolerance 10")
     wanted = Options.make(parse_options(options or []))
     loaded = load(target)
     screen = console(stderr=True)

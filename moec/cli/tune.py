@@ -63,14 +63,21 @@ def tune_command(
     if what == "report":
         return _report(plot, json)
     seconds_given("--budget", budget)
-    check_weights(weights)
+    _check_weights(weights, on_gpu=bool(target or device))
     if target:
         _check_modelled(target, device, plot)
         return _modelled(what, target, tokens, sizes, budget, weights, json)
-    if weights.startswith("fp8") and not device:
-        raise OptionError(f"--weights {weights}: C++ kernels read no such copy; give --device cuda, or int8")
     jobs = [replace(job, weights=weights, device=_device(device)) for job in _jobs(what, tokens, profile, sizes)]
     return _measured(jobs, budget, plot, json)
+
+
+def _check_weights(weights: str, on_gpu: bool) -> None:
+    """Raises OptionError for a copy of the weights that the kernels to be tuned cannot read."""
+    check_weights(weights)
+    if weights == "packed" and on_gpu:
+        raise OptionError("--weights packed: only C++ kernels read such a copy; leave out --target and --device")
+    if weights.startswith("fp8") and not on_gpu:
+        raise OptionError(f"--weights {weights}: C++ kernels read no such copy; give --device cuda, or int8")
 
 
 def _check_modelled(target: str, device: str, plot: Path | None) -> None:

@@ -36,8 +36,8 @@ class Tried:
 
     @property
     def wrong(self) -> bool:
-        """Whether the answer differs."""
-        return self.error > 1
+        """Whether the answer differs; what is no number does."""
+        return not self.error <= 1
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import moec.backend
 from moec.cli import commands as cli
 from moec.errors import ParseError
 from moec.sizing.loads import Load, read_loads, write_loads
+from moec.tools.blame import Tried
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = """
@@ -168,6 +169,10 @@ def test_bisect_compares_gradients(model, capsys):
     assert [r.partition(":")[0] for r in data(capsys)["rewrites"]] == ["find-experts"]
 
 
+def test_an_answer_that_is_no_number_apart_is_wrong():
+    assert [Tried(1, error).wrong for error in (0.5, 1.0, 1.5, float("nan"))] == [False, False, True, True]
+
+
 def test_bisect_says_when_no_rewrite_is_at_fault(model, capsys):
     model.write_text(MODEL + NOISY)
     assert cli.run(["bisect", f"{model}:noisy", *EAGER]) == cli.BROKEN_PROMISE
@@ -292,7 +297,8 @@ def test_figures_of_loads(tmp_path):
     [
         (["diff", "none.json", "{model}:one"], ["none.json cannot be read as a run"]),
         (["diff", "{model}:one", "--other", "fuel"], ["--other 'fuel' is not key=value"]),
-        (["bisect", "{model}:one", "--tolerance", "0"], ["--tolerance 0 is not positive"]),
+        (["bisect", "{model}:one", "--tolerance", "0"], ["--tolerance 0 is not a positive number"]),
+        (["bisect", "{model}:one", "--tolerance", "nan"], ["--tolerance nan is not a positive number"]),
         (["bisect", "{model}:two"], ["'two' is not defined"]),
         (["repro", "{model}:one", "9", "--out", "/tmp/x.py"], ["no fused layer '9'; there are: 0"]),
         (["repro", "{model}:one", "--out", "/nowhere/x.py"], ["/nowhere does not exist"]),

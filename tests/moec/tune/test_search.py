@@ -319,6 +319,7 @@ def test_killed_and_resumed_twenty_times_ends_with_the_same_cache(tmp_path, seed
         (["experts{} -> f32", "--budget", "nan"], ["--budget nan"]),
         (["experts{} -> f32", "--weights", "int4"], ["weights='int4'"]),
         (["experts{} -> f32", "--weights", "fp8"], ["--weights fp8", "--device cuda"]),
+        (["experts{} -> f32", "--weights", "packed", "--target", "sm_90"], ["--weights packed", "only C++ kernels"]),
         (["experts{} -> f32", "--target", "sm_90", "--device", "cuda"], ["--device cuda", "--target sm_90"]),
         (["experts{} -> f32", "--target", "sm_90", "--plot", "a.png"], ["--plot a.png", "--target sm_90"]),
         (["report", "--plot", "/nonexistent/a.png"], ["--plot", "/nonexistent does not exist"]),
