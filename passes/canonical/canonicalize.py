@@ -17,6 +17,7 @@ from moec.passes.canonical import (
     bank_axes,
     gated_sums,
     halves,
+    late_views,
     one_hot_index,
     split_axes,
     spread_axes,
@@ -85,6 +86,8 @@ RULES: tuple[Rule, ...] = (
     straight_through.rule_forward,
     written_rows.rule_read,
     written_rows.rule_write,
+    late_views.rule_sum,
+    late_views.rule_function,
 )
 """Canonical forms, in the order in which they are tried on an instruction."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from moec.ir.dtypes import GRAPH_DTYPES
+from moec.ir.expr import POINTWISE
 from moec.ir.graph import Dim, Instr
 
 Make = Callable[[fx.Graph, Instr, list[Any]], fx.Node]
@@ -107,6 +108,7 @@ def first_of_each(choice: torch.Tensor, most: int, experts: int, by_slot: bool) 
 
 
 WORDS: Mapping[str, Make] = {
+    **{word: _call(function.eager) for word, function in POINTWISE.items() if function.arity == 1},
     "reshape": _reshape,
     "permute": _call(torch.permute, "dims"),
     "cast": _cast,

@@ -1,0 +1,74 @@
+"""Layers without a loop over experts, as strangers to moec wrote them: views, fills and counts in other places."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from spelling import WIDTH, E, H, Spelling, batches, tokens
+from spellings_letters import Banked
+from torch import nn
+
+
+class TokensSplitBehind(Banked):
+    """Every expert on every token; results and gates are split to [E, B, S, …] before they are summed."""
+
+    def more(self):
+        self.up_bias, self.down_bias = nn.Parameter(torch.randn(E, WIDTH)), nn.Parameter(torch.randn(E, H))
+
+    def gates(self, w, chosen, b):
+        """w[B·S, k] scattered to gates[E, B, S]."""
+        gates = w.new_zeros(w.shape[0], E).scatter_(1, chosen, w)
+        return gates.transpose(0, 1).view(E, b, -1)
+
+    def forward(self, x):
+        b, s, h = x.shape
+        x = x.reshape(-1, h)
+        w, chosen = self.choose(x)
+        rows = torch.bmm(x.repeat(E, 1).view(E, -1, h), self.up) + self.up_bias[:, None]
+        y = torch.bmm(F.relu(rows), self.down) + self.down_bias[:, None, :]
+        return (y.view(E, b, s, h) * self.gates(w, chosen, b)[..., None]).sum(0)
+
+
+class TurnedThenSquashed(Banked):
+    """One expert a token; its score alone is not −∞, is turned, and then made a gate, which weighs what goes in."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        best, chosen = logits.topk(1, 1)
+        gates = torch.full_like(logits, float("-inf")).scatter_(1, chosen, best).transpose(0, 1)
+        gates = torch.sigmoid(gates.float()).to(x.dtype)
+        every = torch.arange(x.shape[0]).view(1, -1).expand(E, -1).reshape(-1, 1).expand(-1, H)
+        rows = torch.gather(x, 0, every) * gates.reshape(-1, 1)
+        y = torch.bmm(F.silu(torch.bmm(rows.view(E, -1, H), self.up)), self.down)
+        return torch.zeros_like(x).scatter_add_(0, every, y.view(-1, H))
+
+
+class GatesOfOthers(TokensSplitBehind):
+    """Near miss: gates are of the token at the other place, [S, B]."""
+
+    def gates(self, w, chosen, b):
+        gates = w.new_zeros(w.shape[0], E).scatter_(1, chosen, w)
+        return gates.view(b, -1, E).permute(2, 1, 0).reshape(E, b, -1)
+
+
+class OtherFill(TurnedThenSquashed):
+    """Near miss: the score of the others is 0, of which a gate of a half is made."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        best, chosen = logits.topk(1, 1)
+        gates = torch.sigmoid(torch.zeros_like(logits).scatter_(1, chosen, best).transpose(0, 1))
+        rows = x.repeat(E, 1) * gates.reshape(-1, 1)
+        y = torch.bmm(F.silu(torch.bmm(rows.view(E, -1, H), self.up)), self.down)
+        return y.sum(0)
+
+
+def _examples(spelling, kinds, inputs=tokens):
+    return tuple(Spelling(kind.__name__, spelling, kind, inputs) for kind in kinds)
+
+
+SPELLINGS = (
+    *_examples("P6", (TokensSplitBehind,), batches),
+    *_examples("P6", (TurnedThenSquashed,)),
+)
+NEAR = ((GatesOfOthers, batches), (OtherFill, tokens))

@@ -1,0 +1,45 @@
+"""Layers without a loop: one graph, fused, equal for any T; near misses compute what they did and are not fused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spelling_table import error, measured, tensors
+from spellings_whole import NEAR, SPELLINGS
+from test_spellings_more import compiled, made, skewed
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
+def test_fused_and_equal(spelling):
+    found = measured(spelling)
+    assert found.one_graph
+    assert found.fused, found.why
+    assert found.forward < 1e-5
+    assert found.gradients < 1e-4
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
+def test_any_number_of_tokens(spelling):
+    module = made(spelling)
+    run, report = compiled(module, dynamic=True, kernels="eager")
+    with torch.no_grad():
+        for count in (13, 200, 1, 0):
+            inputs = spelling.inputs(count)
+            assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
+        assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
+        skewed(module)
+        inputs = spelling.inputs(13)
+        assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
+
+
+@pytest.mark.parametrize(("kind", "inputs"), NEAR, ids=[kind.__name__ for kind, _ in NEAR])
+@pytest.mark.parametrize("proof", ["on", "off"])
+def test_near_misses_compute_what_they_did(kind, inputs, proof):
+    torch.manual_seed(0)
+    module = kind()
+    run, report = compiled(module, proof=proof, kernels="eager")
+    with torch.no_grad():
+        assert error(tensors(run(*inputs(13))), tensors(module(*inputs(13)))) == 0
+    assert all(site.status == "declined" for site in report.sites), report
+    assert all(reason.location for site in report.sites for reason in site.reasons)
+    assert not any("was tried" in str(reason) for site in report.sites for reason in site.reasons)
