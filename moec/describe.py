@@ -118,7 +118,7 @@ def _fused(
         router=router_text(graph, instr),
         experts=experts_text(graph, instr),
         num_experts=int(site.num_experts),
-        top_k=int(site.select.k),
+        top_k=int(site.select.k) if site.select.k.is_Integer else 0,  # a symbol, where choices come as an input
         capacity=capacity_text(site.capacity),
         kernels=(kernel,),
         reasons=reasons,

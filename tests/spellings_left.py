@@ -213,7 +213,7 @@ class CutByExpert(LoopOfMlps):
         return y
 
 
-LEFT = (TokenTable, TopNStacked, Earlier, Scattered, Bins)
-BROKEN = (SortedPlaces, LargestItem)
-"""Dynamo breaks their graphs: `bincount` and `.item()`."""
+LEFT = (SortedPlaces, TokenTable, TopNStacked, Earlier, Scattered, Bins)
+BROKEN = (LargestItem,)
+"""Dynamo breaks its graph: `.item()`."""
 NEAR = (OtherOrder, SomeOrder, LastSeat, WideClamp, CutByExpert)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from spelling import WIDTH, E, H, Spelling, batches, tokens
+from spelling import WIDTH, E, H, K, Spelling, batches, groups, tokens
 from spellings_letters import Banked
 from torch import nn
 
@@ -43,6 +43,44 @@ class TurnedThenSquashed(Banked):
         return torch.zeros_like(x).scatter_add_(0, every, y.view(-1, H))
 
 
+class CountedRuns(Banked):
+    """Sorted rows and grouped products, whose ends are sums of a `bincount`."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        flat = chosen.view(-1)
+        order = flat.argsort()
+        ends = torch.bincount(flat, minlength=E).cumsum(0).to(torch.int32)
+        y = groups(F.relu(groups(x[order // K], self.up, ends)), self.down, ends)
+        return torch.zeros_like(x).index_add(0, order // K, y * w.view(-1)[order][:, None])
+
+
+class LoadCounted(Banked):
+    """Gathered matrices; a loss and a buffer of how often experts are chosen, by `bincount`."""
+
+    def more(self):
+        self.register_buffer("load", torch.zeros(E, dtype=torch.long))
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        counts = torch.bincount(chosen.flatten(), minlength=E)
+        self.load += counts
+        loss = (counts.float() / chosen.numel() * F.softmax(self.router(x), dim=-1).mean(0)).sum() * E
+        rows = torch.einsum("th,tkhf->tkf", x, self.up[chosen]).relu()
+        return torch.einsum("tkf,tkfh,tk->th", rows, self.down[chosen], w), loss
+
+
+class AsksHowManyCounts(Banked):
+    """How many counts there are decides what is done: Dynamo breaks the graph there."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        if torch.bincount(chosen.flatten()).shape[0] < E:
+            x = x * 2
+        rows = torch.einsum("th,tkhf->tkf", x, self.up[chosen]).relu()
+        return torch.einsum("tkf,tkfh,tk->th", rows, self.down[chosen], w)
+
+
 class GatesOfOthers(TokensSplitBehind):
     """Near miss: gates are of the token at the other place, [S, B]."""
 
@@ -70,5 +108,7 @@ def _examples(spelling, kinds, inputs=tokens):
 SPELLINGS = (
     *_examples("P6", (TokensSplitBehind,), batches),
     *_examples("P6", (TurnedThenSquashed,)),
+    *_examples("P4", (CountedRuns,)),
+    *_examples("P12", (LoadCounted,)),
 )
 NEAR = ((GatesOfOthers, batches), (OtherFill, tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from spelling_table import error, measured, tensors
-from spellings_whole import NEAR, SPELLINGS
+from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts
 from test_spellings_more import compiled, made, skewed
 
 
@@ -43,3 +43,17 @@ def test_near_misses_compute_what_they_did(kind, inputs, proof):
     assert all(site.status == "declined" for site in report.sites), report
     assert all(reason.location for site in report.sites for reason in site.reasons)
     assert not any("was tried" in str(reason) for site in report.sites for reason in site.reasons)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_branch_on_how_many_counts_there_are_breaks_the_graph(dynamic):
+    torch.manual_seed(0)
+    module = AsksHowManyCounts()
+    run, report = compiled(module, dynamic=dynamic, kernels="eager")
+    with torch.no_grad():
+        for count in (13, 7, 1):
+            x = torch.randn(count, module.up.shape[1])
+            assert error([run(x)], [module(x)]) <= 1e-5
+    assert report.graphs > 1
+    assert {site.status for site in report.sites} == {"fused"}, report
+    assert not any(note for graph in report.graph_reports for note in graph.notes)

@@ -180,6 +180,11 @@ def lists_rows(function: ast.FunctionDef) -> bool:
     return False
 
 
+def counts(function: ast.FunctionDef) -> bool:
+    """Whether a function counts choices by `bincount`, which gives as many counts as data say."""
+    return any(called(node) == "bincount" for node in ast.walk(function))
+
+
 def _is_own(call: ast.Call) -> bool:
     """Whether what is called is a method of the object itself: `self.run(x, counts)`."""
     return isinstance(call.func, ast.Attribute) and _is_name(call.func.value, "self")

@@ -15,7 +15,7 @@ from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
 from moec.capture.helpers import Known, written_out
-from moec.capture.host import ASKING, hands_over, keep_on_device, lists_rows, scope_of
+from moec.capture.host import ASKING, counts, hands_over, keep_on_device, lists_rows, scope_of
 from moec.capture.leaves import asks, without_leaves
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -33,6 +33,7 @@ _LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = frozenset((dis.opmap["LIST_APPEND"], dis.opmap["MAP_ADD"]))
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
+_MOVED_OR_COUNTED = frozenset(("tolist", "bincount"))
 _ASKS = ASK_MASKS | {"unique"}
 _NOTHING = Known()
 
@@ -59,10 +60,10 @@ class _Found:
 
 def promising(code: types.CodeType) -> bool:
     """The cheap test, on bytecode alone: a `for` and an indexed write, a list that is joined or a question whether a
-    mask has rows, in one function; or numbers that are moved to the host.
+    mask has rows, in one function; or numbers that are moved to the host, or counted.
     """
     ops = code.co_code[::2]
-    if "tolist" in code.co_names or asks(code.co_consts):
+    if not _MOVED_OR_COUNTED.isdisjoint(code.co_names) or asks(code.co_consts):
         return True
     if not (JOINING | ASKING).isdisjoint(code.co_names) and _lists(code):
         return True
@@ -99,7 +100,7 @@ def rewrite(code: types.CodeType, known: Known = _NOTHING) -> Rewritten:
     except source.NoSource as error:
         return Rewritten(None, (NotRolled(str(error), code.co_filename, line),))
     found = [one for owner in functions(node) for one in _candidates(owner, code.co_filename, known)]
-    handing = "numbers" if hands_over(node) else "rows" if lists_rows(node) else ""
+    handing = "numbers" if hands_over(node) else "rows" if lists_rows(node) else "counts" if counts(node) else ""
     leaves = without_leaves(node)
     if not any(one.verdict for one in found) and not handing and not leaves:
         return Rewritten(None)
@@ -168,7 +169,7 @@ def _roll_all(
         _import_words(function, call("compiling"))
     if handing and node not in changed:
         key = ast.Constant(loop_key(code.co_filename, code.co_firstlineno))
-        _import_words(node, call("handing", key, ast.Constant(handing == "rows")))
+        _import_words(node, call("handing", key, ast.Constant(handing)))
     elif leaves and node not in changed:
         _import_words(node, call("eager"))
     return Rewritten(source.compile_like(code, node), tuple(declined))

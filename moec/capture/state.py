@@ -106,8 +106,8 @@ class DecidedByData(UserError, GuardOnDataDependentSymNode):
         self.cond = cause.cond
 
 
-def allow_data_dependence(tx: Any) -> None:
-    """Let this compile, and no other, trace outputs whose shape depends on data.
+def allow_data_dependence(tx: Any, numbers: bool = True) -> None:
+    """Let this compile, and no other, trace outputs whose shape depends on data, and `numbers` moved to the host.
 
     Code that has nothing to do with a loop over experts may ask for the truth of such a shape; Dynamo would let that
     error through to the user, since without these settings it breaks the graph where the shape is made.
@@ -116,7 +116,8 @@ def allow_data_dependence(tx: Any) -> None:
     if not hasattr(env, "moec_error"):
         env.moec_error = error = env._make_data_dependent_error
         env._make_data_dependent_error = lambda *args, **kwargs: DecidedByData(error(*args, **kwargs))
-    env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    scalars = numbers or env.settings.allow_scalar_outputs
+    env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=scalars, allow_dynamic_output_shape_ops=True)
 
 
 def declined(tx: Any) -> dict[str, NotRolled]:
@@ -133,6 +134,7 @@ class Loops:
 
     handed: functions that hand numbers of the host to others, which stay symbols where loops cut rows by them
     asked: functions that ask for each expert's rows in a list
+    counted: functions that count choices
     nested: those inside the graph of a higher-order operator (a checkpointed block), where no real loop can run.
     kind: the experts, from one on and before another, that the body is being traced for (`moec.capture.kinds`)
     """
@@ -141,6 +143,7 @@ class Loops:
     nested: list[str] = field(default_factory=list)
     handed: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
     open: str | None = None
     kind: tuple[int, int] | None = None
 
@@ -187,7 +190,10 @@ def _retrace_failed(tx: Any) -> None:
     elif isinstance(error, (Unsupported, SkipFrame, UserError)):
         return  # Dynamo has an answer of its own
     else:
-        keys, reason = [*loops.begun, *loops.handed, *loops.asked], "what stands behind it cannot be traced"
+        keys, reason = (
+            [*loops.begun, *loops.handed, *loops.asked, *loops.counted],
+            "what stands behind it cannot be traced",
+        )
     if not keys:
         return
     tx.speculation_log.clear()

@@ -94,18 +94,23 @@ def give_up(key: str, reason: str) -> NoReturn:
 
 
 @torch.compiler.assume_constant_result
-def _hand(key: str, rows: bool) -> bool:
+def _hand(key: str, what: str) -> bool:
     tx = current_tx()
     if not _traces_for_moec(tx) or key in declined(tx):
         return False
-    (loops_of(tx).asked if rows else loops_of(tx).handed).append(key)
-    allow_data_dependence(tx)
+    if what == "counts" and len(tx.output.tracers) > 1:  # a checkpointed block has no such shapes
+        return False
+    loops = loops_of(tx)
+    {"numbers": loops.handed, "rows": loops.asked, "counts": loops.counted}[what].append(key)
+    allow_data_dependence(tx, numbers=what != "counts")
     return True
 
 
-def handing(key: str, rows: bool) -> bool:
-    """Whether numbers that a function moves to the host, or `rows` that it lists, stay symbols of this compile."""
-    return torch.compiler.is_dynamo_compiling() and _hand(key, rows)
+def handing(key: str, what: str) -> bool:
+    """Whether what a function moves to the host or makes stays a symbol of this compile: the `numbers` that it moves,
+    the `rows` that it lists, how many `counts` of choices it makes.
+    """
+    return torch.compiler.is_dynamo_compiling() and _hand(key, what)
 
 
 def compiling() -> bool:

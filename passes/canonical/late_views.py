@@ -61,7 +61,7 @@ def _of_shape(state: Rewriter, start: Instr, shape: tuple[Dim, ...]) -> tuple[Ar
 
 
 def _split(source: tuple[Dim, ...], to: tuple[Dim, ...]) -> tuple[int, int] | None:
-    """The axes of `to`, from one on and before another, that one of `source` was split into; others are as they were."""
+    """The axes of `to`, from one on and before another, that one of `source` was split into; others stay."""
     more = len(to) - len(source)
     if more < 1 or len(source) < 2:
         return None
