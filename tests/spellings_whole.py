@@ -70,6 +70,53 @@ class LoadCounted(Banked):
         return torch.einsum("tkf,tkfh,tk->th", rows, self.down[chosen], w), loss
 
 
+class PairsOfWeight(Banked):
+    """Pairs are those of enough weight; their tokens, experts and weights are read at the mask's places."""
+
+    def forward(self, x):
+        w, chosen = F.softmax(self.router(x), dim=-1).topk(K, dim=-1)
+        token, slot = (w > 0.2).nonzero(as_tuple=True)
+        expert = chosen[token, slot]
+        rows = torch.einsum("nh,nhf->nf", x[token], self.up[expert]).relu()
+        rows = torch.einsum("nf,nfh->nh", rows, self.down[expert]) * w[token, slot, None]
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+
+class OneMoreThanChosen(Banked):
+    """A top-k of one more than are chosen, of which all but the last are; loads are how many gates are above 0."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        best, index = logits.topk(K + 1, dim=1)
+        gates = torch.zeros_like(logits).scatter(1, index[:, :K], best[:, :K].softmax(1))
+        every = torch.stack([F.relu(x @ self.up[e]) @ self.down[e] for e in range(E)], 1)
+        return (gates.unsqueeze(1) @ every).squeeze(1), (gates > 0).sum(0).float().var()
+
+
+class KeptAxisOfGates(Banked):
+    """Gates times results is a product of matrices, with an axis of size 1 behind two of tokens."""
+
+    def forward(self, x):
+        scores = self.router(x).sigmoid()
+        w, chosen = scores.topk(K, -1)
+        gates = torch.zeros_like(scores).scatter(-1, chosen, w / (w.sum(-1, keepdim=True) + 1e-9))
+        rows = torch.tensordot(x, self.up, dims=([2], [1])).relu()
+        every = torch.einsum("btef,efh->bteh", rows, self.down)
+        return torch.matmul(gates.unsqueeze(2), every).squeeze(2)
+
+
+class ChosenAgain(Banked):
+    """Near miss: the slots that are left may name an expert twice, and a scatter keeps one of them."""
+
+    def forward(self, x):
+        logits = self.router(x)
+        best, index = logits.topk(K, dim=1)
+        index, best = torch.cat([index[:, :1], index], 1)[:, :K], best * torch.tensor([1.0, 0.5])
+        gates = torch.zeros_like(logits).scatter(1, index, best)
+        every = torch.stack([F.relu(x @ self.up[e]) @ self.down[e] for e in range(E)], 1)
+        return (gates.unsqueeze(1) @ every).squeeze(1)
+
+
 class AsksHowManyCounts(Banked):
     """How many counts there are decides what is done: Dynamo breaks the graph there."""
 
@@ -106,9 +153,9 @@ def _examples(spelling, kinds, inputs=tokens):
 
 
 SPELLINGS = (
-    *_examples("P6", (TokensSplitBehind,), batches),
-    *_examples("P6", (TurnedThenSquashed,)),
+    *_examples("P6", (TokensSplitBehind, KeptAxisOfGates), batches),
+    *_examples("P6", (TurnedThenSquashed, OneMoreThanChosen)),
     *_examples("P4", (CountedRuns,)),
     *_examples("P12", (LoadCounted,)),
 )
-NEAR = ((GatesOfOthers, batches), (OtherFill, tokens))
+NEAR = ((GatesOfOthers, batches), (OtherFill, tokens), (ChosenAgain, tokens))

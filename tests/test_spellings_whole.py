@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from spelling_table import error, measured, tensors
-from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts
-from test_spellings_more import compiled, made, skewed
+from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts, PairsOfWeight
+from test_spellings_more import assert_close, compiled, gradients, made, skewed
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -57,3 +57,19 @@ def test_a_branch_on_how_many_counts_there_are_breaks_the_graph(dynamic):
     assert report.graphs > 1
     assert {site.status for site in report.sites} == {"fused"}, report
     assert not any(note for graph in report.graph_reports for note in graph.notes)
+
+
+def test_pairs_that_are_selected_by_weight_are_rows_of_one_expert_each():
+    torch.manual_seed(0)
+    module = PairsOfWeight()
+    run, report = compiled(module, dynamic=True, kernels="eager")
+    with torch.no_grad():
+        for count in (13, 200, 2):
+            x = torch.randn(count, module.up.shape[1])
+            assert error([run(x)], [module(x)]) <= 1e-5
+    assert report.graphs == 1
+    assert [site.status for site in report.sites] == ["fused"], report
+    run, report = compiled(module, kernels="eager")
+    x = (torch.randn(13, module.up.shape[1]),)
+    assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
+    assert report.graphs == 1

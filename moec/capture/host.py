@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from moec.capture.events import called, loaded, stored
@@ -180,9 +181,19 @@ def lists_rows(function: ast.FunctionDef) -> bool:
     return False
 
 
+COUNTED = frozenset(("bincount",))
+LISTED = frozenset(("nonzero", "argwhere"))
+ADDED = frozenset(f"{word}{end}" for word in ("index_add", "scatter_add", "index_copy") for end in ("", "_"))
+
+
+def sized_by_data(names: Collection[str]) -> bool:
+    """Whether a function that calls these counts choices, or adds rows of which data say how many there are."""
+    return not COUNTED.isdisjoint(names) or not (LISTED.isdisjoint(names) or ADDED.isdisjoint(names))
+
+
 def counts(function: ast.FunctionDef) -> bool:
-    """Whether a function counts choices by `bincount`, which gives as many counts as data say."""
-    return any(called(node) == "bincount" for node in ast.walk(function))
+    """Whether data say how many counts, or rows that it adds, a function makes."""
+    return sized_by_data({called(node) for node in ast.walk(function)})
 
 
 def _is_own(call: ast.Call) -> bool:

@@ -15,7 +15,7 @@ from moec.capture.counted import counted
 from moec.capture.events import Path, functions, loops, statements
 from moec.capture.held import held
 from moec.capture.helpers import Known, written_out
-from moec.capture.host import ASKING, counts, hands_over, keep_on_device, lists_rows, scope_of
+from moec.capture.host import ASKING, counts, hands_over, keep_on_device, lists_rows, scope_of, sized_by_data
 from moec.capture.leaves import asks, without_leaves
 from moec.capture.nested import Exchanged, exchanged, inner_experts
 from moec.capture.rebinds import WRITES
@@ -33,7 +33,6 @@ _LOOPING = _BACK | {_FOR}
 _STORE = dis.opmap["STORE_SUBSCR"]
 _LISTED = frozenset((dis.opmap["LIST_APPEND"], dis.opmap["MAP_ADD"]))
 _WRITES = frozenset(f"{word}{end}" for word in WRITES for end in ("", "_"))
-_MOVED_OR_COUNTED = frozenset(("tolist", "bincount"))
 _ASKS = ASK_MASKS | {"unique"}
 _NOTHING = Known()
 
@@ -63,7 +62,7 @@ def promising(code: types.CodeType) -> bool:
     mask has rows, in one function; or numbers that are moved to the host, or counted.
     """
     ops = code.co_code[::2]
-    if not _MOVED_OR_COUNTED.isdisjoint(code.co_names) or asks(code.co_consts):
+    if "tolist" in code.co_names or sized_by_data(code.co_names) or asks(code.co_consts):
         return True
     if not (JOINING | ASKING).isdisjoint(code.co_names) and _lists(code):
         return True

@@ -216,6 +216,8 @@ def distinct(lifter: Lifter, base: str, letters: str) -> bool:
     """Whether a choice never names an expert twice along the axes `letters`: top-k's own axis."""
     kind, made = lifter.graph.types[whose(base)], lifter.graph.defs.get(whose(base))
     last = letters_of(kind.rank)[-1]
+    while made is not None and made.word in ("slice", "same"):  # some of those that are named once are named once
+        made = lifter.graph.defs.get(made.uses[0])
     if made is not None and made.word == "index" and made.attr("dim") == 0 and isinstance(made.args[0], Ref):
         made = lifter.graph.defs.get(made.args[0].name) if kind.rank > 1 else None  # rows of a choice, in any order
     return letters == last and made is not None and made.word == "topk" and made.attr("dim") == kind.rank - 1

@@ -17,6 +17,8 @@ Make = Callable[[fx.Graph, Instr, list[Any]], fx.Node]
 
 
 def _reshape(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
+    if len(args) == 2 and dict(instr.attrs).get("tail"):
+        return graph.call_function(over_tokens, (*args, instr.attr("tail")))
     if len(args) == 2:
         size = graph.call_method("size", (args[1],))
         with graph.inserting_after(size):
@@ -25,6 +27,11 @@ def _reshape(graph: fx.Graph, instr: Instr, args: list[Any]) -> fx.Node:
     if "adds" in attrs:
         return _unit_axes(graph, args[0], attrs["drops"], attrs["adds"])
     return graph.call_method("reshape", (args[0], [_size(d) for d in instr.types[0].shape]))
+
+
+def over_tokens(value: torch.Tensor, tokens: torch.Tensor, tail: tuple[int, ...]) -> torch.Tensor:
+    """value[T, …] of tokens[…, H] → the tokens' axes, then those of `tail`."""
+    return value.reshape(*tokens.shape[:-1], *tail)
 
 
 def _unit_axes(graph: fx.Graph, value: fx.Node, drops: Any, adds: Any) -> fx.Node:

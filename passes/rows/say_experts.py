@@ -67,6 +67,16 @@ def say_experts(
     if to.shape == flat:
         return (*out.instrs, Instr((name,), "experts", args, (to,), attrs, root.loc))
     made = Instr((f"{name}.rows",), "experts", args, (Type(to.dtype, flat),), attrs, root.loc)
-    like = (Ref(body.token),) if to.shape == x.shape else ()
-    back = Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
-    return (*out.instrs, made, back)
+    return (*out.instrs, made, _seen_as(root, x, body.token))
+
+
+def _seen_as(root: Instr, x: Type, token: str) -> Instr:
+    """The rows in the root's shape: the tokens' own, or the tokens' axes before others that numbers give."""
+    (name,), to, lead = root.results, root.types[0], x.rank - 1
+    rest = to.shape[lead:]
+    split = to.shape[:lead] == x.shape[:-1] and sum(not d.is_Integer or d == 0 for d in to.shape) > 1
+    if to.shape != x.shape and split and all(d.is_Integer and d != 0 for d in rest):
+        tail = tuple(int(d) for d in rest)
+        return Instr((name,), "reshape", (Ref(f"{name}.rows"), Ref(token)), (to,), (("tail", tail),), root.loc)
+    like = (Ref(token),) if to.shape == x.shape else ()
+    return Instr((name,), "reshape", (Ref(f"{name}.rows"), *like), (to,), (), root.loc)
