@@ -105,6 +105,74 @@ class KeptAxisOfGates(Banked):
         return torch.matmul(gates.unsqueeze(2), every).squeeze(2)
 
 
+class SpareSeat(Banked):
+    """A table [E, C + 1, H], whose last seats take the dropped and are cut off; rows come back from zeros there."""
+
+    least, factor = 2, 0.6
+
+    def seats(self, place, most):
+        return place.clamp(max=most)
+
+    def experts(self, rows):
+        return torch.bmm(F.gelu(torch.bmm(rows, self.up)), self.down)
+
+    def forward(self, x):
+        most = max(self.least, int(self.factor * x.shape[0] * K / E))
+        w, chosen = self.choose(x)
+        flat = chosen.reshape(-1)
+        hot = F.one_hot(flat, E)
+        place = ((hot.cumsum(0) - 1) * hot).sum(-1)
+        table = x.new_zeros(E, most + 1, H)
+        table[flat, self.seats(place, most)] = x.repeat_interleave(K, 0)
+        y = self.back(table, flat, place, most) * self.kept(place, most)[:, None]
+        return (y.view(-1, K, H) * w[..., None]).sum(1)
+
+    def kept(self, place, most):
+        return place < most
+
+    def back(self, table, flat, place, most):
+        y = self.experts(table[:, :most])
+        return torch.cat([y, y.new_zeros(E, 1, H)], 1)[flat, self.seats(place, most)]
+
+
+class SpareSeatCut(SpareSeat):
+    """The table is cut by −1; rows of the dropped come back from the last seat that is left, and weigh nothing."""
+
+    def back(self, table, flat, place, most):
+        return self.experts(table[:, :-1])[flat, place.clamp(max=most - 1)]
+
+
+class SpareSeatKept(SpareSeat):
+    """Near miss: the experts run on the last seats too, which the dropped share."""
+
+    def kept(self, place, most):
+        return place <= most
+
+    def back(self, table, flat, place, most):
+        return self.experts(table)[flat, self.seats(place, most)]
+
+
+class FirstSeatCut(SpareSeatCut):
+    """Near miss: the first seats are cut off in place of the last."""
+
+    def back(self, table, flat, place, most):
+        return self.experts(table[:, 1:])[flat, place.clamp(max=most - 1)]
+
+
+class OneMoreKept(SpareSeat):
+    """Near miss: who is on the last seat, which is cut off, counts as kept; no row but zeros is there."""
+
+    def kept(self, place, most):
+        return place <= most
+
+
+class OtherSeats(SpareSeat):
+    """Near miss: the dropped are put on the last seat that is left."""
+
+    def seats(self, place, most):
+        return place.clamp(max=most - 1)
+
+
 class ChosenAgain(Banked):
     """Near miss: the slots that are left may name an expert twice, and a scatter keeps one of them."""
 
@@ -155,7 +223,11 @@ def _examples(spelling, kinds, inputs=tokens):
 SPELLINGS = (
     *_examples("P6", (TokensSplitBehind, KeptAxisOfGates), batches),
     *_examples("P6", (TurnedThenSquashed, OneMoreThanChosen)),
+    *_examples("P8", (SpareSeat, SpareSeatCut)),
     *_examples("P4", (CountedRuns,)),
     *_examples("P12", (LoadCounted,)),
 )
-NEAR = ((GatesOfOthers, batches), (OtherFill, tokens), (ChosenAgain, tokens))
+NEAR = (
+    (GatesOfOthers, batches),
+    *((kind, tokens) for kind in (OtherFill, ChosenAgain, SpareSeatKept, FirstSeatCut, OneMoreKept, OtherSeats)),
+)

@@ -185,7 +185,7 @@ def _sound(masks: Lifter, sent: Seats, back: Seats) -> str:
         ]
         if len(twin) != 1:
             return "tokens come back from other seats than they were sent to"
-        if not twin[0].only <= term.only:
+        if not all(implied(cond, term.only) for cond in twin[0].only):
             return "a token comes back from a seat that it was not sent to"
     for term in sent.terms:
         wrong = _alone(masks, term, sent.terms)

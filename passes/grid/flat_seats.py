@@ -105,14 +105,32 @@ def write(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if not experts.is_Integer:
         return NoMatch(f"{shape[0]} rows are no table of {seats.seats} seats an expert", name, 3)
     if not (not seats.only or spare or (adds and all(implied(c, sent[1]) for c in seats.only))):
-        return NoMatch("a dropped token is written to the seat of another", name, 3)
+        last = _last_spare(seats, shape[1]) if len(ids) == 2 else None
+        if last is None:
+            return NoMatch("a dropped token is written to the seat of another", name, 3)
+        seats, spare = last, True
     x = lifter.type(Ref(sent[0]))
-    return _table(
-        lifter, instr, (base, sent[0]), replace(seats, only=settled(seats.only | sent[1])), experts, x.rank - 1
-    )
+    seats = replace(seats, only=settled(seats.only | sent[1]))
+    return _table(lifter, instr, (base, sent[0]), seats, experts, x.rank - 1, spare)
 
 
-def _table(lifter: Lifter, instr: Instr, values: tuple[Arg, str], seats: SeatIds, experts: Dim, tokens: int) -> Lift:
+def _last_spare(seats: SeatIds, columns: Dim) -> SeatIds | None:
+    """Seats in a table of one more for each expert, where the last is of all whose place it would be or a later one."""
+    place = seats.place
+    clamps = {c for c in place.given if not c.witness and c.queue == place.queue and c.bound is not None}
+    if place.offset or len(clamps) != 1 or seats.only != clamps:
+        return None
+    (clamp,) = clamps
+    if clamp.bound is None or not same(clamp.bound, columns):
+        return None
+    free = replace(place, given=place.given - clamps)
+    below = replace(clamp, bound=columns - 1, given=free.given)
+    return replace(seats, place=free, seats=columns - 1, only=frozenset({below}))
+
+
+def _table(
+    lifter: Lifter, instr: Instr, values: tuple[Arg, str], seats: SeatIds, experts: Dim, tokens: int, spare: bool
+) -> Lift:
     """The table after a write of pairs' tokens to their seats."""
     (base, x), name, masks = values, instr.results[0], lifter.masks
     if masks is None or not isinstance(base, Ref):
@@ -121,8 +139,7 @@ def _table(lifter: Lifter, instr: Instr, values: tuple[Arg, str], seats: SeatIds
     term = Term(seats.base, seats.place, seats.seats, seats.only, (), letters[tokens:])
     made, before = lifter.instr(base), lifter.lift(base)
     terms: tuple[Term, ...] = ()
-    spare = len(instr.types[0].shape) == 2 and not same(instr.types[0].shape[0], experts * seats.seats)
-    layout = "e.c" if len(instr.types[0].shape) == 3 else f"ec{SPARE if spare else ''}"
+    layout = f"{'e.c' if len(instr.types[0].shape) == 3 else 'ec'}{SPARE if spare else ''}"
     if isinstance(before, Rows) and before.layout == layout and before.row == Token(x) and before.space.key:
         held = masks.lift(Ref(before.space.key))
         terms = held.terms if isinstance(held, Seats) else ()
@@ -164,20 +181,24 @@ def _conds(mask: Lift, axes: Labels) -> frozenset[Cond] | None:
 def spared(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     """The table without its spare row; a row of zeros put behind it."""
     rows = lifter.lift(instr.args[0][0] if isinstance(instr.args[0], tuple) and instr.args[0] else instr.args[0])
-    if not isinstance(rows, Rows) or not on_grid(rows) or instr.attr("dim") != 0:
+    if not isinstance(rows, Rows) or not on_grid(rows):
+        return None
+    axis = int(str(instr.attr("dim")))
+    plain = {0: "ec", 1: "e.c"}.get(axis, "")  # by the axis that a spare row, or seat, ends
+    if rows.layout.removesuffix(SPARE) != plain:
         return None
     if instr.word == "cat":
         parts = instr.args[0]
         if not isinstance(parts, tuple) or len(parts) != 2:
             return None
         last = lifter.instr(parts[1])
-        zero = last is not None and last.word == "full" and last.attr("value") == 0 and last.types[0].shape[0] == 1
-        return replace(rows, layout=f"ec{SPARE}") if zero and rows.layout == "ec" else None
-    size = lifter.type(instr.args[0]).shape[0]
-    whole = same(instr.types[0].shape[0], size - 1) and (instr.word == "head" or instr.attr("start") == 0)
-    if rows.layout != f"ec{SPARE}":
+        zero = last is not None and last.word == "full" and last.attr("value") == 0 and last.types[0].shape[axis] == 1
+        return replace(rows, layout=f"{plain}{SPARE}") if zero and rows.layout == plain else None
+    size = lifter.type(instr.args[0]).shape[axis]
+    whole = same(instr.types[0].shape[axis], size - 1) and (instr.word == "head" or instr.attr("start") == 0)
+    if rows.layout != f"{plain}{SPARE}":
         return None
-    return replace(rows, layout="ec") if whole else NoMatch("part of a table of seats", instr.results[0], 3)
+    return replace(rows, layout=plain) if whole else NoMatch("part of a table of seats", instr.results[0], 3)
 
 
 def read(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
@@ -191,6 +212,12 @@ def read(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         return rows if isinstance(rows, NoMatch) else None
     flat = rows.layout.removesuffix(SPARE)
     size = dict(rows.space.sizes)
+    if rows.layout == f"e.c{SPARE}" and len(ids) == 2:
+        last = _last_spare(seats, lifter.type(table).shape[1])
+        if last is None or not same(size["c"], last.seats) or rows.space.k:
+            return NoMatch("rows are taken back from another table than their seats", instr.results[0], 3)
+        term = Term(last.base, last.place, last.seats, frozenset(), ())
+        return Returned(replace(rows, layout=flat), (term,), (last.only,), last.axes)
     if flat != ("e.c" if len(ids) == 2 else "ec") or rows.space.k or not same(size["c"], seats.seats):
         return NoMatch("rows are taken back from another table than their seats", instr.results[0], 3)
     zero = rows.layout.endswith(SPARE) and seats.rest is not None and same(seats.rest, size["e"] * size["c"])
