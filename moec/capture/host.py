@@ -181,6 +181,7 @@ def lists_rows(function: ast.FunctionDef) -> bool:
     return False
 
 
+_LOOPS = (ast.For, ast.While, ast.ListComp, ast.DictComp, ast.GeneratorExp)
 COUNTED = frozenset(("bincount",))
 LISTED = frozenset(("nonzero", "argwhere"))
 ADDED = frozenset(f"{word}{end}" for word in ("index_add", "scatter_add", "index_copy") for end in ("", "_"))
@@ -192,8 +193,12 @@ def sized_by_data(names: Collection[str]) -> bool:
 
 
 def counts(function: ast.FunctionDef) -> bool:
-    """Whether data say how many counts, or rows that it adds, a function makes."""
-    return sized_by_data({called(node) for node in ast.walk(function)})
+    """Whether data say how many counts, or rows that it adds, a function without loops makes.
+
+    A loop over experts that is not rolled is better cut at such rows than traced once for each expert.
+    """
+    nodes = list(ast.walk(function))
+    return not any(isinstance(node, _LOOPS) for node in nodes) and sized_by_data({called(node) for node in nodes})
 
 
 def _is_own(call: ast.Call) -> bool:

@@ -117,7 +117,7 @@ def write(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
 def _last_spare(seats: SeatIds, columns: Dim) -> SeatIds | None:
     """Seats in a table of one more for each expert, where the last is of all whose place it would be or a later one."""
     place = seats.place
-    clamps = {c for c in place.given if not c.witness and c.queue == place.queue and c.bound is not None}
+    clamps = frozenset(c for c in place.given if not c.witness and c.queue == place.queue and c.bound is not None)
     if place.offset or len(clamps) != 1 or seats.only != clamps:
         return None
     (clamp,) = clamps
