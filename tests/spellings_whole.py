@@ -185,19 +185,6 @@ class ChosenAgain(Banked):
         return (gates.unsqueeze(1) @ every).squeeze(1)
 
 
-class LoopBesideCounts(Banked):
-    """A loop that is no sum over experts' rows, beside a `bincount`: it stays in pieces, one for each of its turns."""
-
-    def forward(self, x):
-        w, chosen = self.choose(x)
-        counts = torch.bincount(chosen.flatten(), minlength=E)
-        y = torch.zeros_like(x)
-        for e in range(E):
-            token = (chosen == e).any(-1).nonzero(as_tuple=True)[0]
-            y = y.index_add(0, token, F.relu(x[token] @ self.up[e]) @ self.down[e]).cumsum(0) * counts[e]
-        return y * w[:, :1]
-
-
 class AsksHowManyCounts(Banked):
     """How many counts there are decides what is done: Dynamo breaks the graph there."""
 

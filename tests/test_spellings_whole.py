@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from spelling_table import error, measured, tensors
-from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts, LoopBesideCounts, PairsOfWeight
+from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts, PairsOfWeight
 from test_spellings_more import assert_close, compiled, gradients, made, skewed
 
 
@@ -73,13 +73,3 @@ def test_pairs_that_are_selected_by_weight_are_rows_of_one_expert_each():
     x = (torch.randn(13, module.up.shape[1]),)
     assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
     assert report.graphs == 1
-
-
-def test_a_loop_as_it_was_written_beside_counts_is_not_traced_whole():
-    torch.manual_seed(0)
-    module = LoopBesideCounts()
-    run, report = compiled(module, kernels="eager")
-    x = torch.randn(13, module.up.shape[1])
-    with torch.no_grad():
-        assert error([run(x)], [module(x)]) <= 1e-5
-    assert report.graphs != 1
