@@ -272,7 +272,8 @@ def store(key: str, obj: Any, at: Any, value: Any) -> None:
     if not isinstance(obj, Tensor):
         give_up(key, "the body stores into something that is no tensor")
     if is_item(at):
-        obj.index_put_((at,), value if isinstance(value, Tensor) else obj.new_tensor(value))
+        # A whole number as index is a view in eager, and a copy into one casts.
+        obj.index_put_((at,), value.to(obj.dtype) if isinstance(value, Tensor) else obj.new_tensor(value))
         return
     at = _rows_at(key, obj, at)
     if isinstance(at, tuple) and any(is_item(part) for part in at):

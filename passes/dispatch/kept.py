@@ -11,6 +11,7 @@ from dataclasses import replace
 from moec.ir.graph import Arg, Graph, Instr, Ref
 from moec.ir.match import NoMatch
 from moec.passes.capacity.infer import always
+from moec.passes.dispatch.turns import same_each_turn
 from moec.passes.rows.hot import Cond, Hot, letters_of
 from moec.passes.rows.lift import Lifter, same
 from moec.passes.rows.pairs import Choice, Writer, routed
@@ -30,15 +31,15 @@ def kept_mask(lifter: Lifter, arg: Arg) -> OneHot | None:
 
 
 def cut_mask(lifter: Lifter, chosen: OneHot, arg: Arg) -> OneHot | None:
-    """(ids == e) & kept: the loop's mask without the pairs that a mask made before the loop leaves out."""
+    """(ids == e) & kept: the loop's mask without the pairs that a mask leaves out which is the same in each turn."""
     kind = lifter.type(arg)
     if not isinstance(arg, Ref) or kind.dtype != "bool" or chosen.axes not in (("t",), ("t", "s")):
         return None
     whole = lifter.kept.get(chosen.choice)
     base = chosen.choice if whole is None else whole.base
-    position = lifter.graph.position
-    before = position.get(arg.name, -1) < position.get(chosen.anchor, -1)
-    if base not in lifter.graph.types or kind.shape != lifter.graph.types[base].shape or not before:
+    if base not in lifter.graph.types or kind.shape != lifter.graph.types[base].shape:
+        return None
+    if not same_each_turn(lifter.graph, arg.name, chosen.anchor):
         return None
     axes = letters_of(kind.rank)
     only = frozenset({Cond(arg.name, axes)}) | (frozenset() if whole is None else whole.only)

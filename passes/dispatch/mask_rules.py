@@ -134,7 +134,7 @@ def rule_and(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     for chosen, other in zip(found, instr.args[::-1], strict=True):
         if isinstance(chosen, OneHot) and chosen.anchor:
             cut = cut_mask(lifter, chosen, other)
-            what = "the loop's mask meets something else than a mask of pairs that was made before the loop"
+            what = "the loop's mask meets something else than a mask of pairs that is the same in each turn"
             return cut or NoMatch(what, instr.results[0], 3)
     misses = [miss for miss in found if isinstance(miss, NoMatch)]
     return nearest([*misses, NoMatch("a conjunction that selects no expert's rows", instr.results[0])])

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from moec.ir.graph import Graph
 
 _ENDS = frozenset({"turn", "end"})
+_TURNING = frozenset({"anchor", "anchor_range", "carry", "carry_int"})
 
 
 def goes_on(graph: Graph, root: str, loops: Mapping[str, str], found: Collection[str] = ()) -> bool:
@@ -23,6 +24,22 @@ def turns_in(graph: Graph, name: str, anchor: str) -> bool:
     """Whether a value is computed in the turns of a rolled loop, not behind it."""
     ends = [graph.position[user.results[0]] for user in graph.users.get(anchor, ()) if user.word in _ENDS]
     return graph.position[anchor] < graph.position[name] < max(ends, default=-1)
+
+
+def same_each_turn(graph: Graph, name: str, anchor: str) -> bool:
+    """Whether a value is that of before the loop in each of its turns, though the turns may compute it again."""
+    seen, pending = {name}, [name]
+    while pending:
+        value = pending.pop()
+        made = graph.defs.get(value)
+        if made is None or graph.position[value] < graph.position[anchor]:
+            continue
+        if made.word in _TURNING:
+            return False
+        more = set(made.uses) - seen
+        seen |= more
+        pending += more
+    return True
 
 
 def loops_of(graph: Graph) -> tuple[dict[str, str], set[str]]:
