@@ -12,10 +12,25 @@ from dataclasses import replace
 
 from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch
+from moec.passes.dispatch.gate_columns import chosen_by
 from moec.passes.dispatch.turns import turns_in
 from moec.passes.raising.word_contract import equation_of
 from moec.passes.rows.lift import FLOATS, First, Lift, Lifter, Rule, tried_first
-from moec.passes.rows.rows import Anchor, Apply, Dot, Expert, Ids, Masked, OneHot, Rows, Slot, Space, Token
+from moec.passes.rows.rows import (
+    Anchor,
+    Apply,
+    Column,
+    Dot,
+    Expert,
+    Gate,
+    Ids,
+    Masked,
+    OneHot,
+    Rows,
+    Slot,
+    Space,
+    Token,
+)
 from moec.passes.rows.token_axes import choice_axes, is_token, names_once, one_expert, order_of, token_axes
 
 EVERY = "every"
@@ -84,6 +99,8 @@ def _limited(lifter: Lifter, rows: Rows, factor: Ref, gate: Lift) -> Lift | None
     weighted = replace(rows, row=Apply("mul", (rows.row, weight)))
     if _plain(gate):  # a number of the token's own, which is its weight where it has one expert
         return weighted if rows.space.key and one_expert(lifter.graph, rows.choice) else None
+    if isinstance(gate, Column):
+        return _gated(lifter, rows, gate)
     if not isinstance(gate, Masked | OneHot) or gate.choice not in lifter.graph.types or not gate.anchor:
         return None
     one = one_expert(lifter.graph, gate.choice)
@@ -95,6 +112,15 @@ def _limited(lifter: Lifter, rows: Rows, factor: Ref, gate: Lift) -> Lift | None
     if found is None or (rows.space.key and (rows.space.key, rows.choice) != (gate.anchor, gate.choice)):
         return None
     return replace(found, space=_space_of(lifter, gate.choice, gate.anchor), choice=gate.choice)
+
+
+def _gated(lifter: Lifter, rows: Rows, gate: Column) -> Rows | None:
+    """The rows times the loop's expert's gates, which limit them where they are zero for those that did not choose."""
+    gated = replace(rows, row=Apply("mul", (rows.row, Gate(gate.value))))
+    if rows.space.key:
+        return gated if rows.space.key == gate.key else None
+    choice = chosen_by(lifter, gate.value)
+    return replace(gated, space=_space_of(lifter, choice, gate.key), choice=choice) if choice else gated
 
 
 def _space_of(lifter: Lifter, choice: str, anchor: str) -> Space:

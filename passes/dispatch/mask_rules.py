@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from moec.ir.graph import Arg, Instr, Ref
 from moec.ir.match import NoMatch, nearest
+from moec.passes.dispatch.gate_columns import has_gates
 from moec.passes.dispatch.kept import cut_mask, kept_mask
 from moec.passes.dispatch.mapped import pairs_of
 from moec.passes.dispatch.partial import end_side, side_of
@@ -43,6 +44,8 @@ def rule_reduce(lifter: Lifter, instr: Instr, _which: int) -> Lift:
     if isinstance(inner, NoMatch):
         inner = kept_mask(lifter, instr.args[0]) or inner
     slots = lifter.type(instr.args[0]).rank - 1
+    if isinstance(inner, Column) and len(dims) == slots + 1:
+        return has_gates(lifter, inner) or NoMatch("a sum of gates that may be below 0", instr.results[0])
     if isinstance(inner, Masked) and dims == (slots,) and instr.word == "reduce_sum":
         return replace(inner, summed=True)
     if not isinstance(inner, OneHot):

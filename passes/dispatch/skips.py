@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from moec.ir.graph import Instr, Ref, loop_of
 from moec.ir.match import NoMatch
+from moec.passes.dispatch.gate_columns import leaves_out_zeros
+from moec.passes.rows.body import BodyMatch
 from moec.passes.rows.lift import Lifter
 from moec.passes.rows.rows import Anchor, Ids
 
@@ -38,14 +40,15 @@ def _counts_rows(lifter: Lifter, skip: Instr, anchor: str) -> bool:
     return False
 
 
-def asked_of_others(lifter: Lifter, anchor: str, choice: str) -> NoMatch | None:
+def asked_of_others(lifter: Lifter, anchor: str, choice: str, body: BodyMatch | None = None) -> NoMatch | None:
     """Why the experts that a loop passes over may have rows by `choice`, another one than it asked, or None."""
     made = lifter.graph.defs[anchor]
     item = lifter.lift(Ref(anchor)) if made.word == "anchor" else None
     asked = {*lifter.asked.get(anchor, ()), *((item.choice,) if isinstance(item, Anchor) else ())}
     for other in sorted(asked - {"", choice}):
         same = {_whole(lifter, choice, "slice"), _whole(lifter, choice)}  # its columns are among all that was asked
-        if not choice.startswith(f"{other}#") and _whole(lifter, other) not in same:
+        part = choice.startswith(f"{other}#") or (body is not None and leaves_out_zeros(lifter, other, body))
+        if not part and _whole(lifter, other) not in same:
             return NoMatch(f"experts without rows by %{other} are passed over, rows go by %{choice}", anchor)
     return None
 

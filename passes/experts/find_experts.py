@@ -180,7 +180,7 @@ def _left_out(lifter: Lifter, loop: str, body: BodyMatch, total: Combined) -> No
     skipped = only_idle_skipped(lifter, loop)
     if skipped is not None:
         return skipped
-    others = asked_of_others(lifter, loop, total.rows.choice) if total.rows.choice else None
+    others = asked_of_others(lifter, loop, total.rows.choice, body) if total.rows.choice else None
     if others is not None:
         return others
     beyond = lifter.beyond.get(loop)
