@@ -126,7 +126,9 @@ class Words(ast.NodeTransformer):
         return node
 
     def number(self, expr: ast.expr) -> bool:
-        """Whether an expression is a number looked up at the item: `counts[e]`."""
+        """Whether an expression is a number looked up at the item: `counts[e]`, or `counts[e].item()`."""
+        if isinstance(expr, ast.Call) and isinstance(expr.func, ast.Attribute) and expr.func.attr == "item":
+            expr = expr.func.value
         return isinstance(expr, ast.Subscript) and not _slices(expr.slice) and self.indexes(expr)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:

@@ -78,7 +78,10 @@ class Bodies:
 
 
 def _join_leaves(copy: Copy) -> None:
-    """One placeholder a leaf that nothing writes to: the sorted loop must see one choice, not several equal ones."""
+    """One placeholder a leaf that nothing writes to: the sorted loop must see one choice, not several equal ones.
+
+    What is written to and begins as another leaf is a copy of that: `y = x.clone(); y[rows] = x[rows] + …` adds.
+    """
     changed = {root(tensor) for node in copy.graph.nodes for tensor in written(node)}
     first: dict[str, fx.Node] = {}
     for node in list(copy.graph.nodes):
@@ -89,6 +92,19 @@ def _join_leaves(copy: Copy) -> None:
             node.replace_all_uses_with(kept)
             del copy.feeds[node.name]
             copy.graph.erase_node(node)
+    for node in changed:
+        kept = first.get(copy.feeds.get(node.name, ""))
+        if node.op == "placeholder" and kept is not None:
+            with copy.graph.inserting_after(_last_given(copy.graph)):
+                begun = copy.graph.call_method("clone", (kept,))
+            begun.meta = dict(node.meta)
+            node.replace_all_uses_with(begun)
+            del copy.feeds[node.name]
+            copy.graph.erase_node(node)
+
+
+def _last_given(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(list(graph.nodes)) if node.op == "placeholder")
 
 
 def _sorted(copy: Copy, site: OpaqueSite) -> fx.Graph:

@@ -65,6 +65,19 @@ class OverShared(Layer):
         return y
 
 
+class AddedToACopy(Layer):
+    """One expert a token, whose rows are added to those of a copy of x."""
+
+    def forward(self, x):
+        w, e = F.softmax(self.gate(x), -1).max(-1)
+        y = x.clone()
+        for i, expert in enumerate(self.experts):
+            mine = e == i
+            if mine.any():
+                y[mine] = x[mine] + w[mine, None] * expert(x[mine])
+        return y
+
+
 class Dropping(Layer):
     """Weak choices go to no expert."""
 
@@ -115,7 +128,14 @@ def agrees(kind, **options):
 
 @pytest.mark.parametrize(
     ("kind", "grad", "routings"),
-    [(Layer, True, 3), (OverShared, True, 3), (Dropping, False, 5), (DroppingBeyond, True, 5), (Counting, False, 3)],
+    [
+        (Layer, True, 3),
+        (OverShared, True, 3),
+        (AddedToACopy, True, 3),
+        (Dropping, False, 5),
+        (DroppingBeyond, True, 5),
+        (Counting, False, 3),
+    ],
 )
 def test_sorting_rows_is_proved(kind, grad, routings):
     site = explained(*made(kind), grad=grad)
