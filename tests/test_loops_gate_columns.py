@@ -66,7 +66,25 @@ class SoftmaxOfTheChosen(AsksTheChoice):
         return scores.softmax(-1), ids
 
 
-FUSED = (AsksTheGates, AsksTheirSum, AsksTheChoice, SoftmaxOfTheChosen)
+class MaskAndGates(Gated):
+    """What is added is multiplied by a column of the mask, which is asked, and by one of the gates."""
+
+    def masked(self, x):
+        p = self.router(x).softmax(-1)
+        mask = torch.zeros_like(p).scatter(-1, p.topk(2, dim=-1).indices, 1.0)
+        return p * mask / (p * mask).sum(-1, keepdim=True), mask
+
+    def forward(self, x):
+        p, mask = self.masked(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            chosen, gate = mask[..., e : e + 1], p[..., e : e + 1]
+            if (chosen > 0).any():
+                y = y + self.experts[e](x) * gate * chosen
+        return y
+
+
+FUSED = (MaskAndGates, AsksTheGates, AsksTheirSum, AsksTheChoice, SoftmaxOfTheChosen)
 
 
 @pytest.mark.parametrize("spelling", FUSED, ids=lambda s: s.__name__)
@@ -122,7 +140,24 @@ class GatesOfTheNext(AsksTheChoice):
         return torch.zeros(*x.shape[:-1], E).scatter(-1, (ids + 1) % E, w), ids
 
 
-LEFT = (AsksForPositive, GatesOfAll, FilledWithHalves, GatesOfTheNext)
+class HalfAMask(MaskAndGates):
+    """The mask holds halves, which count."""
+
+    def masked(self, x):
+        p = self.router(x).softmax(-1)
+        mask = torch.zeros_like(p).scatter(-1, p.topk(2, dim=-1).indices, 0.5)
+        return p * mask, mask
+
+
+class AnotherMask(MaskAndGates):
+    """The mask that is asked is of other choices than the gates'."""
+
+    def masked(self, x):
+        p, mask = super().masked(x)
+        return p, torch.zeros_like(p).scatter(-1, self.router(x.flip(0)).topk(2, dim=-1).indices, 1.0)
+
+
+LEFT = (HalfAMask, AnotherMask, AsksForPositive, GatesOfAll, FilledWithHalves, GatesOfTheNext)
 
 
 @pytest.mark.parametrize("near", LEFT, ids=lambda s: s.__name__)

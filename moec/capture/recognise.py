@@ -160,6 +160,16 @@ def is_alias(expr: ast.expr, names: set[str] | frozenset[str]) -> bool:
     return False
 
 
+def is_one(part: ast.expr, names: set[str] | frozenset[str]) -> bool:
+    """Whether a part of an index is `e:e + 1` of the loop's item."""
+    if not isinstance(part, ast.Slice) or part.step is not None or not isinstance(part.upper, ast.BinOp):
+        return False
+    if part.lower is None or not isinstance(part.lower, ast.Name) or not is_alias(part.lower, names):
+        return False
+    sides = {ast.unparse(part.upper.left), ast.unparse(part.upper.right)}
+    return isinstance(part.upper.op, ast.Add) and sides == {part.lower.id, "1"}
+
+
 def tainted_by(loop: ast.For) -> set[str]:
     names = stored([loop.target])
     while True:
@@ -183,7 +193,7 @@ def _selects(expr: ast.AST, aliases: set[str]) -> bool:
             return True
         if isinstance(node, ast.Subscript) and id(node) not in called and not is_alias(node, aliases):
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            if any(is_alias(part, aliases) for part in parts):
+            if any(is_alias(part, aliases) or is_one(part, aliases) for part in parts):
                 return True
         if isinstance(node, ast.Call) and _called_name(node) in _SELECTORS and loaded([node]) & aliases:
             return True

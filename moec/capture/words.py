@@ -8,7 +8,7 @@ import copy
 from moec.capture.asks import member_of
 from moec.capture.events import loaded
 from moec.capture.host import asked_numbers, indexing_lists, strip_listing
-from moec.capture.recognise import Candidate, is_alias
+from moec.capture.recognise import Candidate, is_alias, is_one
 
 RUNTIME = "_moec_trace"
 
@@ -148,19 +148,10 @@ def _slices(at: ast.expr) -> bool:
     return any(isinstance(part, ast.Slice) for part in (at.elts if isinstance(at, ast.Tuple) else [at]))
 
 
-def _one(at: ast.Slice) -> bool:
-    """`e:e + 1` of a name."""
-    if not isinstance(at.lower, ast.Name) or not isinstance(at.upper, ast.BinOp) or at.step is not None:
-        return False
-    sides = {ast.unparse(at.upper.left), ast.unparse(at.upper.right)}
-    return isinstance(at.upper.op, ast.Add) and sides == {at.lower.id, "1"}
-
-
 def _key(at: ast.expr) -> ast.expr:
     """An index as an expression of its own: `a:b` is `slice(a, b, None)`."""
     if isinstance(at, ast.Slice):
-        if _one(at):
-            assert at.lower is not None
+        if at.lower is not None and is_one(at, loaded([at.lower])):
             return call("one", at.lower)
         bounds = [bound if bound is not None else ast.Constant(None) for bound in (at.lower, at.upper, at.step)]
         return call("span", *bounds)

@@ -116,11 +116,15 @@ def _limited(lifter: Lifter, rows: Rows, factor: Ref, gate: Lift) -> Lift | None
 
 def _gated(lifter: Lifter, rows: Rows, gate: Column) -> Rows | None:
     """The rows times the loop's expert's gates, which limit them where they are zero for those that did not choose."""
+    choice, unit = chosen_by(lifter, gate.value)
     gated = replace(rows, row=Apply("mul", (rows.row, Gate(gate.value))))
+    if rows.space.key and rows.space.key != gate.key:
+        return None
     if rows.space.key:
-        return gated if rows.space.key == gate.key else None
-    choice = chosen_by(lifter, gate.value)
-    return replace(gated, space=_space_of(lifter, choice, gate.key), choice=choice) if choice else gated
+        return rows if unit and choice == rows.choice else gated
+    if not choice:
+        return gated
+    return replace(rows if unit else gated, space=_space_of(lifter, choice, gate.key), choice=choice)
 
 
 def _space_of(lifter: Lifter, choice: str, anchor: str) -> Space:

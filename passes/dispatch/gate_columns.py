@@ -16,16 +16,17 @@ from moec.passes.rows.rows import Column, Idle
 from moec.passes.rows.token_axes import names_once
 
 
-def chosen_by(lifter: Lifter, gates: str) -> str:
-    """The choice e[…, k] or e[…] outside of which gates g[…, E] are zero; '' where none is known."""
+def chosen_by(lifter: Lifter, gates: str) -> tuple[str, bool]:
+    """The choice e[…, k] or e[…] outside of which gates g[…, E] are zero, '' where none is known; whether they are 1."""
     held = lifter.masks.lift(Ref(gates)) if lifter.masks is not None else None
     if not isinstance(held, Hot) or held.place is not None or held.at >= 0 or held.base not in lifter.graph.types:
-        return ""
+        return "", False
     letters = "".join(letters_of(lifter.graph.types[held.base].rank))
     tokens = flat(tuple(axis for axis in held.axes if axis != "e"))
     once = distinct(lifter.masks, held.base, held.summed) if held.summed and lifter.masks else True
     whole = held.axes[-1:] == ("e",) and tokens + held.summed == letters and once
-    return held.base if whole and names_once(lifter.graph, held.base) else ""
+    found = held.base if whole and names_once(lifter.graph, held.base) else ""
+    return found, bool(found) and held.unit and not held.only
 
 
 def has_gates(lifter: Lifter, held: Column) -> Idle | None:
@@ -37,11 +38,13 @@ def has_gates(lifter: Lifter, held: Column) -> Idle | None:
     return Idle(held.key, False, table.name)
 
 
-def leaves_out_zeros(lifter: Lifter, asked: str, body: BodyMatch) -> bool:
-    """Whether an expert that is passed over by its gates has rows of weight 0 alone, which add nothing."""
+def leaves_out_zeros(lifter: Lifter, asked: str, choice: str, body: BodyMatch) -> bool:
+    """Whether an expert that is passed over by gates has no rows by the choice, or rows of weight 0 alone."""
     table = lifter.tables.get(asked)
-    if not isinstance(table, Table) or not body.by_expert or table.value != body.weight:
+    if not isinstance(table, Table) or table.limit != 0.0 or table.word not in ("gt", "ne"):
         return False
-    if body.spec.weight_on != "output" or table.limit != 0.0:
+    if chosen_by(lifter, table.value) == (choice, True):
+        return True
+    if not body.by_expert or table.value != body.weight or body.spec.weight_on != "output":
         return False
-    return table.word == "ne" or (table.word == "gt" and nonnegative_value(lifter.graph, table.value))
+    return table.word == "ne" or nonnegative_value(lifter.graph, table.value)

@@ -108,6 +108,8 @@ def rule_compare(lifter: Lifter, instr: Instr, _which: int) -> Lift:
             return side
     if isinstance(a, PerExpert) and a.what == "counts" and (instr.word, right) in (("gt", 0), ("ge", 1), ("ne", 0)):
         return replace(a, what="hit")
+    if isinstance(a, OneHot) and a.anchor and (instr.word, right) in (("gt", 0), ("ne", 0), ("eq", 1), ("ge", 1)):
+        return a
     if isinstance(a, Idle) and not a.idle and (instr.word, right) in (("gt", 0), ("eq", 0), ("ne", 0)):
         return replace(a, idle=instr.word == "eq")
     misses = [found for found in (a, b) if isinstance(found, NoMatch)]

@@ -47,7 +47,7 @@ def asked_of_others(lifter: Lifter, anchor: str, choice: str, body: BodyMatch | 
     asked = {*lifter.asked.get(anchor, ()), *((item.choice,) if isinstance(item, Anchor) else ())}
     for other in sorted(asked - {"", choice}):
         same = {_whole(lifter, choice, "slice"), _whole(lifter, choice)}  # its columns are among all that was asked
-        part = choice.startswith(f"{other}#") or (body is not None and leaves_out_zeros(lifter, other, body))
+        part = choice.startswith(f"{other}#") or (body is not None and leaves_out_zeros(lifter, other, choice, body))
         if not part and _whole(lifter, other) not in same:
             return NoMatch(f"experts without rows by %{other} are passed over, rows go by %{choice}", anchor)
     return None
