@@ -76,7 +76,44 @@ class SelectedByWeight(Chosen):
         return y
 
 
-FUSED = (SelectedByWeight, RowsCutAgain, RowsCutByBoth, WeightsBySlot)
+class WeightsOfRowsBySlot(Chosen):
+    """The weights of the expert's rows are filled in among these rows."""
+
+    def filled(self, w, chosen, mine, e):
+        gate = torch.zeros(mine.sum())
+        for k in range(K):
+            here = chosen[mine, k] == e
+            gate[here] = w[mine, k][here]
+        return gate
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            mine = (chosen == e).any(-1)
+            if not mine.any():
+                continue
+            gate = self.filled(w, chosen, mine, e)
+            y[mine] += gate.unsqueeze(-1) * expert(x[mine])
+        return y
+
+
+class MaskAndWeight(Chosen):
+    """A slot's mask is of the pairs that chose the expert and have a weight, made anew for each expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        w = torch.where(w > 0.55, w, torch.zeros_like(w))
+        y = torch.zeros_like(x)
+        for k in range(K):
+            for e in range(E):
+                here = (chosen[:, k] == e) & (w[:, k] > 0)
+                if here.any():
+                    y[here] += w[here, k].unsqueeze(-1) * self.experts[e](x[here])
+        return y
+
+
+FUSED = (SelectedByWeight, RowsCutAgain, RowsCutByBoth, WeightsBySlot, WeightsOfRowsBySlot, MaskAndWeight)
 
 
 @pytest.mark.parametrize("kind", FUSED, ids=lambda k: k.__name__)
@@ -85,9 +122,10 @@ def test_fused_and_equal(kind):
     assert_fused_at_any_size(kind(), H)
 
 
-def test_gradients():
+@pytest.mark.parametrize("kind", [RowsCutAgain, WeightsOfRowsBySlot, MaskAndWeight], ids=lambda k: k.__name__)
+def test_gradients(kind):
     torch.manual_seed(0)
-    module = RowsCutAgain()
+    module = kind()
     run, _ = compiled(module)
     x = (torch.randn(13, H),)
     assert_close(gradients(run, module, x), gradients(module, module, x), 1e-4)
@@ -120,6 +158,43 @@ class AnotherSlotsWeight(WeightsBySlot):
                 here = chosen[:, k] == e
                 gate[here] = w[here, K - 1 - k]
             y[mine] += gate[mine].unsqueeze(-1) * expert(x[mine])
+        return y
+
+
+class OneSlotOfRowsShort(WeightsOfRowsBySlot):
+    def filled(self, w, chosen, mine, e):
+        gate = torch.zeros(mine.sum())
+        for k in range(K - 1):
+            here = chosen[mine, k] == e
+            gate[here] = w[mine, k][here]
+        return gate
+
+
+class AnotherSlotsWeightOfRows(WeightsOfRowsBySlot):
+    def filled(self, w, chosen, mine, e):
+        gate = torch.zeros(mine.sum())
+        for k in range(K):
+            here = chosen[mine, k] == e
+            gate[here] = w[mine, K - 1 - k][here]
+        return gate
+
+
+class FilledIntoHalves(WeightsOfRowsBySlot):
+    def filled(self, w, chosen, mine, e):
+        gate = torch.full((int(mine.sum()),), 0.5)
+        gate[chosen[mine, 0] == e] = w[mine, 0][chosen[mine, 0] == e]
+        return gate
+
+
+class MaskOfTheTurn(MaskAndWeight):
+    """The mask beside the choice differs from expert to expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where((chosen == e) & (w > 0.1 * e + 0.3))
+            y.index_add_(0, token, w[token, slot, None] * self.experts[e](x[token]))
         return y
 
 
@@ -163,7 +238,17 @@ class AboveALimit(SelectedByWeight):
         return y
 
 
-NEAR = (AboveALimit, OneSlotShort, AnotherSlotsWeight, NeighboursRows, RowsNotAMask)
+NEAR = (
+    AboveALimit,
+    OneSlotShort,
+    AnotherSlotsWeight,
+    OneSlotOfRowsShort,
+    AnotherSlotsWeightOfRows,
+    FilledIntoHalves,
+    MaskOfTheTurn,
+    NeighboursRows,
+    RowsNotAMask,
+)
 
 
 @pytest.mark.parametrize("kind", NEAR, ids=lambda k: k.__name__)

@@ -153,7 +153,7 @@ class AnotherMask(MaskAndGates):
     """The mask that is asked is of other choices than the gates'."""
 
     def masked(self, x):
-        p, mask = super().masked(x)
+        p, _ = super().masked(x)
         return p, torch.zeros_like(p).scatter(-1, self.router(x.flip(0)).topk(2, dim=-1).indices, 1.0)
 
 

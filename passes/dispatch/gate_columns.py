@@ -17,7 +17,7 @@ from moec.passes.rows.token_axes import names_once
 
 
 def chosen_by(lifter: Lifter, gates: str) -> tuple[str, bool]:
-    """The choice e[…, k] or e[…] outside of which gates g[…, E] are zero, '' where none is known; whether they are 1."""
+    """The choice e[…, k] or e[…] outside of which gates g[…, E] are zero, or ''; whether they are 1 there."""
     held = lifter.masks.lift(Ref(gates)) if lifter.masks is not None else None
     if not isinstance(held, Hot) or held.place is not None or held.at >= 0 or held.base not in lifter.graph.types:
         return "", False

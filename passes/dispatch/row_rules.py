@@ -24,6 +24,7 @@ from moec.passes.dispatch.mask_rules import (
 )
 from moec.passes.dispatch.partial import skip_side
 from moec.passes.dispatch.product_rules import rule_contract, rule_grouped
+from moec.passes.dispatch.row_weights import with_row_weights
 from moec.passes.dispatch.runs import with_runs
 from moec.passes.dispatch.served import rule_masked_fill
 from moec.passes.dispatch.slot_cuts import with_cuts
@@ -275,7 +276,8 @@ _OWN: Mapping[str, Rule] = {
     "grouped": rule_grouped,
 }
 
-RULES: Mapping[str, Rule] = with_every(with_cuts(with_slots(tried_first(with_runs(_OWN), listed.BEFORE))))
+_OF_SLOTS = with_cuts(with_row_weights(with_slots(tried_first(with_runs(_OWN), listed.BEFORE))))
+RULES: Mapping[str, Rule] = with_every(_OF_SLOTS)
 
 
 def _unique(lifter: Lifter, instr: Instr) -> Lift:
