@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from moec.capture.picked_totals import chosen_by_all
 from moec.capture.state import current_tx
 
 _M = torch.ops.moec
@@ -32,6 +33,9 @@ def fix_total(graph: Graph) -> None:
     same = any(span.meta["example_value"].shape[0] is cut.meta["example_value"].shape[0] for span in spans)
     if len(totals) == 1 and totals[0] is not None and len(rows) == 1 and (same or _kept(spans[0], cut)):
         torch._check(last.meta["example_value"].shape[0] == totals[0])
+    chosen = chosen_by_all(graph, last) if not spans else None
+    if chosen is not None:
+        torch._check(last.meta["example_value"].shape[0] == chosen)
     beside = _beside(graph, last)
     if beside is not None:
         torch._check(last.meta["example_value"].shape[0] == beside.meta["example_value"].shape[0])

@@ -32,7 +32,7 @@ class Combined:
 
 
 OF_ROWS = frozenset({"reduce_sum", "index_add", "index_put", "scatter_add", "contract"})
-COMBINING = OF_ROWS | {"add"}
+COMBINING = OF_ROWS | {"add", "index"}
 
 
 def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
@@ -43,6 +43,8 @@ def combined(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return _weighted(lifter, instr)
     if instr.word == "add":
         return _of_every_token(lifter, instr)
+    if instr.word == "index":
+        return _put_back(lifter, instr)
     return _into_tokens(lifter, instr)
 
 
@@ -53,6 +55,16 @@ def _of_every_token(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
         return NoMatch("not a sum over tokens")
     base, rows = found
     return Combined(instr.results[0], rows, form_of(lifter.graph, rows), _start(lifter, base))
+
+
+def _put_back(lifter: Lifter, instr: Instr) -> Combined | NoMatch:
+    """rows[order of their tokens], of a loop's rows put together, one a token."""
+    rows = lifter.lift_result(instr)
+    if not isinstance(rows, Rows) or not rows.anchor or rows.space.kind != "slots" or rows.layout != "flat":
+        return NoMatch("not rows that are put back")
+    if instr.types[0].rank != 2 or not one_expert(lifter.graph, rows.choice):
+        return NoMatch("not a row for each token")
+    return Combined(instr.results[0], rows, form_of(lifter.graph, rows))
 
 
 def _over_slots(lifter: Lifter, instr: Instr) -> Combined | NoMatch:

@@ -23,7 +23,7 @@ from moec.passes.rows.rows import (
     Space,
     Token,
 )
-from moec.passes.rows.token_axes import as_token, base_of, choice_axes, is_token, names_once
+from moec.passes.rows.token_axes import as_token, base_of, choice_axes, is_token, names_once, one_expert
 
 
 def rule_index(lifter: Lifter, instr: Instr, _which: int) -> Lift:
@@ -150,7 +150,8 @@ def rule_sort(lifter: Lifter, instr: Instr, which: int) -> Lift:
     key = instr.results[1]
     if inner.what == "expert" and inner.space.kind == "slots":
         return Ids(Space("sorted", inner.space.k, key), "flat" if which == 1 else "expert", inner.choice)
-    if inner.what == "flat" and inner.space.kind == "sorted" and which == 1:
+    whole = inner.what == "token" and one_expert(lifter.graph, inner.choice)  # a token's one place is its number
+    if (inner.what == "flat" or whole) and inner.space.kind == "sorted" and which == 1:
         return Ids(inner.space, "inverse", inner.choice)
     return NoMatch(f"sorts {inner.what} ids of {inner.space.kind} rows", instr.results[0])
 
