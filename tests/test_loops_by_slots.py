@@ -198,6 +198,18 @@ class MaskOfTheTurn(MaskAndWeight):
         return y
 
 
+class DrawnInTheTurn(MaskAndWeight):
+    """The pairs that are left out are drawn anew for each expert."""
+
+    def forward(self, x):
+        w, chosen = self.choose(x)
+        y = torch.zeros_like(x)
+        for e in range(E):
+            token, slot = torch.where((chosen == e) & (torch.rand(chosen.shape) > 0.3))
+            y.index_add_(0, token, w[token, slot, None] * self.experts[e](x[token]))
+        return y
+
+
 class NeighboursRows(Chosen):
     """The mask that cuts the rows is another expert's."""
 
@@ -260,6 +272,19 @@ def test_near_misses_compute_what_they_did(kind):
         for count in (13, 1):
             assert_same_call(run, module, (torch.randn(count, H),))
     assert all(site.status != "fused" for site in report.sites), report
+
+
+def test_random_numbers_are_drawn_as_often_as_eager_does():
+    torch.manual_seed(0)
+    module, x = DrawnInTheTurn(), torch.randn(13, H)
+    run, report = compiled(module)
+    with torch.no_grad():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            want = module(x)
+            torch.manual_seed(seed)
+            assert_close([run(x)], [want], 1e-5)
+    assert [site.status for site in report.sites] == ["declined"], report
 
 
 def test_the_guard_that_is_left_out_must_ask_a_mask():

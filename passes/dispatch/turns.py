@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from moec.ir.graph import Graph
 
 _ENDS = frozenset({"turn", "end"})
-_TURNING = frozenset({"anchor", "anchor_range", "carry", "carry_int"})
+_TURNING = frozenset({"anchor", "anchor_range", "carry", "carry_int", "random", "effect"})
 
 
 def goes_on(graph: Graph, root: str, loops: Mapping[str, str], found: Collection[str] = ()) -> bool:

@@ -52,7 +52,7 @@ class Writer:
         if made is None or name in self.types:
             return name
         viewed = self.graph.defs.get(f"{name}.1")  # w[rows, slots, None]: a node holds what the last step made
-        if viewed is not None and viewed.word == "reshape" and viewed.args[0] == Ref(name):
+        if made.word == "index" and viewed is not None and viewed.word == "reshape" and viewed.args[0] == Ref(name):
             return self.reshape(viewed.results[0], made.types[0].shape)
         source = self.graph.types[made.uses[0]] if made.uses else Type("any")
         if made.word == "reshape" and source.rank == 2 and source.shape[1] == 1 and made.types[0].rank == 1:
