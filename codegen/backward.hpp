@@ -13,17 +13,6 @@
 
 namespace moec {
 
-// Expert `e` with rows [row, row + rows) of the sorted pairs; its tasks in the second phase end before number `end`.
-struct Hit {
-  int64_t e, row, rows, end;
-};
-
-// Hits and segments [begin, end) and rows of experts that are taken together; `next` counts tasks taken, by phase.
-struct Group {
-  int64_t hits[2], segments[2], row, rows;
-  std::atomic<int64_t> next[2];
-};
-
 template <class K>
 class Backward {
  public:

@@ -1,5 +1,7 @@
 // What a call hands to a backward kernel: sizes, tensors, the plan's numbers, places in its workspace; all 8 bytes wide.
 #pragma once
+#include <atomic>
+
 #include "args.hpp"
 
 namespace moec {
@@ -20,6 +22,17 @@ struct Gradient {
     if (W* const p = of<W>(e)) std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(W));
   }
   MOEC_INLINE bool any() const { return base || table; }
+};
+
+// Expert `e` with rows [row, row + rows) of the sorted pairs; its tasks in the second phase end before number `end`.
+struct Hit {
+  int64_t e, row, rows, end;
+};
+
+// Hits and segments [begin, end) and rows of experts that are taken together; `next` counts tasks taken, by phase.
+struct Group {
+  int64_t hits[2], segments[2], row, rows;
+  std::atomic<int64_t> next[2];
 };
 
 struct BackwardArgs {

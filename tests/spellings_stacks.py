@@ -311,7 +311,8 @@ SPELLINGS = (
     Spelling("flat reference", "P3", FlatReference, tokens),
     Spelling("every expert in turn", "P9", EveryExpertInTurn, tokens),
     Spelling("looked up", "P7", LookedUp, numbered),
+    Spelling("every token by arange", "P1", EveryTokenByArange, tokens),
 )
 
-LEFT_ALONE = (EveryTokenByArange, RowsByToken, WeightsOfOthers)
+LEFT_ALONE = (RowsByToken, WeightsOfOthers)
 """Declined, with a reason."""

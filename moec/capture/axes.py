@@ -1,4 +1,4 @@
-"""Which axis of a tensor each part of an index reads."""
+"""Which axis of a tensor each part of an index reads; parts that depend on a loop's item."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ class Span:
         self.start = start
         self.stop = stop
         self.step = step
+
+
+def one(item: Any) -> Any:
+    """`item:item + 1` of an index."""
+    return One(item) if isinstance(item, Tensor) else slice(item, item + 1)
+
+
+def span(start: Any, stop: Any, step: Any) -> Any:
+    """`start:stop:step` of an index."""
+    if isinstance(start, Tensor) or isinstance(stop, Tensor):
+        return Span(start, stop, step)
+    return slice(start, stop, step)

@@ -11,6 +11,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moec.capture import ops as _ops  # noqa: F401  # pyright: ignore[reportUnusedImport]  # registers
 from moec.capture.axes import One, Span, axis_of, narrows
+from moec.capture.axes import one as one  # words too
+from moec.capture.axes import span as span
 from moec.capture.first import first as first  # a word too
 from moec.capture.keys import Key, NameKey, TextKey, are_names, key_at
 from moec.capture.keys import text_key as text_key  # a word too
@@ -279,18 +281,6 @@ def store(key: str, obj: Any, at: Any, value: Any) -> None:
     if isinstance(at, tuple) and any(is_item(part) for part in at):
         give_up(key, "the body stores at an index made of the loop's item and others")
     obj[at] = value
-
-
-def one(item: Any) -> Any:
-    """`item:item + 1` of an index."""
-    return One(item) if isinstance(item, Tensor) else slice(item, item + 1)
-
-
-def span(start: Any, stop: Any, step: Any) -> Any:
-    """`start:stop:step` of an index."""
-    if isinstance(start, Tensor) or isinstance(stop, Tensor):
-        return Span(start, stop, step)
-    return slice(start, stop, step)
 
 
 def always(cond: Any, negate: bool) -> bool:
