@@ -143,16 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parse(arguments)
     console, say = Console(), Console(stderr=True, highlight=False)
     console.print(environment_line(), highlight=False)
-    found: dict[str, list[Found]] = {}
-    rows: list[dict[str, object]] = []
+    found: list[tuple[str, Found]] = []
     with torch.no_grad():
         for dtype, row in cells(asked):
-            found.setdefault(dtype, []).append(row)
-            rows.append({"dtype": dtype, **asdict(row), "found": row.share})
+            found.append((dtype, row))
+            rows = [{"dtype": dtype, **asdict(row), "found": row.share} for dtype, row in found]
             path = write_json("tuner", {"rows": rows}, asked.out)
             say.print(f"{row.layer} {dtype} T={row.tokens}: {100 * row.share:.0f} %, written to {path}")
-    for dtype, some in found.items():
-        show(console, f"{dtype}, a budget of {asked.budget:g} s", some)
+    for dtype in dict.fromkeys(dtype for dtype, _ in found):
+        show(console, f"{dtype}, a budget of {asked.budget:g} s", [row for of, row in found if of == dtype])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from moec import report
 from moec.capture.state import current_tx
 from moec.ir import site as ir
 from moec.ir.dims import dim_text
+from moec.ir.engine import only_for_triton
 from moec.ir.graph import Graph, Instr, Ref
 from moec.ir.site_text import dump_site
 from moec.ir.spec import KernelSpec
@@ -141,8 +142,7 @@ def _maker(instr: Instr, facts: Facts) -> str:
     if engine == "eager" or not host.compiler:
         return "eager"
     weights = facts.options.engine(training=bool(facts.grad)).weights
-    stored = weights == "stored" or weights.startswith("fp8")  # of which C++ kernels make no copy
-    return host.isa if stored else f"{host.isa}_{weights}"
+    return host.isa if weights == "stored" or only_for_triton(weights) else f"{host.isa}_{weights}"
 
 
 def capacity_text(capacity: ir.Capacity | None) -> str:

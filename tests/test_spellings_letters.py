@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import spellings_letters
 import torch
-from spelling_table import error, measured, tensors
-from test_spellings_more import assert_declined, compiled, made
+from spelling_table import measured
+from test_spellings_more import assert_declined, assert_spelling_at_any_size
 
 
 @pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -20,13 +20,7 @@ def test_fused_and_equal(spelling):
 
 @pytest.mark.parametrize("spelling", spellings_letters.SPELLINGS[::5], ids=lambda s: f"{s.spelling}-{s.name}")
 def test_any_number_of_tokens(spelling):
-    module = made(spelling)
-    run, report = compiled(module, dynamic=True, kernels="eager")
-    with torch.no_grad():
-        for count in (13, 200, 1, 0):
-            inputs = spelling.inputs(count)
-            assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
-    assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
+    assert_spelling_at_any_size(spelling)
 
 
 @pytest.mark.parametrize("kind", spellings_letters.NEAR, ids=lambda k: k.__name__)

@@ -59,6 +59,20 @@ def assert_fused_at_any_size(module, width):
         assert_same_call(run, module, (torch.randn(7, width),))
 
 
+def assert_spelling_at_any_size(spelling):
+    """Its layers are fused, outputs equal for several numbers of tokens, none, and all tokens at the same experts."""
+    module = made(spelling)
+    run, report = compiled(module, dynamic=True, kernels="eager")
+    with torch.no_grad():
+        for count in (13, 200, 1, 0):
+            inputs = spelling.inputs(count)
+            assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
+        assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
+        skewed(module)
+        inputs = spelling.inputs(13)
+        assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
+
+
 def gradients(run, module, inputs):
     inputs = tuple(x.clone().requires_grad_() for x in inputs)
     module.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spelling_table import error, measured, tensors
 from spellings_whole import NEAR, SPELLINGS, AsksHowManyCounts, PairsOfWeight
-from test_spellings_more import assert_close, compiled, gradients, made, skewed
+from test_spellings_more import assert_close, assert_spelling_at_any_size, compiled, gradients
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
@@ -20,16 +20,7 @@ def test_fused_and_equal(spelling):
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.spelling}-{s.name}")
 def test_any_number_of_tokens(spelling):
-    module = made(spelling)
-    run, report = compiled(module, dynamic=True, kernels="eager")
-    with torch.no_grad():
-        for count in (13, 200, 1, 0):
-            inputs = spelling.inputs(count)
-            assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
-        assert [s.status for s in report.graph_reports[0].sites] == ["fused"] * spelling.sites, report
-        skewed(module)
-        inputs = spelling.inputs(13)
-        assert error(tensors(run(*inputs)), tensors(module(*inputs))) <= 1e-5
+    assert_spelling_at_any_size(spelling)
 
 
 @pytest.mark.parametrize(("kind", "inputs"), NEAR, ids=[kind.__name__ for kind, _ in NEAR])

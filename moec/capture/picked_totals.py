@@ -64,7 +64,7 @@ def _places_of(user: Node, mask: Node) -> Any:
         return value[0].shape[0] if isinstance(value, tuple) else None
     if called_name(user) == "nonzero":
         return (value[0] if isinstance(value, tuple) else value).shape[0] if value is not None else None
-    whole = user.target is operator.getitem and user.args[1] is mask and isinstance(value, torch.Tensor)
+    whole = user.target is operator.getitem and user.args[1] is mask
     return value.shape[0] if whole and isinstance(value, torch.Tensor) else None
 
 

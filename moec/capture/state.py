@@ -190,10 +190,8 @@ def _retrace_failed(tx: Any) -> None:
     elif isinstance(error, (Unsupported, SkipFrame, UserError)):
         return  # Dynamo has an answer of its own
     else:
-        keys, reason = (
-            [*loops.begun, *loops.handed, *loops.asked, *loops.counted],
-            "what stands behind it cannot be traced",
-        )
+        keys = [*loops.begun, *loops.handed, *loops.asked, *loops.counted]
+        reason = "what stands behind it cannot be traced"
     if not keys:
         return
     tx.speculation_log.clear()

@@ -12,7 +12,6 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +38,7 @@ from moec.cli.types import (
     OK,
     STOPPED,
     Debug,
+    Html,
     Json,
     NoGrad,
     OptionPairs,
@@ -47,14 +47,7 @@ from moec.cli.types import (
 )
 from moec.cli.verify import verify_command
 from moec.errors import ModelError, MoecError, OptionError, TargetError
-from moec.tools.typed import writable
-
-Html = Annotated[
-    Path | None,
-    typer.Option(
-        "--html", metavar="PATH", help="Write all of it as one HTML page that needs no other file.", show_default=False
-    ),
-]
+from moec.tools.typed import check_writable
 
 app = typer.Typer(
     name="moec",
@@ -140,8 +133,7 @@ def inspect(
     from moec.cli.exchange import exchange_asked
     from moec.cli.show import inspect_data, inspect_view
 
-    if html is not None:
-        writable("--html", html)
+    check_writable("--html", html)
     recorded = loads_of(loads, used=capacity or exchange is not None)
     asked = capacity_asked(capacity, tokens, recorded, drop_rate)
     spread = exchange_asked(exchange, recorded, place)

@@ -10,7 +10,7 @@ import typer
 
 from moec.cli.io import say
 from moec.errors import TargetError
-from moec.tools.typed import writable
+from moec.tools.typed import check_writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -78,6 +78,5 @@ def exchange_asked(exchange: str | None, loads: tuple[Load, ...], place: Path | 
         return None
     if place is not None and not loads:
         raise TargetError(f"--place {place}: needs --loads FILE with choices, as `moec routes --choices 4096` records")
-    if place is not None:
-        writable("--place", place)
+    check_writable("--place", place)
     return Wanted(Cluster.parse(exchange), loads, place)

@@ -10,7 +10,7 @@ import typer
 from moec.cli.io import print_json, say
 from moec.cli.types import OK, Debug, Json, NoGrad, OptionPairs, TargetArgument, report_of
 from moec.errors import OptionError
-from moec.tools.typed import writable
+from moec.tools.typed import check_writable
 
 
 def repro_command(
@@ -35,7 +35,7 @@ def repro_command(
 
     if tokens is not None and tokens < 1:
         raise OptionError(f"--tokens {tokens} is too small; expected 1 or more")
-    writable("--out", out)
+    check_writable("--out", out)
     found = find_site(report_of(target, options, no_grad), site)
     sizes = sizes_of(found, tokens)
     out.write_text(source(found, sizes, seed), encoding="utf-8")

@@ -10,7 +10,7 @@ import typer
 
 from moec.cli.io import console, print_json, say
 from moec.cli.types import BROKEN_PROMISE, OK, Debug, Json, OptionPairs, TargetArgument
-from moec.tools.typed import parse_options, writable
+from moec.tools.typed import check_writable, parse_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,8 +50,7 @@ def routes_command(
     from moec.tools.loading import load, load_batches
     from moec.tools.routes import record
 
-    if out is not None:
-        writable("--out", out)
+    check_writable("--out", out)
     wanted = Options.make(parse_options(options or []))
     loaded = load(target)
     given: list[Batch] = [(loaded.args, loaded.kwargs)]

@@ -12,8 +12,8 @@ import typer
 from moec.cli.io import console, print_json, say
 from moec.cli.types import Debug, Json
 from moec.errors import OptionError, TargetError
-from moec.ir.engine import check_weights
-from moec.tools.typed import seconds_given, writable
+from moec.ir.engine import check_weights, only_for_triton
+from moec.tools.typed import check_writable, seconds_given
 
 if TYPE_CHECKING:
     from moec.codegen.tuning import Sizes
@@ -58,8 +58,7 @@ def tune_command(
     debug: Debug = False,
 ) -> int:
     """Measure the candidates of each layer's kernels and keep the fastest; stopped or killed, it continues later."""
-    if plot is not None:
-        writable("--plot", plot)
+    check_writable("--plot", plot)
     if what == "report":
         return _report(plot, json)
     seconds_given("--budget", budget)
@@ -76,7 +75,7 @@ def _check_weights(weights: str, on_gpu: bool) -> None:
     check_weights(weights)
     if weights == "packed" and on_gpu:
         raise OptionError("--weights packed: only C++ kernels read such a copy; leave out --target and --device")
-    if weights.startswith("fp8") and not on_gpu:
+    if only_for_triton(weights) and not on_gpu:
         raise OptionError(f"--weights {weights}: C++ kernels read no such copy; give --device cuda, or int8")
 
 

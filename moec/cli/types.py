@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,12 @@ OptionPairs = Annotated[
         metavar="KEY=VALUE",
         help="Options of the backend, separated by commas, such as rest=eager,proof=off (docs/options.md lists them).",
         show_default=False,
+    ),
+]
+Html = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="PATH", help="Write all of it as one HTML page that needs no other file.", show_default=False
     ),
 ]
 

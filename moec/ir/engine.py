@@ -72,6 +72,11 @@ def check_weights(text: str) -> None:
         )
 
 
+def only_for_triton(weights: str) -> bool:
+    """Whether C++ kernels make no such copy of the weights, and read them as they are stored."""
+    return weights.startswith("fp8")
+
+
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Engine:
     kind, *words = text.split(" ")

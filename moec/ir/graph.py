@@ -136,6 +136,14 @@ class Graph:
             arg = made.args[0]
         return arg
 
+    def is_zero(self, arg: Arg, words: Collection[str] = ()) -> bool:
+        """Whether a value is the number 0, or 0 everywhere, behind instructions of these words."""
+        arg = self.behind(arg, words)
+        if not isinstance(arg, Ref):
+            return arg in (0, 0.0)
+        made = self.defs.get(arg.name)
+        return made is not None and made.word == "full" and made.attr("value") in (0, 0.0)
+
     def with_instrs(self, instrs: Iterable[Instr]) -> Graph:
         """This graph with other instructions."""
         return replace(self, instrs=tuple(instrs))

@@ -111,8 +111,10 @@ def seconds_given(option: str, value: float) -> float:
     return value
 
 
-def writable(option: str, path: Path) -> Path:
-    """`path`, where a file can be written there; raises TargetError before anything is computed for it."""
+def check_writable(option: str, path: Path | None) -> None:
+    """Raises TargetError where no file can be written at a path that is given, before anything is computed for it."""
+    if path is None:
+        return
     folder = path.absolute().parent
     if not folder.is_dir():
         raise TargetError(f"{option} {path}: the folder {folder} does not exist; create it first")
@@ -120,7 +122,6 @@ def writable(option: str, path: Path) -> Path:
         raise TargetError(f"{option} {path}: that is a folder; expected the path of a file")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise TargetError(f"{option} {path}: cannot be written by this user; choose another place")
-    return path
 
 
 def token_counts(text: str) -> tuple[int, ...]:

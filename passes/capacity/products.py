@@ -175,9 +175,9 @@ def picked_along(graph: Graph, name: str) -> tuple[int, Dim] | None:
     axis = made.attr("dim") if made is not None and made.word == "scatter" else None
     if made is None or not isinstance(axis, int) or made.args[2] not in (1, 1.0):
         return None
-    zeros, index = (graph.defs.get(arg.name) if isinstance(arg, Ref) else None for arg in made.args[:2])
-    empty = zeros is not None and zeros.word == "full" and zeros.attr("value") == 0
-    if not empty or index is None or index.word != "topk" or index.attr("dim") != axis:
+    zeros, where = made.args[:2]
+    index = graph.defs.get(where.name) if isinstance(where, Ref) else None
+    if not graph.is_zero(zeros) or index is None or index.word != "topk" or index.attr("dim") != axis:
         return None
     return axis, index.types[1].shape[axis]
 

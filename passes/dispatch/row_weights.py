@@ -105,10 +105,8 @@ def _fill(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         if replace(before, slots=new.slots) != new or before.slots & new.slots:
             return NoMatch("weights are filled from different tensors", instr.results[0])
         new = replace(new, slots=before.slots | new.slots)
-    else:
-        made = lifter.instr(lifter.graph.behind(base, ("same", "cast")))
-        if made is None or made.word != "full" or made.attr("value") not in (0, 0.0):
-            return NoMatch("weights are filled into something else than zeros", instr.results[0])
+    elif not lifter.graph.is_zero(base, ("same", "cast")):
+        return NoMatch("weights are filled into something else than zeros", instr.results[0])
     if lifter.graph.types[new.choice].shape[-1] != len(new.slots):
         return new
     return Rows(new.space, Slot(new.value), "flat", new.choice)

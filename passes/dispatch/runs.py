@@ -78,8 +78,8 @@ def rule_cat(lifter: Lifter, instr: Instr, _which: int) -> Lift:
         return NoMatch("joins several tensors", instr.results[0])
     if len(parts) == 1:
         return lifter.lift(parts[0])
-    zero, ends = lifter.instr(parts[0]), lifter.lift(parts[1])
-    one = zero is not None and zero.word == "full" and zero.attr("value") == 0 and zero.types[0].shape == (1,)
+    ends = lifter.lift(parts[1])
+    one = lifter.graph.is_zero(parts[0]) and lifter.type(parts[0]).shape == (1,)
     if one and isinstance(ends, PerExpert) and ends.what == "offsets":
         return replace(ends, what="bounds")
     return NoMatch("joins something else than 0 and the running counts", instr.results[0])
@@ -235,8 +235,7 @@ def _write_pairs(lifter: Lifter, instr: Instr, source: Arg, ids: list[Arg]) -> L
 def _multi_hot(lifter: Lifter, instr: Instr) -> Lift | None:
     """zeros[T, E].scatter(1, choice, 1): which experts a token chose, each at most once."""
     start, index, value = instr.args
-    zeros, made = lifter.instr(lifter.graph.behind(start, ("cast", "same"))), lifter.instr(index)
-    empty = zeros is not None and zeros.word == "full" and zeros.attr("value") == 0
+    empty, made = lifter.graph.is_zero(start, ("cast", "same")), lifter.instr(index)
     if instr.word != "scatter" or value != 1 or instr.attr("dim") != 1 or not empty or not isinstance(index, Ref):
         return None
     if made is None or made.word != "topk" or index.name != made.results[1]:

@@ -150,10 +150,8 @@ def _filled(lifter: Lifter, instr: Instr, new: Filled) -> Lift | None:
         if replace(before, slots=new.slots) != new or before.slots & new.slots:
             return NoMatch("weights are filled from different tensors", instr.results[0])
         new = replace(new, slots=before.slots | new.slots)
-    else:
-        made = lifter.instr(graph.behind(base, ("carry", "same", "reshape")))
-        if made is None or made.word != "full" or made.attr("value") not in (0, 0.0):
-            return None
+    elif not graph.is_zero(base, ("carry", "same", "reshape")):
+        return None
     whole = graph.types[new.choice].shape[-1] == len(new.slots)
     return Masked(new.value, new.choice, new.anchor, True) if whole else new
 

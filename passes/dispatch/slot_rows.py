@@ -75,7 +75,7 @@ def _same(lifter: Lifter, instr: Instr) -> Lift | None:
 def _weighted(lifter: Lifter, instr: Instr) -> Lift | None:
     """w[rows]·mask and where(mask, w[rows], 0), of all tokens or of the loop's rows."""
     mask, value, *rest = instr.args
-    if instr.word == "where" and not (rest and _is_zero(lifter, rest[0])):
+    if instr.word == "where" and not (rest and lifter.graph.is_zero(rest[0], ("expand", "reshape", "cast"))):
         return None
     orders = ((mask, value), (value, mask)) if instr.word == "mul" else ((mask, value),)
     for first, other in orders:
@@ -88,11 +88,6 @@ def _weighted(lifter: Lifter, instr: Instr) -> Lift | None:
             if held.axes == known and "s" in known and lifter.type(other).shape == lifter.type(first).shape:
                 return Masked(other.name, held.choice, held.anchor)
     return None
-
-
-def _is_zero(lifter: Lifter, arg: Arg) -> bool:
-    made = lifter.instr(lifter.graph.behind(arg, ("expand", "reshape", "cast"))) if isinstance(arg, Ref) else None
-    return arg in (0, 0.0) if made is None else made.word == "full" and made.attr("value") in (0, 0.0)
 
 
 def _summed(lifter: Lifter, instr: Instr) -> Lift | None:

@@ -109,7 +109,7 @@ def support(graph: Graph, gates: str) -> Table | None:
         return Table(gates, "gt", 0.0)
     if made.word == "softmax":
         return _unsunk(graph, made.args[0])
-    if made.word == "where" and _is_zero(graph, made.args[2]) and isinstance(made.args[0], Ref):
+    if made.word == "where" and graph.is_zero(made.args[2]) and isinstance(made.args[0], Ref):
         mask = graph.types[made.args[0].name]
         return Table(made.args[0].name) if mask.dtype == "bool" and mask.shape == shape else None
     factors = made.args if made.word == "mul" else made.args[:1] if made.word in ("div", "cast", "same") else ()
@@ -153,10 +153,6 @@ def _sinks(graph: Graph, arg: Arg) -> bool:
     """Whether a softmax gives 0 to a score filled in."""
     value = _constant(graph, arg)
     return not isinstance(value, Ref) and sinks(value, graph.types[arg.name].dtype if isinstance(arg, Ref) else "f32")
-
-
-def _is_zero(graph: Graph, arg: Arg) -> bool:
-    return _constant(graph, arg) in (0, 0.0)
 
 
 def _constant(graph: Graph, arg: Arg) -> object:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from moec.ir.graph import Graph
+from moec.ir.graph import EFFECTS, Graph
 
 _ENDS = frozenset({"turn", "end"})
-_TURNING = frozenset({"anchor", "anchor_range", "carry", "carry_int", "random", "effect"})
+_TURNING = EFFECTS | {"anchor", "anchor_range", "carry", "carry_int"}
 
 
 def goes_on(graph: Graph, root: str, loops: Mapping[str, str], found: Collection[str] = ()) -> bool:

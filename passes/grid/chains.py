@@ -31,9 +31,9 @@ def chained(lifter: Lifter, instr: Instr) -> tuple[Rows, None] | NoMatch:
     one for each slot, each column's sum is over all experts."""
     found: dict[str, dict[int, Rows]] = {}
     for leaf in _added(lifter, instr):
-        made = lifter.instr(leaf)
-        if leaf in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0.0):
+        if lifter.graph.is_zero(leaf):
             continue
+        made = lifter.instr(leaf)
         if made is None or made.word != "mul" or not _one_number(lifter, made):
             return NoMatch("not a sum of experts' gated rows")
         rows = lifter.lift(leaf)

@@ -137,14 +137,13 @@ def _table(
         return NoMatch("a table of seats without masks", name)
     letters = "".join(letters_of(masks.graph.types[whose(seats.base)].rank))
     term = Term(seats.base, seats.place, seats.seats, seats.only, (), letters[tokens:])
-    made, before = lifter.instr(base), lifter.lift(base)
+    before = lifter.lift(base)
     terms: tuple[Term, ...] = ()
     layout = f"{'e.c' if len(instr.types[0].shape) == 3 else 'ec'}{SPARE if spare else ''}"
     if isinstance(before, Rows) and before.layout == layout and before.row == Token(x) and before.space.key:
         held = masks.lift(Ref(before.space.key))
         terms = held.terms if isinstance(held, Seats) else ()
-    zeros = made is not None and made.word == "full" and made.attr("value") == 0
-    if not terms and not zeros:
+    if not terms and not lifter.graph.is_zero(base):
         return NoMatch("tokens are written into something else than zeros", name, 3)
     own = dict(zip(letters_of(tokens), lifter.type(Ref(x)).shape, strict=False))
     sizes = (*own.items(), ("e", experts), ("c", seats.seats))
@@ -191,8 +190,7 @@ def spared(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
         parts = instr.args[0]
         if not isinstance(parts, tuple) or len(parts) != 2:
             return None
-        last = lifter.instr(parts[1])
-        zero = last is not None and last.word == "full" and last.attr("value") == 0 and last.types[0].shape[axis] == 1
+        zero = lifter.graph.is_zero(parts[1]) and lifter.type(parts[1]).shape[axis] == 1
         return replace(rows, layout=f"{plain}{SPARE}") if zero and rows.layout == plain else None
     size = lifter.type(instr.args[0]).shape[axis]
     whole = same(instr.types[0].shape[axis], size - 1) and (instr.word == "head" or instr.attr("start") == 0)
@@ -257,15 +255,10 @@ def added(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
     if not held:
         return None
     rest = [arg for arg, f in zip(instr.args, found, strict=True) if not isinstance(f, Returned)]
-    if any((f.rows, f.axes) != (held[0].rows, held[0].axes) for f in held) or not all(_zero(lifter, a) for a in rest):
+    if any((f.rows, f.axes) != (held[0].rows, held[0].axes) for f in held) or not all(map(lifter.graph.is_zero, rest)):
         return NoMatch("rows of different tables are added", instr.results[0], 3)
     terms = tuple(t for f in held for t in f.terms)
     return replace(held[0], terms=terms, needs=tuple(n for f in held for n in f.needs))
-
-
-def _zero(lifter: Lifter, arg: Arg) -> bool:
-    made = lifter.instr(arg)
-    return arg in (0, 0.0) or (made is not None and made.word == "full" and made.attr("value") == 0)
 
 
 def viewed(lifter: Lifter, instr: Instr, _which: int) -> Lift | None:
